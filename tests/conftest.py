@@ -1,0 +1,45 @@
+"""Options, markers and the `device` fixture shared by every test."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fusedlora")
+    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the `device` fixture")
+    group.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    not_slow = pytest.mark.skip(reason="slow: run with --slow")
+    # triton reads TRITON_INTERPRET when it is imported, so such a process can only serve the kernels' own tests.
+    interpreting = pytest.mark.skip(reason="TRITON_INTERPRET=1: only tests/kernels runs in the interpreter")
+    has_gpu = config.getoption("--device") != "cpu" and torch.cuda.is_available()
+    for item in items:
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(not_slow)
+        if INTERPRETING and item.path.parent.name != "kernels":
+            item.add_marker(interpreting)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test: CUDA where there is one, else the CPU; `--device` chooses."""
+    choice = request.config.getoption("--device")
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda: torch.cuda.is_available() is False")
+    return torch.device(choice)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
