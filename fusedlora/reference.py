@@ -1,0 +1,98 @@
+"""The LoRA linear written out in plain PyTorch: the path for CPUs and for whatever no kernel takes.
+
+    S  = s/(1-p) * (m o x) A^T                 [M, r]
+    y  = x W^T + S B^T + bias                  [M, N]
+    T  = s * dy B                              [M, r]
+    dx = dy W + m o (T A)/(1-p)                [M, K]
+    dA = T^T (m o x)/(1-p)                     [r, K]
+    dB = dy^T S                                [N, r]
+
+x is [M, K], W [N, K], A [r, K], B [N, r], m a bool mask [M, K], s the scaling, p the dropout rate. The formulas are
+those of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), with the scale folded into S and T.
+Nothing here uses autograd. Any floating dtype works, float64 included.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a b, the scale applied to the accumulator, before the one rounding."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    save_s: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] in x's dtype and, when save_s, S [M, r] in adapter_dtype."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    if mask is not None:
+        x = x * mask
+        scaling = scaling / (1.0 - dropout_p)
+    s = _scaled_mm(x.to(adapter_dtype), lora_A.to(adapter_dtype).t(), scaling)
+    _add_product(y, s, lora_B.to(adapter_dtype).t())
+    return y, s if save_s else None
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, rounding the product by itself only where its dtype is not out's."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(a @ b)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    s: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx [M, K] in dy's dtype, dA [r, K] and dB [N, r] in param_dtype; None for what is not needed.
+
+    dx reads weight, lora_A and lora_B; dA reads x and lora_B; dB reads s. What no asked gradient reads may be None.
+    """
+    dx = dA = dB = None
+    keep = 1.0 / (1.0 - dropout_p) if mask is not None else 1.0
+    dy_a = dy.to(adapter_dtype) if need_dx or need_dA or need_dB else dy
+    if need_dx or need_dA:
+        assert lora_B is not None
+        t = _scaled_mm(dy_a, lora_B.to(adapter_dtype), scaling)
+    if need_dA:
+        assert x is not None
+        masked = x if mask is None else x * mask
+        dA = _scaled_mm(t.t(), masked.to(adapter_dtype), keep).to(param_dtype)
+        del masked
+    if need_dB:
+        assert s is not None
+        dB = (dy_a.t() @ s).to(param_dtype)
+    if need_dx:
+        assert weight is not None and lora_A is not None
+        dx = dy @ weight
+        a = lora_A.to(adapter_dtype)
+        if mask is None:
+            _add_product(dx, t, a)
+        else:
+            dx.add_((t @ a).mul_(mask), alpha=keep)
+    return dx, dA, dB
