@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -275,3 +276,19 @@ def test_trains_on_a_cpu_with_triton(triton: str, tmp_path: Path) -> None:
 
 def test_kernels_directory_has_no_init() -> None:
     assert not (ROOT / "kernels/__init__.py").exists(), "it would install a top-level `kernels`"
+
+
+def test_readme_names_what_exists() -> None:
+    import fusedlora
+
+    text = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"\bfusedlora\.(\w+)\(", text)) <= set(fusedlora.__all__)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert not [link for link in links if not (ROOT / link).exists()]
+    anchors = {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = re.findall(r"-e '\.\[(\w+)\]'", text)
+    assert extras and set(extras) <= set(metadata["project"]["optional-dependencies"])
