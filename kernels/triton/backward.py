@@ -1,0 +1,275 @@
+"""dX = dy W + T A, dA = Tᵀ x and dB = dyᵀ S, with T = scaling · dy B, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedlora.config import BackwardConfig, Problem, backward_config, block_r
+from fusedlora.kernels.common import (
+    DONE,
+    STRIPE,
+    SYNC_WORDS,
+    dot_skinny,
+    gemm_tile,
+    leave,
+    load_skinny,
+    rank_step,
+    shrink_tasks,
+    tile_coordinates,
+    wait_for,
+)
+from fusedlora.kernels.launch import (
+    current_stream,
+    device_facts,
+    launch,
+    precision_of,
+    rank_alignment,
+    row_major,
+    skinny_rows,
+    sync_words,
+)
+from fusedlora.schedule import backward_schedule, cdiv
+
+
+@triton.jit
+def stripe_job(
+    big_desc, small_ptr, out_ptr, partial_ptr, partial_offset, count_ptr,
+    stripe, part, parts, M, depth, r, stride_or, stride_od,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
+    BLOCK_R: tl.constexpr, STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """out [r, depth] = smallᵀ [r, M] @ big [M, depth] for one column block and one of `parts` equal runs of rows.
+
+    With PARTIALS each part stores its sum and the last to arrive adds all parts in index order, so the bits do not
+    depend on who came last.
+    """
+    r_offs = tl.arange(0, BLOCK_R)
+    d_offs = stripe * STRIPE_N + tl.arange(0, STRIPE_N)
+    m_offs = tl.arange(0, STRIPE_M)
+    part_rows = tl.cdiv(tl.cdiv(M, STRIPE_M), parts) * STRIPE_M
+    begin = part * part_rows
+    acc = tl.zeros((BLOCK_R, STRIPE_N), tl.float32)
+    for m in tl.range(begin, min(begin + part_rows, M), STRIPE_M, num_stages=STRIPE_STAGES):
+        big = big_desc.load([m, stripe * STRIPE_N])  # [STRIPE_M, STRIPE_N]
+        small = load_skinny(small_ptr + tl.cast(m, tl.int64) * r, 1, r, r_offs, m_offs, r, M - m)  # [BLOCK_R, STRIPE_M]
+        acc = dot_skinny(small, big, acc, SPLIT, PRECISION)
+    mask = (r_offs < r)[:, None] & (d_offs < depth)[None, :]
+    offs = r_offs[:, None] * stride_or + d_offs[None, :] * stride_od
+    if PARTIALS:
+        size = depth * r
+        partial_ptr += partial_offset
+        tl.store(partial_ptr + part * size + offs, acc, mask=mask)
+        tl.debug_barrier()
+        if tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1:
+            acc = tl.zeros((BLOCK_R, STRIPE_N), tl.float32)
+            for p in range(parts):
+                acc += tl.load(partial_ptr + p * size + offs, mask=mask, other=0.0)
+            tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(count_ptr, 0)
+    else:
+        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "scaling", "num_shrink_tasks", "parts", "front_jobs", "mid_jobs"])
+def backward_kernel(
+    # gradient of the output: dy [M, N]
+    dy_ptr,
+    # saved from forward: x [M, K], S [M, r]; parameters: W [N, K], A [r, K], B [N, r]
+    x_ptr, s_ptr, w_ptr, a_ptr, b_ptr,
+    # outputs: dX [M, K], dA [r, K], dB [N, r]
+    dx_ptr, da_ptr, db_ptr,
+    # workspaces: T [M, r], partial sums of dB and dA [parts, (N + K) · r]
+    t_ptr, partial_ptr, sync_ptr,
+    M, N, K, r,
+    stride_ym, stride_xm, stride_wn, stride_ar, stride_bn,
+    scaling, num_shrink_tasks, parts, front_jobs, mid_jobs,
+    NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
+    SHRINK: tl.constexpr, REST: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
+    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+    STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """T = scaling · dy B, rounded once; dX = dy W + T A in one fp32 accumulator; dA = Tᵀ x; dB = dyᵀ S.
+
+    SHRINK computes T, REST everything else; with both, tiles and dA's stripes wait for T. Each program takes its
+    tiles in turn, and stripe jobs between them: `front_jobs` before its first tile if it has fewer tiles than
+    others, `mid_jobs` once on the way (programs at different times, so that the memory is never asked by all at
+    once), and what is left at the end. dB's jobs come first, since they need only S.
+    """
+    r = r // R_ALIGN * R_ALIGN
+    stride_bn = stride_bn // R_ALIGN * R_ALIGN
+    num_programs = tl.num_programs(0)
+    if SHRINK:
+        src_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [SHRINK_M, SHRINK_K])
+        first = shrink_tasks(
+            src_desc, b_ptr, t_ptr, sync_ptr, M, N, r, 1, stride_bn, scaling, num_shrink_tasks,
+            SPLIT, PRECISION, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES,
+        )  # fmt: skip
+    else:
+        first = tl.program_id(0)
+    if REST:
+        if NEED_DX:
+            dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
+            w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
+            dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
+            num_tiles_m = tl.cdiv(M, BLOCK_M)
+            num_tiles_n = tl.cdiv(K, BLOCK_N)
+            num_tiles = num_tiles_m * num_tiles_n
+        else:
+            num_tiles = 0
+        db_jobs = 0
+        da_jobs = 0
+        if NEED_DB:
+            dy_stripes = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [STRIPE_M, STRIPE_N])
+            db_jobs = tl.cdiv(N, STRIPE_N) * parts
+        if NEED_DA:
+            x_stripes = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [STRIPE_M, STRIPE_N])
+            da_jobs = tl.cdiv(K, STRIPE_N) * parts
+        num_jobs = db_jobs + da_jobs
+        own_tiles = tl.cdiv(max(num_tiles - first, 0), num_programs)
+        most_tiles = tl.cdiv(num_tiles, num_programs)
+        turn = 1 + first % max(own_tiles - 1, 1)
+        for i in range(own_tiles + 1):
+            quota = 0
+            if i == turn:
+                quota = mid_jobs
+            if (i == 0) & (own_tiles < most_tiles):
+                quota = front_jobs
+            if i == own_tiles:
+                quota = num_jobs
+            job = num_jobs
+            if quota > 0:
+                job = tl.atomic_add(sync_ptr + STRIPE, 1, sem="relaxed")
+            while job < num_jobs:
+                if NEED_DB:
+                    if job < db_jobs:
+                        stripe_job(
+                            dy_stripes, s_ptr, db_ptr, partial_ptr, 0, sync_ptr + SYNC_WORDS + job // parts,
+                            job // parts, job % parts, parts, M, N, r, 1, r,
+                            SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                        )  # fmt: skip
+                if NEED_DA:
+                    if job >= db_jobs:
+                        if SHRINK:
+                            wait_for(sync_ptr, DONE, num_shrink_tasks)
+                        stripe = (job - db_jobs) // parts
+                        stripe_job(
+                            x_stripes, t_ptr, da_ptr, partial_ptr, parts * N * r, sync_ptr + SYNC_WORDS + job // parts,
+                            stripe, job % parts, parts, M, K, r, K, 1,
+                            SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                        )  # fmt: skip
+                quota -= 1
+                job = num_jobs
+                if quota > 0:
+                    job = tl.atomic_add(sync_ptr + STRIPE, 1, sem="relaxed")
+            if NEED_DX:
+                if i < own_tiles:
+                    tile_m, tile_n = tile_coordinates(first + i * num_programs, num_tiles_m, num_tiles_n, GROUP_M)
+                    row = tile_m * BLOCK_M
+                    col = tile_n * BLOCK_N
+                    acc = gemm_tile(dy_desc, w_desc, row, col, N, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+                    if SHRINK:
+                        if i == 0:
+                            wait_for(sync_ptr, DONE, num_shrink_tasks)
+                    acc = rank_step(
+                        acc, t_ptr, a_ptr, row, col, M, K, r, stride_ar, 1,
+                        dy_ptr.dtype.element_ty, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K,
+                    )  # fmt: skip
+                    dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
+    leave(sync_ptr)
+
+
+def lora_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: torch.Tensor,
+    *,
+    scaling: float,
+    adapter_dtype: torch.dtype,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    config: BackwardConfig | None = None,
+    one_launch: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Launches the backward kernel.
+
+    Args:
+        dy: [M, N], gradient of y. Copied where a descriptor can't read it (see `row_major`).
+        x, weight, lora_A, lora_B, scaling, adapter_dtype: as given to `lora_forward`; x only for dA.
+        s: [M, r], as `lora_forward` returned it; only for dB.
+        need_dx, need_dA, need_dB: which gradients to compute.
+        config: tile sizes; None takes the table's.
+        one_launch: False computes T in a launch of its own, and nothing waits for anything.
+
+    Returns:
+        dX [M, K] of dy's dtype, dA [r, K] and dB [N, r] of their parameters' dtypes, None where not needed.
+    """
+    M, N = dy.shape
+    K = weight.shape[1]
+    r = lora_A.shape[0]
+    device = dy.device
+    dx = torch.empty((M, K), dtype=dy.dtype, device=device) if need_dx else None
+    da = torch.empty((r, K), dtype=lora_A.dtype, device=device) if need_dA else None
+    db = torch.empty((N, r), dtype=lora_B.dtype, device=device) if need_dB else None
+    if M == 0:
+        return dx, da if da is None else da.zero_(), db if db is None else db.zero_()
+    if not (need_dx or need_dA or need_dB):
+        return dx, da, db
+    dy, lora_A, lora_B = row_major(dy), skinny_rows(lora_A), skinny_rows(lora_B)
+    x = row_major(x) if need_dA else dy
+    precision = precision_of(dy.dtype)
+    capability, num_sms = device_facts(device)
+    split = adapter_dtype != dy.dtype
+    problem = Problem(M, K, N, r, dy.element_size(), split, precision == "ieee", capability, num_sms)
+    config = config or backward_config(problem)
+    schedule = backward_schedule(problem, config, need_dx, need_dA, need_dB)
+    parts = schedule.parts
+    stripes = cdiv(N, config.STRIPE_N) + cdiv(K, config.STRIPE_N)
+    needs_t = need_dx or need_dA
+    arguments = {
+        "dy_ptr": dy,
+        "x_ptr": x,
+        "s_ptr": s,
+        "w_ptr": weight,
+        "a_ptr": lora_A,
+        "b_ptr": lora_B,
+        "dx_ptr": dx,
+        "da_ptr": da,
+        "db_ptr": db,
+        "t_ptr": torch.empty((M, r), dtype=adapter_dtype, device=device) if needs_t else None,
+        "partial_ptr": torch.empty(parts * (N + K) * r, dtype=torch.float32, device=device) if parts > 1 else None,
+        "sync_ptr": sync_words(device, current_stream(device), SYNC_WORDS.value + stripes),
+        "M": M,
+        "N": N,
+        "K": K,
+        "r": r,
+        "stride_ym": dy.stride(0),
+        "stride_xm": x.stride(0),
+        "stride_wn": weight.stride(0),
+        "stride_ar": K,
+        "stride_bn": r,
+        "scaling": scaling,
+        "num_shrink_tasks": schedule.num_shrink_tasks,
+        "parts": parts,
+        "front_jobs": schedule.front_jobs,
+        "mid_jobs": schedule.mid_jobs,
+        "NEED_DX": need_dx,
+        "NEED_DA": need_dA,
+        "NEED_DB": need_dB,
+        "SPLIT": split,
+        "PRECISION": precision,
+        "PARTIALS": parts > 1,
+        "R_ALIGN": rank_alignment(r),
+        "BLOCK_R": block_r(r),
+        **{name: value for name, value in vars(config).items() if name != "stripe_rows"},
+    }
+    launches = [(True, True)] if one_launch and needs_t else [(True, False)] * needs_t + [(False, True)]
+    for shrink, rest in launches:
+        launch(backward_kernel, schedule.num_programs, device, arguments | {"SHRINK": shrink, "REST": rest})
+    return dx, da, db

@@ -1,0 +1,159 @@
+"""y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedlora.config import ForwardConfig, Problem, block_r, forward_config
+from fusedlora.kernels.common import (
+    DONE,
+    SYNC_WORDS,
+    gemm_tile,
+    leave,
+    rank_step,
+    shrink_tasks,
+    tile_coordinates,
+    wait_for,
+)
+from fusedlora.kernels.launch import (
+    current_stream,
+    device_facts,
+    launch,
+    precision_of,
+    rank_alignment,
+    row_major,
+    skinny_rows,
+    sync_words,
+)
+from fusedlora.schedule import forward_schedule
+
+
+@triton.jit(do_not_specialize=["M", "scaling", "num_shrink_tasks"])
+def forward_kernel(
+    # x [M, K], W [N, K], A [r, K], B [N, r], bias [N]
+    x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr,
+    # outputs: y [M, N], S [M, r]
+    y_ptr, s_ptr,
+    sync_ptr,
+    M, N, K, r,
+    stride_xm, stride_wn, stride_ar, stride_bn,
+    scaling, num_shrink_tasks,
+    HAS_BIAS: tl.constexpr, SHRINK: tl.constexpr, TILES: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, R_ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
+    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+):  # fmt: skip
+    """S = scaling · x Aᵀ, rounded once to S's dtype; y = x Wᵀ + S Bᵀ + bias, one fp32 accumulator.
+
+    SHRINK computes S, TILES computes y; with both a tile waits for S in its epilogue. SPLIT: A is fp32 beside a
+    16-bit x and its product keeps fp32 precision. R_ALIGN divides r and the strides that equal it.
+    """
+    r = r // R_ALIGN * R_ALIGN
+    stride_bn = stride_bn // R_ALIGN * R_ALIGN
+    if SHRINK:
+        src_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [SHRINK_M, SHRINK_K])
+        first = shrink_tasks(
+            src_desc, a_ptr, s_ptr, sync_ptr, M, K, r, stride_ar, 1, scaling, num_shrink_tasks,
+            SPLIT, PRECISION, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES,
+        )  # fmt: skip
+    else:
+        first = tl.program_id(0)
+    if TILES:
+        x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+        w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
+        y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+        num_tiles_m = tl.cdiv(M, BLOCK_M)
+        num_tiles_n = tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(first, num_tiles_m * num_tiles_n, tl.num_programs(0)):
+            tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
+            row = tile_m * BLOCK_M
+            col = tile_n * BLOCK_N
+            acc = gemm_tile(x_desc, w_desc, row, col, K, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            if SHRINK:
+                if tile == first:
+                    wait_for(sync_ptr, DONE, num_shrink_tasks)
+            acc = rank_step(
+                acc, s_ptr, b_ptr, row, col, M, N, r, 1, stride_bn,
+                x_ptr.dtype.element_ty, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K,
+            )  # fmt: skip
+            if HAS_BIAS:
+                n_offs = col + tl.arange(0, BLOCK_N)
+                acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
+            y_desc.store([row, col], acc.to(y_ptr.dtype.element_ty))
+    if SHRINK:
+        leave(sync_ptr)
+
+
+def lora_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    scaling: float,
+    adapter_dtype: torch.dtype,
+    save_s: bool,
+    config: ForwardConfig | None = None,
+    one_launch: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the forward kernel.
+
+    Args:
+        x: [M, K], bf16, fp16 or fp32. Copied where a descriptor can't read it (see `row_major`).
+        weight: [N, K] of x's dtype, rows readable by a descriptor.
+        lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 256.
+        bias: [N] of x's dtype, or None.
+        scaling: multiplies S in fp32, before its one rounding.
+        adapter_dtype: dtype of S and of the adapter's products: x's, or fp32 to keep fp32 adapters' precision.
+        save_s: whether S is wanted back.
+        config: tile sizes; None takes the table's.
+        one_launch: False computes S in a launch of its own, and nothing waits for anything.
+
+    Returns:
+        y [M, N] of x's dtype and S [M, r] of `adapter_dtype` (empty unless `save_s`).
+    """
+    M, K = x.shape
+    N = weight.shape[0]
+    r = lora_A.shape[0]
+    device = x.device
+    y = torch.empty((M, N), dtype=x.dtype, device=device)
+    s = torch.empty((M, r), dtype=adapter_dtype, device=device)
+    if M > 0:
+        x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
+        precision = precision_of(x.dtype)
+        capability, num_sms = device_facts(device)
+        split = adapter_dtype != x.dtype
+        problem = Problem(M, N, K, r, x.element_size(), split, precision == "ieee", capability, num_sms)
+        config = config or forward_config(problem)
+        schedule = forward_schedule(problem, config)
+        arguments = {
+            "x_ptr": x,
+            "w_ptr": weight,
+            "a_ptr": lora_A,
+            "b_ptr": lora_B,
+            "bias_ptr": bias,
+            "y_ptr": y,
+            "s_ptr": s,
+            "sync_ptr": sync_words(device, current_stream(device), SYNC_WORDS.value),
+            "M": M,
+            "N": N,
+            "K": K,
+            "r": r,
+            "stride_xm": x.stride(0),
+            "stride_wn": weight.stride(0),
+            "stride_ar": K,
+            "stride_bn": r,
+            "scaling": scaling,
+            "num_shrink_tasks": schedule.num_shrink_tasks,
+            "HAS_BIAS": bias is not None,
+            "SPLIT": split,
+            "PRECISION": precision,
+            "R_ALIGN": rank_alignment(r),
+            "BLOCK_R": block_r(r),
+            **vars(config),
+        }
+        for shrink, tiles in ((True, True),) if one_launch else ((True, False), (False, True)):
+            launch(forward_kernel, schedule.num_programs, device, arguments | {"SHRINK": shrink, "TILES": tiles})
+    return y, s if save_s else s.new_empty(0)
