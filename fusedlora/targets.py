@@ -40,6 +40,10 @@ def select(
     modules_to_save: Iterable[str] | None,
 ) -> Selection:
     """Sort the modules of `model`. Raises as `apply_lora` does; a module under several names counts once."""
+    if isinstance(model, nn.Linear):
+        raise TypeError(
+            f"model is itself a {type(model).__name__}, nothing to swap in; use FusedLoRALinear.from_linear"
+        )
     targets = _names("target_modules", target_modules)
     exclude = None if exclude_modules is None else _names("exclude_modules", exclude_modules)
     every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -91,8 +95,6 @@ def why_not(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Why the module called `name` can't be swapped, with its type and the remedy; None if it can."""
     module = modules[name]
     kind = type(module)
-    if name == "" and isinstance(module, nn.Linear):
-        return "it is the model itself, which can't be swapped in place; use FusedLoRALinear.from_linear(model, …)"
     if kind is not nn.Linear:
         return f"it is a {kind.__module__}.{kind.__qualname__}, not exactly torch.nn.Linear; {_remedy(module)}"
     extra = [k for k in module._parameters if k not in ("weight", "bias")] + [*module._buffers, *module._modules]
@@ -190,11 +192,11 @@ def _to_save(modules: Mapping[str, nn.Module], modules_to_save: Iterable[str] | 
 def _heads(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Output embeddings and classification heads of Hugging Face models, as PEFT leaves them out."""
     found: dict[str, str] = {}
-    for prefix, model in hugging_face_models(modules):
+    for _, model in hugging_face_models(modules):
         output = model.get_output_embeddings()
         heads = [getattr(model, head, None) for head in _HEADS] if output is None else [output]
         for name, module in modules.items():
-            if any(module is head for head in heads if head is not None) and name.startswith(prefix):
+            if any(module is head for head in heads if head is not None):
                 found[name] = (
                     "classification head: train it with modules_to_save, or name it in target_modules"
                     if output is None
