@@ -1,0 +1,70 @@
+"""The rows of the tables: a test a group, shape and contender.
+
+    pytest bench/ --benchmark                       everything (on a GPU: select with -k, a shape takes half a minute)
+    pytest bench/ --benchmark -k headline           the six shapes of the README
+    pytest bench/ --benchmark -k "training and M512 and r16 and not compile"
+
+The figures are taken outside of pytest-benchmark, in interleaved rounds over all rows of a shape, and handed to its
+fixture round by round, so that its JSON, its comparison and its statistics work on them.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+from bench_measure import CPU_BOUND, Row
+
+
+class RecordedClock:
+    """A timer for pytest-benchmark that only moves by durations already taken."""
+
+    now = 0.0
+
+    @classmethod
+    def read(cls) -> float:
+        return cls.now
+
+    @classmethod
+    def replay(cls, durations: Iterator[float]) -> None:
+        cls.now += next(durations, 0.0)
+
+
+recorded = pytest.mark.benchmark(timer=RecordedClock.read)
+
+
+def record(benchmark, plan, group: str, case: str, contender: str) -> Row:
+    """Hand the row to pytest-benchmark and to the tables; what did not run fails, a baseline is skipped."""
+    row: Row = plan.row(group, case, contender)
+    plan.recorded.append(row)
+    if row.failed is not None:
+        if row.contender.ours or contender == "frozen":
+            raise AssertionError(f"{row.contender.label}, {row.case.title}: {row.failed}") from row.error
+        pytest.skip(f"failed: {row.failed}")
+    benchmark.group = f"{group} {row.case.title}"
+    benchmark.extra_info.update(row.as_dict())
+    RecordedClock.now = 0.0
+    durations = iter(row.times)
+    benchmark.pedantic(RecordedClock.replay, args=(durations,), rounds=len(row.times), iterations=1)
+    return row
+
+
+@recorded
+def test_forward(benchmark, plan, bench_group, case, contender):
+    record(benchmark, plan, bench_group, case, contender)
+
+
+@recorded
+def test_backward(benchmark, plan, bench_group, case, contender):
+    record(benchmark, plan, bench_group, case, contender)
+
+
+@recorded
+def test_training(benchmark, plan, bench_group, case, contender):
+    row = record(benchmark, plan, bench_group, case, contender)
+    if plan.measure and not plan.on_gpu and row.contender.ours:
+        assert row.versus_rival.median <= CPU_BOUND, f"time over the eager arithmetic's: {row.versus_rival}"
+        assert row.rival_peak_ratio <= CPU_BOUND, f"peak memory over the eager arithmetic's: {row.rival_peak_ratio}"
+
+
+@recorded
+def test_module(benchmark, plan, bench_group, case, contender):
+    record(benchmark, plan, bench_group, case, contender)
