@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import doctor
-from .backends import BACKENDS, describe_call, select
+from .explanation import explain
 from .functional import lora_linear
 from .timing import WallTimer, interleave, ratios
 
@@ -142,11 +142,10 @@ def check(device: torch.device) -> None:
     side = 4096 if cuda else 768
     rows = 2048 if cuda else 512
     tell(stage="choosing a backend", call=f"x [M, {side}] → [M, {side}], r = {RANK}, {dtype}".replace("torch.", ""))
-    probe = inputs(device, dtype, 1, side, side, seed=0)
-    call = describe_call("auto", probe[0], probe[1], dtype, dtype, side, side, RANK, False)
-    backend = select("auto", call).name
-    reasons = {b.name: b.why_not(call) for b in BACKENDS}
-    tell(backend=backend, why_not={name: reason for name, reason in reasons.items() if reason})
+    plan = explain(*inputs(device, dtype, rows, side, side, seed=0)[:4])
+    backend = plan.backend
+    launches = plan.config.split(";")[0] if plan.config else ""
+    tell(backend=f"{backend} {launches}".strip(), kernels=backend != "reference", why_not=plan.why_not)
 
     worst: tuple[float, str] = (0.0, "")
     for M in CHECK_ROWS:
