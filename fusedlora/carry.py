@@ -79,6 +79,8 @@ class InputGradients:
         self.flagged = flagged
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # only the other kind of checkpoint compiles, and requires_grad_ would break the graph
         if not torch.is_grad_enabled() or not any(m.gradient_checkpointing and m.training for m in self.flagged):
             return
         for tensor in output if isinstance(output, (tuple, list)) else (output,):

@@ -147,7 +147,7 @@ def merge_lora(model: nn.Module, *, keep_base: Literal["cpu", "device", False] =
         raise ValueError(f"model {type(model).__name__} has no FusedLoRALinear; call apply_lora first")
     layers = {name: layer for name, layer in layers.items() if not layer.merged}
     modules = dict(model.named_modules())
-    if tied := [*tied_weights(modules, layers), *tied_by_config(modules, layers)]:
+    if tied := tied_weights(modules, layers) or tied_by_config(modules, layers):
         raise ValueError(
             "\n".join(f"{pair}; merging would change one and not the other" for pair in tied)
             + "\nuntie first: give the layer a weight of its own (layer.weight = nn.Parameter(layer.weight.clone(), "
