@@ -126,9 +126,9 @@ def _heuristic(p: Problem) -> dict[str, int]:
     if wide > 64 or p.split:
         skinny = _skinny(rank_k=32, m=64, k=64, stages=3)
     elif wide > 32:
-        skinny = _skinny(rank_k=32, m=64, k=128, stages=4)
+        skinny = _skinny(rank_k=32, m=128, k=128, stages=4)
     else:
-        skinny = _skinny(rank_k=wide, m=64, k=128, stages=4)
+        skinny = _skinny(rank_k=wide, m=128, k=128, stages=4)
     return tile | skinny
 
 

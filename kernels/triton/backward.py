@@ -10,10 +10,9 @@ from fusedlora.kernels.common import (
     STRIPE,
     SYNC_WORDS,
     dot_skinny,
-    gemm_tile,
     leave,
     load_skinny,
-    rank_step,
+    lora_tile,
     shrink_tasks,
     tile_coordinates,
     wait_for,
@@ -48,20 +47,23 @@ def stripe_job(
     m_offs = tl.arange(0, STRIPE_M)
     part_rows = tl.cdiv(tl.cdiv(M, STRIPE_M), parts) * STRIPE_M
     begin = part * part_rows
-    acc = tl.zeros((BLOCK_R, STRIPE_N), tl.float32)
+    RANK_FIRST: tl.constexpr = SPLIT and BLOCK_R <= 32
+    acc = tl.zeros((BLOCK_R, STRIPE_N) if RANK_FIRST else (STRIPE_N, BLOCK_R), tl.float32)
     for m in tl.range(begin, min(begin + part_rows, M), STRIPE_M, num_stages=STRIPE_STAGES):
         big = big_desc.load([m, stripe * STRIPE_N])  # [STRIPE_M, STRIPE_N]
         small = load_skinny(small_ptr + tl.cast(m, tl.int64) * r, 1, r, r_offs, m_offs, r, M - m)  # [BLOCK_R, STRIPE_M]
-        acc = dot_skinny(small, big, acc, SPLIT, PRECISION)
-    mask = (r_offs < r)[:, None] & (d_offs < depth)[None, :]
-    offs = r_offs[:, None] * stride_or + d_offs[None, :] * stride_od
+        acc = dot_skinny(big.T, small.T, acc, SPLIT, RANK_FIRST, PRECISION)
+    if RANK_FIRST:
+        acc = acc.T
+    mask = (d_offs < depth)[:, None] & (r_offs < r)[None, :]
+    offs = d_offs[:, None] * stride_od + r_offs[None, :] * stride_or
     if PARTIALS:
         size = depth * r
         partial_ptr += partial_offset
         tl.store(partial_ptr + part * size + offs, acc, mask=mask)
         tl.debug_barrier()
         if tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1:
-            acc = tl.zeros((BLOCK_R, STRIPE_N), tl.float32)
+            acc = tl.zeros((STRIPE_N, BLOCK_R), tl.float32)
             for p in range(parts):
                 acc += tl.load(partial_ptr + p * size + offs, mask=mask, other=0.0)
             tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -169,13 +171,11 @@ def backward_kernel(
                     tile_m, tile_n = tile_coordinates(first + i * num_programs, num_tiles_m, num_tiles_n, GROUP_M)
                     row = tile_m * BLOCK_M
                     col = tile_n * BLOCK_N
-                    acc = gemm_tile(dy_desc, w_desc, row, col, N, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-                    if SHRINK:
-                        if i == 0:
-                            wait_for(sync_ptr, DONE, num_shrink_tasks)
-                    acc = rank_step(
-                        acc, t_ptr, a_ptr, row, col, M, K, r, stride_ar, 1,
-                        dy_ptr.dtype.element_ty, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K,
+                    acc = lora_tile(
+                        dy_desc, w_desc, t_ptr, a_ptr, sync_ptr,
+                        row, col, M, K, N, r, stride_ar, 1, num_shrink_tasks, i == 0,
+                        dy_ptr.dtype.element_ty, False, SHRINK, SPLIT, PRECISION,
+                        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K,
                     )  # fmt: skip
                     dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
     leave(sync_ptr)

@@ -71,26 +71,39 @@ def load_skinny(ptr, stride_r, stride_d, r_offs, d_offs, r, depth):
 
 
 @triton.jit
-def dot_skinny(skinny, big, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + skinny @ big. With SPLIT the fp32 operand `skinny` keeps its fp32 precision beside the 16-bit `big`.
+def dot_skinny(big, skinny, acc, SPLIT: tl.constexpr, RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [D, R] + big [D, K] @ skinny [K, R], with RANK_FIRST acc [R, D] + its transpose. With SPLIT the fp32 `skinny` keeps its precision beside the 16-bit `big`.
 
     bf16: skinny as the sum of three bf16 terms (3 × 8 bits of mantissa cover fp32's 24), small terms first.
     fp16: its exponent range is too small for such terms, so both operands go through three tf32 products;
     an fp16 number is exact in tf32.
+    Tensor cores truncate where they add, which over a long sum costs more than the split gains: each step is summed
+    from zero and added to `acc` by an ordinary, rounding addition.
+    Split terms are made in registers, where only mma.sync takes them as they are. That is what a small rank gets
+    as the dot's M, being below wgmma's 64.
     """
     if SPLIT:
+        step = tl.zeros_like(acc)
         if big.dtype == tl.bfloat16:
             high = skinny.to(tl.bfloat16)
             rest = skinny - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(low, big, acc)
-            acc = tl.dot(middle, big, acc)
-            return tl.dot(high, big, acc)
+            if RANK_FIRST:
+                step = tl.dot(low.T, big.T, step)
+                step = tl.dot(middle.T, big.T, step)
+                step = tl.dot(high.T, big.T, step)
+            else:
+                step = tl.dot(big, low, step)
+                step = tl.dot(big, middle, step)
+                step = tl.dot(big, high, step)
+        elif RANK_FIRST:
+            step = tl.dot(skinny.T, big.T.to(tl.float32), step, input_precision="tf32x3")
         else:
-            return tl.dot(skinny, big.to(tl.float32), acc, input_precision="tf32x3")
+            step = tl.dot(big.to(tl.float32), skinny, step, input_precision="tf32x3")
+        return acc + step
     else:
-        return tl.dot(skinny.to(big.dtype), big, acc, input_precision=PRECISION)
+        return tl.dot(big, skinny.to(big.dtype), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -107,32 +120,75 @@ def shrink_tasks(
     out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ. Task t takes the row blocks t, t + num_tasks, …
     Programs that did no task leave first, so low ranks are early and high ranks are late.
     """
+    RANK_FIRST: tl.constexpr = SPLIT and BLOCK_R <= 32
     r_offs = tl.arange(0, BLOCK_R)
     task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
     while task < num_tasks:
         for block in range(task, tl.cdiv(M, SHRINK_M), num_tasks):
             row = block * SHRINK_M
-            acc = tl.zeros((BLOCK_R, SHRINK_M), tl.float32)
+            acc = tl.zeros((BLOCK_R, SHRINK_M) if RANK_FIRST else (SHRINK_M, BLOCK_R), tl.float32)
             for d in tl.range(0, depth, SHRINK_K, num_stages=SHRINK_STAGES):
                 src = src_desc.load([row, d])  # [SHRINK_M, SHRINK_K]
                 skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, d + tl.arange(0, SHRINK_K), r, depth)
-                acc = dot_skinny(skinny, src.T, acc, SPLIT, PRECISION)
+                acc = dot_skinny(src, skinny.T, acc, SPLIT, RANK_FIRST, PRECISION)
             m_offs = tl.arange(0, SHRINK_M)
-            mask = (r_offs < r)[:, None] & (row + m_offs < M)[None, :]
+            mask = (row + m_offs < M)[:, None] & (r_offs < r)[None, :]
+            if RANK_FIRST:
+                acc = acc.T
             out = (acc * scaling).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + tl.cast(row, tl.int64) * r + m_offs[None, :] * r + r_offs[:, None], out, mask=mask)
+            tl.store(out_ptr + tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :], out, mask=mask)
         publish(sync_ptr, DONE)
         task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
     return task - num_tasks
 
 
 @triton.jit
-def gemm_tile(
-    left_desc, right_desc, row, col, depth,
-    TRANS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def load_small(ptr, row, first_r, M, r, BLOCK_M: tl.constexpr, RANK_K: tl.constexpr):
+    """Tile [BLOCK_M, RANK_K] of S or T [M, r], zero outside."""
+    m_offs = tl.arange(0, BLOCK_M)
+    r_offs = first_r + tl.arange(0, RANK_K)
+    mask = (row + m_offs < M)[:, None] & (r_offs < r)[None, :]
+    return tl.load(ptr + tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def dot_rank(small, skinny, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + small @ skinny, one step of depth RANK_K.
+
+    With SPLIT both are fp32 and go in as two 16-bit terms each: the product of the low terms is below what the
+    16-bit output can show, a single term each would not be.
+    """
+    small_high = small.to(dtype)
+    skinny_high = skinny.to(dtype)
+    if SPLIT:
+        small_low = (small - small_high.to(tl.float32)).to(dtype)
+        skinny_low = (skinny - skinny_high.to(tl.float32)).to(dtype)
+        acc = tl.dot(small_low, skinny_high, acc)
+        acc = tl.dot(small_high, skinny_low, acc)
+    return tl.dot(small_high, skinny_high, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def lora_tile(
+    left_desc, right_desc, small_ptr, skinny_ptr, sync_ptr,
+    row, col, M, cols, depth, r, stride_r, stride_d, num_shrink_tasks, is_first,
+    dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
 ):  # fmt: skip
-    """left [rows, depth] @ right, one [BLOCK_M, BLOCK_N] tile in fp32; right is [cols, depth] with TRANS_RIGHT."""
+    """left [M, depth] @ right + small [M, r] @ skinny [r, cols]: one [BLOCK_M, BLOCK_N] tile in one fp32 accumulator.
+
+    right is [depth, cols], or [cols, depth] with TRANS_RIGHT. With WAIT, small comes from this launch's shrink tasks:
+    a program's first tile waits for all of them, its later ones need not. Operands of a rank up to RANK_K are loaded
+    before the main loop, which hides their latency; higher ranks would not leave it enough registers.
+    """
+    n_offs = col + tl.arange(0, BLOCK_N)
+    early: tl.constexpr = BLOCK_R == RANK_K
+    if early:
+        skinny = load_skinny(skinny_ptr, stride_r, stride_d, tl.arange(0, BLOCK_R), n_offs, r, cols)
+        if WAIT:
+            small = load_small(small_ptr, row, 0, tl.where(is_first, 0, M), r, BLOCK_M, RANK_K)
+        else:
+            small = load_small(small_ptr, row, 0, M, r, BLOCK_M, RANK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
         left = left_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
@@ -141,22 +197,18 @@ def gemm_tile(
         else:
             right = right_desc.load([k, col])  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def rank_step(
-    acc, small_ptr, skinny_ptr, row, col, M, cols, r, stride_r, stride_d,
-    dtype: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
-):  # fmt: skip
-    """acc + small [M, r] @ skinny [r, cols] for one tile. Unpipelined: see the register-operand wgmma trap in ptxas."""
-    m_offs = tl.arange(0, BLOCK_M)
-    n_offs = col + tl.arange(0, BLOCK_N)
-    for first in tl.static_range(0, BLOCK_R, RANK_K):
-        r_offs = first + tl.arange(0, RANK_K)
-        mask = (row + m_offs < M)[:, None] & (r_offs < r)[None, :]
-        small = tl.load(small_ptr + tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :], mask=mask, other=0.0)
-        skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, n_offs, r, cols)
-        acc = tl.dot(small.to(dtype), skinny.to(dtype), acc, input_precision=PRECISION)
+    if WAIT:
+        if is_first:
+            wait_for(sync_ptr, DONE, num_shrink_tasks)
+            if early:
+                small = load_small(small_ptr, row, 0, M, r, BLOCK_M, RANK_K)
+    if early:
+        acc = dot_rank(small, skinny, acc, dtype, SPLIT, PRECISION)
+    else:
+        # Unpipelined: pipelined wgmma with a register operand is miscompiled by ptxas before 13.3.
+        for first_r in tl.static_range(0, BLOCK_R, RANK_K):
+            r_offs = first_r + tl.arange(0, RANK_K)
+            skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, n_offs, r, cols)
+            small = load_small(small_ptr, row, first_r, M, r, BLOCK_M, RANK_K)
+            acc = dot_rank(small, skinny, acc, dtype, SPLIT, PRECISION)
     return acc

@@ -5,16 +5,7 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import ForwardConfig, Problem, block_r, forward_config
-from fusedlora.kernels.common import (
-    DONE,
-    SYNC_WORDS,
-    gemm_tile,
-    leave,
-    rank_step,
-    shrink_tasks,
-    tile_coordinates,
-    wait_for,
-)
+from fusedlora.kernels.common import SYNC_WORDS, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
     current_stream,
     device_facts,
@@ -69,13 +60,10 @@ def forward_kernel(
             tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
             row = tile_m * BLOCK_M
             col = tile_n * BLOCK_N
-            acc = gemm_tile(x_desc, w_desc, row, col, K, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-            if SHRINK:
-                if tile == first:
-                    wait_for(sync_ptr, DONE, num_shrink_tasks)
-            acc = rank_step(
-                acc, s_ptr, b_ptr, row, col, M, N, r, 1, stride_bn,
-                x_ptr.dtype.element_ty, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K,
+            acc = lora_tile(
+                x_desc, w_desc, s_ptr, b_ptr, sync_ptr,
+                row, col, M, N, K, r, 1, stride_bn, num_shrink_tasks, tile == first,
+                x_ptr.dtype.element_ty, True, SHRINK, SPLIT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K,
             )  # fmt: skip
             if HAS_BIAS:
                 n_offs = col + tl.arange(0, BLOCK_N)

@@ -1,0 +1,118 @@
+"""Compiling a launch ahead of time, for any GPU and without one, and reading what ptxas says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from fusedlora.kernels import backward, forward
+
+# SMs of a typical GPU of each compute capability: A100, A10, RTX 4090, H100, B200, RTX 5090.
+TYPICAL_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+_OPTIONS = ("num_warps", "num_stages")
+_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel and the arguments it would have been launched with."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one compiled launch needs and contains. Sizes in bytes; instruction counts are those in the PTX."""
+
+    shared: int
+    registers: int
+    spills: int
+    warnings: tuple[str, ...]
+    ptx: str
+
+    def count(self, instruction: str) -> int:
+        return self.ptx.count(instruction)
+
+
+@contextlib.contextmanager
+def recorded_launches(capability: int) -> Iterator[list[Launch]]:
+    """Inside, launchers called with CPU tensors choose as on a GPU of this capability, and launch nothing."""
+    seen: list[Launch] = []
+
+    def record(kernel: Any, num_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
+        seen.append(Launch(kernel, dict(arguments)))
+
+    with contextlib.ExitStack() as stack:
+        for module in (forward, backward):
+            stack.enter_context(mock.patch.object(module, "launch", record))
+            stack.enter_context(mock.patch.object(module, "current_stream", lambda device: 0))
+            facts = (capability, TYPICAL_SMS[capability])
+            stack.enter_context(mock.patch.object(module, "device_facts", lambda device, facts=facts: facts))
+        yield seen
+
+
+def record(capability: int, call: Callable[[], object]) -> list[Launch]:
+    """The launches that `call` would make."""
+    with recorded_launches(capability) as seen:
+        call()
+    return seen
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compiles with the specialisations Triton would choose for these arguments (16-byte multiples, ones, None)."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTER[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif type(value) is int:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = specialised and value % 16 == 0
+        else:
+            signature[name] = "fp32"
+            aligned = False
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    return triton_compile(source, target=target, options={name: launch.arguments[name] for name in _OPTIONS})
+
+
+def inspect_launch(launch: Launch, capability: int) -> Report:
+    """Compiles for an NVIDIA GPU and assembles the PTX once more with `-v` to learn what Triton doesn't tell."""
+    compiled = compile_launch(launch, GPUTarget("cuda", capability, 32))
+    architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(compiled.asm["ptx"])
+        ptx.flush()
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", ptx.name, "-o", "/dev/null"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = run.stdout + run.stderr
+    return Report(
+        shared=compiled.metadata.shared,
+        registers=max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
+        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
+        warnings=tuple(sorted(set(re.findall(r"C7[45]\d\d", said)))),
+        ptx=compiled.asm["ptx"],
+    )
