@@ -1,0 +1,139 @@
+"""What of a model belongs in an adapter's files, under PEFT's keys. Nothing here changes the model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedlora.adapter_config import HEADS, AdapterConfig, matches
+from fusedlora.linear import FusedLoRALinear
+from fusedlora.model import applied
+from fusedlora.targets import select
+
+PREFIX = "base_model.model."
+
+
+def selecting(model: nn.Module, config: AdapterConfig) -> dict[str, Any]:
+    """What says which modules take part, as arguments of apply_lora."""
+    names = list(named_modules(model))
+    targets = config.target_modules
+    if config.layers_to_transform is not None:
+        targets = "|".join(re.escape(name) for name in names if config.targets(name))
+    return {
+        "target_modules": targets,
+        "exclude_modules": config.exclude_modules,
+        "modules_to_save": _present(config, names),
+    }
+
+
+def _present(config: AdapterConfig, names: Iterable[str]) -> list[str]:
+    """modules_to_save without the heads that PEFT adds on suspicion and the model lacks."""
+    heads = HEADS.get(config.task_type or "", ())
+    every = list(names)
+    return [s for s in config.modules_to_save if s not in heads or any(matches([s], name) for name in every)]
+
+
+def planned_state(model: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:
+    """`adapter_state` as it will be after apply_lora; tensors that are still to be made are on the meta device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # apply_lora says the same again
+        selection = select(model, **selecting(model, config))
+    state: dict[str, torch.Tensor] = {}
+    for name, linear in selection.linears.items():
+        name = _clean(name)
+        _require_plain(f"{name}.weight", linear.weight)
+        r = config.rank(name)
+        state[f"{PREFIX}{name}.lora_A.weight"] = torch.empty(r, linear.in_features, device="meta")
+        state[f"{PREFIX}{name}.lora_B.weight"] = torch.empty(linear.out_features, r, device="meta")
+    saved = set(selection.saved.values())
+    return state | _saved_state({name: module for name, module in named_modules(model).items() if module in saved})
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter of `model` under PEFT's keys; they are the model's own, not copies."""
+    modules = named_modules(model)
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in lora_layers(modules).items():
+        state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        state[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    state |= _saved_state({name: modules[name] for name in saved_names(modules)})
+    for key, tensor in state.items():
+        _require_plain(key, tensor)
+    return state
+
+
+def _saved_state(saved: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for name, module in saved.items():
+        state |= {f"{PREFIX}{name}.{_clean(key)}": t for key, t in module.state_dict(keep_vars=True).items()}
+    for key, tensor in state.items():
+        _require_plain(key, tensor)
+    return state
+
+
+def saved_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Full names of the modules trained in full; apply_lora may have been given a part of the model."""
+    names: list[str] = []
+    for name, module in modules.items():
+        record = applied(module)
+        if record is not None:
+            names += [f"{name}.{saved}" if name else saved for saved in record.saved]
+    return _outermost(names, modules)
+
+
+def configured_names(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
+    """The same as the configuration has it, for `modules` of a model."""
+    return _outermost([n for n in modules if n and matches(_present(config, modules), n)], modules)
+
+
+def _outermost(names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    # A module inside another of them comes with it, and a second name of one is not another.
+    outermost = [n for n in names if n in modules and not any(n.startswith(f"{other}.") for other in names)]
+    return [leaf for name in outermost for leaf in _callables(name, modules[name])]
+
+
+def _callables(name: str, module: nn.Module) -> list[str]:
+    # PEFT wraps what it saves and can't wrap a list or dict of modules.
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [name]
+    return [leaf for key, child in module.named_children() for leaf in _callables(f"{name}.{key}", child)]
+
+
+def _require_plain(key: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{key} is on the meta device and has no values: give the model storage first")
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(f"{key} is sharded ({type(tensor).__name__}): gather it first")
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {_clean(name): module for name, module in model.named_modules()}
+
+
+def lora_layers(modules: Mapping[str, nn.Module]) -> dict[str, FusedLoRALinear]:
+    # A model that is itself one layer has no name to save it under.
+    return {name: m for name, m in modules.items() if name and isinstance(m, FusedLoRALinear)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        inner: Any = model
+        if hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is model:
+            return model
+        model = inner
+
+
+def _clean(name: str) -> str:
+    """`name` without what torch.compile, checkpoint_wrapper and FSDP1 put between a block's name and its children."""
+    wrappers = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)
