@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,11 @@ class AdapterConfig:
         return found is not None and int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
-def matches(wanted: str | Iterable[str], name: str) -> bool:
+def matches(wanted: str | Collection[str], name: str) -> bool:
     """PEFT's rule: a string is a regex for the full name, a list holds full names or dotted endings of them."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
-    return any(name == w or name.endswith(f".{w}") for w in wanted)
+    return name in wanted or any(name[dot.end() :] in wanted for dot in re.finditer(r"\.", name))
 
 
 def pattern_key(patterns: Iterable[str], name: str) -> str:

@@ -127,9 +127,9 @@ def build_config(
 def _exact_targets(layers: Iterable[str], all_names: Iterable[str]) -> str | list[str]:
     """The shortest of: last names, full names, one regex, that PEFT matches to `layers` and to nothing else."""
     wanted, every = set(layers), list(all_names)
-    for names in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
+    for names in ({name.rpartition(".")[2] for name in wanted}, wanted):
         if {name for name in every if matches(names, name)} == wanted:
-            return names
+            return sorted(names)
     return "|".join(re.escape(name) for name in sorted(wanted))
 
 
