@@ -40,7 +40,8 @@ def reader_of_weight(name: str, modules: dict[str, nn.Module]) -> str | None:
     parts = name.split(".")
     for depth in range(len(parts)):
         owner = modules[".".join(parts[:depth])]
-        if not any(_covers(path, tuple(parts[depth:])) for path in weight_reads(owner.__class__)):
+        reads = weight_reads(type(owner))  # type: ignore[arg-type]  # mypy takes Module's __hash__ for its class's
+        if not any(_covers(path, tuple(parts[depth:])) for path in reads):
             continue
         title = f"{type(owner).__name__} {'.'.join(parts[:depth]) or '(the model itself)'}"
         if isinstance(owner, nn.TransformerEncoderLayer):
