@@ -135,6 +135,7 @@ def _exact_targets(layers: Iterable[str], all_names: Iterable[str]) -> str | lis
 
 def _exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Entries for the names whose value isn't `default`, such that PEFT's rule gives every name its own value."""
+    # An anchored key is read from peft 0.15 on, so it comes second.
     for spell in (str, lambda name: f"^{re.escape(name)}"):
         patterns = {spell(name): value for name, value in values.items() if value != default}
         hits = {n: {v for key, v in patterns.items() if compiled_pattern(key).match(n)} for n in values}
