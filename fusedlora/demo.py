@@ -152,10 +152,10 @@ def run(args: argparse.Namespace) -> int:
     linears = sum(type(m) is torch.nn.Linear for m in base.encoder.modules())
     print(f"model  all-MiniLM-L6-v2, {linears} Linear layers, {sum(p.numel() for p in base.parameters()):,} parameters")
     print("head   on the frozen encoder …", end=" ", flush=True)
-    features = [(collect(base.embed, split), split.labels) for split in (train_split, val)]
+    features, val_features = collect(base.embed, train_split), collect(base.embed, val)
     with torch.no_grad():
-        untrained = score(base.head(features[1][0]), val.labels)[1]
-    frozen = train_head(base.head, *features)
+        untrained = score(base.head(val_features), val.labels)[1]
+    frozen = train_head(base.head, (features, train_split.labels), (val_features, val.labels))
     head_size = sum(p.numel() for p in base.head.parameters())
     print(f"accuracy {untrained:.1%} → {frozen:.1%}")
 

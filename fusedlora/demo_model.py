@@ -150,6 +150,7 @@ class Recipe:
     lr: float = 2e-3
     head_lr: float = 1e-3
     warmup: float = 0.1
+    label_smoothing: float = 0.1
     max_norm: float = 1.0
     evaluations: int = 6  # over the whole training
     steps: int | None = None  # stop there, whatever epochs says
@@ -182,7 +183,8 @@ def train(model: Classifier, split: Split, val: Split, recipe: Recipe, bar: Call
             batches = batches or split.shuffled(recipe.batch_size, rng)
             rows = batches.pop()
             begin = time.perf_counter()
-            loss = F.cross_entropy(model(*split.batch(rows)), split.labels[rows])
+            logits = model(*split.batch(rows))
+            loss = F.cross_entropy(logits, split.labels[rows], label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(adapters, recipe.max_norm)

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # Left out where only some installations have them: removed by Python 3.12 or 3.13, or packaged apart.
@@ -25,8 +26,7 @@ class Corpus:
     val: list[tuple[str, int]]
 
 
-def _sources(package: str) -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
+def _sources(root: Path, package: str) -> list[Path]:
     folder, module = root / package, root / f"{package}.py"
     if folder.is_dir():
         files = folder.rglob("*.py")
@@ -46,6 +46,19 @@ def _docstrings(file: Path) -> Iterator[str]:
                 yield text
 
 
+@cache
+def _by_package(root: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for package in sorted(sys.stdlib_module_names - NOT_EVERYWHERE):
+        for file in _sources(root, package):
+            for text in _docstrings(file):
+                if text not in seen:
+                    seen.add(text)
+                    found.setdefault(package, []).append(text)
+    return found
+
+
 def stdlib_docstrings(packages: int = 20, *, at_most: int = 250, val_share: float = 0.2, seed: int = 0) -> Corpus:
     """Docstrings of the packages that have most of them, split at random within each package.
 
@@ -60,26 +73,18 @@ def stdlib_docstrings(packages: int = 20, *, at_most: int = 250, val_share: floa
     Raises:
         RuntimeError: the standard library's sources are not installed (some embedded Pythons ship bytecode only).
     """
-    found: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    for package in sorted(sys.stdlib_module_names - NOT_EVERYWHERE):
-        for file in _sources(package):
-            for text in _docstrings(file):
-                if text not in seen:
-                    seen.add(text)
-                    found.setdefault(package, []).append(text)
+    root = Path(sysconfig.get_path("stdlib"))
+    found = _by_package(root)
     names = sorted(sorted(found), key=lambda name: -len(found[name]))[:packages]
     if len(names) < packages:
         raise RuntimeError(
-            f"{len(names)} packages with docstrings in {sysconfig.get_path('stdlib')}, the demo needs {packages}: "
+            f"{len(names)} packages with docstrings in {root}, the demo needs {packages}: "
             "this Python has come without the sources of its standard library"
         )
     rng = random.Random(seed)
     train, val = [], []
     for label, name in enumerate(names):
-        texts = found[name]
-        rng.shuffle(texts)
-        texts = texts[:at_most]
+        texts = rng.sample(found[name], min(at_most, len(found[name])))
         held_out = max(1, round(len(texts) * val_share))
         val += [(text, label) for text in texts[:held_out]]
         train += [(text, label) for text in texts[held_out:]]
