@@ -189,7 +189,7 @@ def train(model: Classifier, split: Split, val: Split, recipe: Recipe, bar: Call
             loss.backward()
             nn.utils.clip_grad_norm_(adapters, recipe.max_norm)
             optimizer.step()
-            history.loss.append(loss.item())
+            history.loss.append(F.cross_entropy(logits.detach(), split.labels[rows]).item())  # without the smoothing
             history.step_s.append(time.perf_counter() - begin)
             schedule.step()
             if i + 1 in evaluate_at:

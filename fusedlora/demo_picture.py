@@ -54,7 +54,7 @@ def _over_rank(accuracy: Any, share: Any, results: Sequence[Any], frozen: float,
     for ax in (accuracy, share):
         ax.set_xticks(list(places), [str(t.r) for t in results])
         ax.set_xlim(-0.6, len(results) - 0.2)
-        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     _clean(accuracy, "Accuracy over rank (bars: standard error)", "")
     _clean(share, "Trainable parameters, of all", "rank r")
     share.set_ylim(0, max(t.share for t in results) * 1.25)
@@ -66,7 +66,7 @@ def draw(results: Sequence[Any], untrained: float, frozen: float, n: int, path: 
     from matplotlib.figure import Figure  # no pyplot: no window system is asked for
 
     several = len(results) > 1
-    figure = Figure(figsize=(14.5 if several else 10.5, 4.9), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(14.5 if several else 10.5, 5.4), dpi=150, facecolor="white", layout="constrained")
     grid = figure.add_gridspec(2, 3 if several else 2, height_ratios=(3, 2), hspace=0.08, wspace=0.06)
     loss, accuracy = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
 
@@ -82,7 +82,7 @@ def draw(results: Sequence[Any], untrained: float, frozen: float, n: int, path: 
         loss.plot(at, val_loss, "o", color=colour, markerfacecolor="white", markeredgewidth=1.5, label=val_label)
         accuracy.plot(at, val_accuracy, "o-", color=colour, linewidth=1.8, markersize=5, label=f"LoRA, r = {t.r}")
 
-    _clean(loss, "Cross entropy" + (" (line: training, ○: validation)" if several else ""), "step")
+    _clean(loss, "Cross entropy" + (" (lines: training, circles: validation)" if several else ""), "step")
     loss.set_ylim(0, None)
     loss.legend(frameon=False, fontsize=9)
     _clean(accuracy, "Accuracy on held-out docstrings", "step")
@@ -90,7 +90,7 @@ def draw(results: Sequence[Any], untrained: float, frozen: float, n: int, path: 
     seen = [a for t in results for _, _, a in t.history.val]
     margin = max(0.02, 0.35 * (max(*seen, frozen) - min(*seen, frozen)))
     accuracy.set_ylim(min(*seen, frozen) - margin, min(1.0, max(*seen, frozen) + margin))
-    accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     if several:
         accuracy.legend(frameon=False, fontsize=9, loc="lower right")
         _over_rank(figure.add_subplot(grid[0, 2]), figure.add_subplot(grid[1, 2]), results, frozen, n)
@@ -101,8 +101,6 @@ def draw(results: Sequence[Any], untrained: float, frozen: float, n: int, path: 
             textcoords="offset points", ha="right", fontsize=10, fontweight="bold", color=COLOURS[0],
         )  # fmt: skip
 
-    figure.suptitle(
-        f"LoRA on every Linear of all-MiniLM-L6-v2: which package is a docstring from?  ({subtitle})",
-        x=0.01, ha="left", fontsize=11, color=INK,
-    )  # fmt: skip
+    title = "LoRA on every Linear of all-MiniLM-L6-v2: which package is a docstring from?"
+    figure.suptitle(f"{title}\n{subtitle}\n", x=0.012, ha="left", fontsize=12, linespacing=1.5, color=INK)
     figure.savefig(path)
