@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backends import explain as explain
     from .checkpoint import load_adapter as load_adapter
     from .checkpoint import save_adapter as save_adapter
+    from .explanation import explain as explain
     from .functional import lora_linear as lora_linear
     from .linear import FusedLoRALinear as FusedLoRALinear
     from .model import apply_lora as apply_lora
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 _HOME = {
     "lora_linear": "functional",
     "FusedLoRALinear": "linear",
-    "explain": "backends",
+    "explain": "explanation",
     "apply_lora": "model",
     "report": "model",
     "merge_lora": "model",

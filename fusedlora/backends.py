@@ -1,9 +1,10 @@
-"""The backends in order of preference, and the one place that picks between them."""
+"""The backends in order of preference, the one place that picks between them, and explain()."""
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from . import reference
 
 
 class Call(NamedTuple):
-    """What decides who takes a call. A tuple, without M: cheap to build and the key of the choices made."""
+    """What decides who takes a call. A tuple, without M: cheap to build, and the key of the choices made."""
 
     named: bool  # asked for by name, not by "auto"
     device: torch.device
@@ -38,121 +39,192 @@ class Backend:
     backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
-_ALIGNED = (0, 1, 0)
-
-
 def describe_call(
     backend: str,
-    like: Tensor,
+    x: Tensor,
     weight: Tensor | None,
-    param_dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
     adapter_dtype: torch.dtype,
-    N: int,
-    K: int,
-    r: int,
-    masked: bool,
 ) -> Call:
-    dtype = like.dtype
-    layout = _ALIGNED
-    if weight is not None:
+    """The call of lora_linear's tensors; x may be dy, and weight None where no asked gradient reads it."""
+    r, K = lora_A.shape
+    N = lora_B.shape[0]
+    dtype = x.dtype
+    if weight is None:
+        layout = (K, 1, 0)
+    else:
         row, last = weight.stride()
-        layout = (row, last, weight.data_ptr() % 16 if like.is_cuda else 0)
+        layout = (row, last, weight.data_ptr() % 16)
     precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else ""
-    return Call(
-        backend != "auto", like.device, dtype, adapter_dtype, param_dtype, N, K, r, masked, layout, precision
-    )
+    named = backend != "auto"
+    return Call(named, x.device, dtype, adapter_dtype, lora_A.dtype, N, K, r, mask is not None, layout, precision)
 
 
-@lru_cache(None)
-def _triton_import_error() -> str | None:
+@cache
+def _triton_missing() -> str | None:
     """Why the kernels cannot be imported, None when they can."""
     try:
-        import triton  # noqa: F401
-
         from fusedlora.kernels import backward, forward  # noqa: F401
     except Exception as error:  # a broken install raises anything; the reason is kept and shown
-        return f"triton cannot be imported ({type(error).__name__}: {error})"
+        return f"triton cannot be used ({type(error).__name__}: {error})"
     return None
 
 
-@lru_cache(None)
+@cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+# Where kernels whose programs wait for one another have been run; elsewhere each call takes two launches.
+_WAITING_HAS_RUN = ((9, 0),)
+
+
+@cache
+def _one_launch(device: torch.device) -> bool:
+    return device.type != "cuda" or _capability(device) in _WAITING_HAS_RUN
+
+
 def _interpreted() -> bool:
-    if _triton_import_error() is not None:
+    """Whether this process runs the kernels in triton's interpreter, and so on CPU tensors."""
+    if _triton_missing() is not None:
         return False
     from fusedlora.kernels.common import INTERPRET
 
     return bool(INTERPRET)
 
 
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
 def _triton_why_not(call: Call) -> str | None:
     kind = call.device.type
-    if kind != "cuda" and not (kind == "cpu" and call.named and _interpreted()):
-        return f"x is on {kind}, the kernels run on cuda"
     if kind == "cuda":
         if torch.version.hip is not None:
-            return "ROCm is not supported yet"
+            return "this is a ROCm build of torch, where the kernels have not been run"
         capability = _capability(call.device)
         if capability < (8, 0):
             return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    error = _triton_import_error()
-    if error is not None:
-        return error
-    if call.dtype not in _TRITON_DTYPES:
-        return f"dtype {call.dtype} is none of bfloat16, float16, float32"
+        if (missing := _triton_missing()) is not None:
+            return missing
+    elif call.named and (missing := _triton_missing()) is not None:
+        return missing
+    elif not (kind == "cpu" and call.named and _interpreted()):
+        return f"x is on {kind}, the kernels run on cuda"
+    if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype is {call.dtype}, the kernels take bfloat16, float16 and float32"
     if call.masked:
-        return "dropout is on"
-    if call.r > 256:
-        return f"r is {call.r}, above 256"
+        return "dropout is on, the kernels have none"
     size = call.dtype.itemsize
     for name, columns in (("in_features", call.K), ("out_features", call.N)):
         if columns * size % 16:
-            return f"{name} {columns} of {size} bytes is not a multiple of 16 bytes"
+            return f"{name} {columns} of {call.dtype} is not a multiple of 16 bytes"
+    if call.r > 256:
+        return f"r is {call.r}, the kernels take up to 256"
     row, last, offset = call.weight_layout
-    if last != 1 or row * size % 16 or offset:
-        return f"weight has strides ({row}, {last}) and address % 16 = {offset}: rows must be contiguous and aligned"
+    if last != 1 or row < call.K or row * size % 16 or offset:
+        return (
+            f"weight has strides ({row}, {last}) and starts {offset} bytes past a multiple of 16: "
+            "its rows must be contiguous and start at multiples of 16 bytes"
+        )
     if not call.named and call.precision == "highest":
-        return 'x is float32 and float32_matmul_precision is "highest"'
+        return 'x is float32 and torch.get_float32_matmul_precision() is "highest"'
     return None
 
 
 def _triton_forward(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, mask: Tensor | None,
-    *, scaling: float, dropout_p: float, adapter_dtype: torch.dtype, save_s: bool,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    save_s: bool,
 ) -> tuple[Tensor, Tensor | None]:
     from fusedlora.kernels.forward import lora_forward
 
     return lora_forward(
-        x, weight, lora_A, lora_B, bias, scaling=scaling, adapter_dtype=adapter_dtype, save_s=save_s
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        bias,
+        scaling=scaling,
+        adapter_dtype=adapter_dtype,
+        save_s=save_s,
+        one_launch=_one_launch(x.device),
     )
 
 
 def _triton_backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
-    s: Tensor | None, mask: Tensor | None,
-    *, scaling: float, dropout_p: float, adapter_dtype: torch.dtype, param_dtype: torch.dtype,
-    need_dx: bool, need_dA: bool, need_dB: bool,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from fusedlora.kernels.backward import lora_backward
 
+    if weight is None:  # read by no asked gradient: a shape without memory stands in
+        weight = dy.new_empty(1).expand(dy.shape[1], lora_A.shape[1])
     return lora_backward(
-        dy, x, weight, lora_A, lora_B, s,
-        scaling=scaling, adapter_dtype=adapter_dtype, need_dx=need_dx, need_dA=need_dA, need_dB=need_dB,
+        dy,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        s,
+        scaling=scaling,
+        adapter_dtype=adapter_dtype,
+        need_dx=need_dx,
+        need_dA=need_dA,
+        need_dB=need_dB,
+        one_launch=_one_launch(dy.device),
     )
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast casts a floating tensor on this one's device to, None where it is off."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from casting what lora_linear has already put in the right dtype."""
+    if autocast_dtype(tensor) is None:
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _reference_forward(x: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+    with without_autocast(x):
+        return reference.forward(x, *args, **settings)
+
+
+def _reference_backward(dy: Tensor, *args: Any, **settings: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    with without_autocast(dy):
+        return reference.backward(dy, *args, **settings)
+
+
 TRITON = Backend("triton", _triton_why_not, _triton_forward, _triton_backward)
-REFERENCE = Backend("reference", lambda call: None, reference.forward, reference.backward)
+REFERENCE = Backend("reference", lambda call: None, _reference_forward, _reference_backward)
 BACKENDS = (TRITON, REFERENCE)
 NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
-last_used: str | None = None  # name of the backend the latest call took
+last_used: str | None = None  # name of the backend that the latest call took
 _chosen: dict[tuple[str, Call], Backend] = {}
 _warned: set[str] = set()
 
@@ -176,41 +248,32 @@ def select(name: str, call: Call) -> Backend:
 
 
 def _choose(name: str, call: Call) -> Backend:
-    if name != "auto":
-        backend = next((b for b in BACKENDS if b.name == name), None)
-        if backend is None:
-            raise ValueError(f"backend is {name!r}, must be one of {', '.join(NAMES)}")
-        reason = backend.why_not(call)
-        if reason is not None:
-            raise RuntimeError(f"backend {name!r} does not take this call: {reason}")
+    if name == "auto":
+        refusals = {}
+        for backend in BACKENDS:
+            reason = backend.why_not(call)
+            if reason is None:
+                break
+            refusals[backend.name] = reason
+        if call.device.type == "cuda":
+            for refusing, reason in refusals.items():
+                if reason not in _warned:
+                    _warned.add(reason)
+                    warnings.warn(
+                        f"fusedlora takes its {backend.name} path, not {refusing}: {reason}. "
+                        "fusedlora.explain() says so for any call; this reason is not repeated.",
+                        stacklevel=2,
+                    )
         return backend
+    backend = _by_name(name)
+    reason = backend.why_not(call)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} does not take this call: {reason}")
+    return backend
+
+
+def _by_name(name: str) -> Backend:
     for backend in BACKENDS:
-        reason = backend.why_not(call)
-        if reason is None:
+        if backend.name == name:
             return backend
-        if call.device.type == "cuda" and reason not in _warned:
-            _warned.add(reason)
-            warnings.warn(f"fusedlora does not use its {backend.name} kernels: {reason}", stacklevel=2)
-    raise RuntimeError("no backend takes this call")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend a call takes and why the others do not."""
-
-    backend: str
-    why_not: dict[str, str]
-    config: str | None = None
-    copies: tuple[str, ...] = field(default=())
-
-    def __str__(self) -> str:
-        lines = [f"backend: {self.backend}"]
-        if self.config is not None:
-            lines.append(f"config: {self.config}")
-        lines += [f"not {name}: {reason}" for name, reason in self.why_not.items()]
-        lines += [f"copy: {copy}" for copy in self.copies]
-        return "\n".join(lines)
-
-
-def explain(x: Tensor, weight: Any, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Explanation:
-    raise NotImplementedError
+    raise ValueError(f"backend is {name!r}, must be one of {', '.join(NAMES)}")

@@ -1,6 +1,11 @@
-"""The two ops of the package as torch.library sees them: schemas, fakes, implementations.
+"""The package's two ops as torch.library sees them: schemas, fakes, implementations.
 
-Low-level Library registration, since a custom_op costs several times its host time.
+Registered on a low-level Library: a custom_op costs several times its host time. Both ops take x and dy flattened to
+two dimensions, choose their backend by name and tensors, and write into none of their inputs.
+
+    forward   y [M, N] in x's dtype and S [M, r] in adapter_dtype, S empty unless save_s
+    backward  dx [M, K] in dy's dtype, dA [r, K] and dB [N, r] in lora_A's; empty where not needed. x is read for dA,
+              weight for dx, s for dB; each may be None where it is not.
 """
 
 import torch
@@ -9,25 +14,35 @@ from torch import Tensor
 from .backends import describe_call, select
 
 LIB = torch.library.Library("fusedlora", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag,)
 
 LIB.define(
     "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mask, float scaling, "
     "float dropout_p, ScalarType adapter_dtype, bool save_s, str backend) -> (Tensor y, Tensor s)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=TAGS,
 )
 LIB.define(
-    "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? s, Tensor? mask, "
-    "float scaling, float dropout_p, ScalarType adapter_dtype, ScalarType param_dtype, SymInt K, SymInt r, "
-    "bool need_dx, bool need_dA, bool need_dB, str backend) -> (Tensor dx, Tensor dA, Tensor dB)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? mask, "
+    "float scaling, float dropout_p, ScalarType adapter_dtype, bool need_dx, bool need_dA, bool need_dB, "
+    "str backend) -> (Tensor dx, Tensor dA, Tensor dB)",
+    tags=TAGS,
 )
 
 
-def _forward(x, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_dtype, save_s, backend):
-    N, K = weight.shape
-    call = describe_call(
-        backend, x, weight, lora_A.dtype, adapter_dtype, N, K, lora_A.shape[0], mask is not None
-    )
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    save_s: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    call = describe_call(backend, x, weight, lora_A, lora_B, mask, adapter_dtype)
     y, s = select(backend, call).forward(
         x,
         weight,
@@ -43,19 +58,40 @@ def _forward(x, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_
     return y, x.new_empty(0, dtype=adapter_dtype) if s is None else s
 
 
-def _forward_fake(x, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_dtype, save_s, backend):
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    s = x.new_empty((x.shape[0], lora_A.shape[0]) if save_s else (0,), dtype=adapter_dtype)
-    return y, s
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    save_s: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    M, r = x.shape[0], lora_A.shape[0]
+    return x.new_empty(M, weight.shape[0]), x.new_empty((M, r) if save_s else (0,), dtype=adapter_dtype)
 
 
 def _backward(
-    dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout_p, adapter_dtype, param_dtype, K, r,
-    need_dx, need_dA, need_dB, backend,
-):  # fmt: skip
-    call = describe_call(
-        backend, dy, weight, param_dtype, adapter_dtype, dy.shape[1], K, r, mask is not None
-    )
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = describe_call(backend, dy, weight, lora_A, lora_B, mask, adapter_dtype)
     dx, dA, dB = select(backend, call).backward(
         dy,
         x,
@@ -67,27 +103,39 @@ def _backward(
         scaling=scaling,
         dropout_p=dropout_p,
         adapter_dtype=adapter_dtype,
-        param_dtype=param_dtype,
         need_dx=need_dx,
         need_dA=need_dA,
         need_dB=need_dB,
     )
     return (
         dy.new_empty(0) if dx is None else dx,
-        dy.new_empty(0, dtype=param_dtype) if dA is None else dA,
-        dy.new_empty(0, dtype=param_dtype) if dB is None else dB,
+        lora_A.new_empty(0) if dA is None else dA,
+        lora_B.new_empty(0) if dB is None else dB,
     )
 
 
 def _backward_fake(
-    dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout_p, adapter_dtype, param_dtype, K, r,
-    need_dx, need_dA, need_dB, backend,
-):  # fmt: skip
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     M, N = dy.shape
+    r, K = lora_A.shape
     return (
         dy.new_empty((M, K) if need_dx else (0,)),
-        dy.new_empty((r, K) if need_dA else (0,), dtype=param_dtype),
-        dy.new_empty((N, r) if need_dB else (0,), dtype=param_dtype),
+        lora_A.new_empty((r, K) if need_dA else (0,)),
+        lora_B.new_empty((N, r) if need_dB else (0,)),
     )
 
 
@@ -96,5 +144,6 @@ LIB.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedlora::forward", _forward_fake, lib=LIB)
 torch.library.register_fake("fusedlora::backward", _backward_fake, lib=LIB)
 
+# the overloads themselves: calling through the packet would look them up each time
 forward = torch.ops.fusedlora.forward.default
 backward = torch.ops.fusedlora.backward.default

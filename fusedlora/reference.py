@@ -56,39 +56,37 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
     s: Tensor | None,
     mask: Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
-    param_dtype: torch.dtype,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx [M, K] in dy's dtype, dA [r, K] and dB [N, r] in param_dtype; None for what is not needed.
+    """dx [M, K] in dy's dtype, dA [r, K] and dB [N, r] in lora_A's; None for what is not needed.
 
-    dx reads weight, lora_A and lora_B; dA reads x and lora_B; dB reads s. What no asked gradient reads may be None.
+    weight is read for dx, x for dA, s for dB; each may be None where it is not.
     """
     dx = dA = dB = None
     keep = 1.0 / (1.0 - dropout_p) if mask is not None else 1.0
-    dy_a = dy.to(adapter_dtype) if need_dx or need_dA or need_dB else dy
+    dy_a = dy.to(adapter_dtype)
     if need_dx or need_dA:
-        assert lora_B is not None
         t = _scaled_mm(dy_a, lora_B.to(adapter_dtype), scaling)
     if need_dA:
         assert x is not None
         masked = x if mask is None else x * mask
-        dA = _scaled_mm(t.t(), masked.to(adapter_dtype), keep).to(param_dtype)
+        dA = _scaled_mm(t.t(), masked.to(adapter_dtype), keep).to(lora_A.dtype)
         del masked
     if need_dB:
         assert s is not None
-        dB = (dy_a.t() @ s).to(param_dtype)
+        dB = (dy_a.t() @ s).to(lora_A.dtype)
     if need_dx:
-        assert weight is not None and lora_A is not None
+        assert weight is not None
         dx = dy @ weight
         a = lora_A.to(adapter_dtype)
         if mask is None:

@@ -1,0 +1,122 @@
+"""explain(): which backend a call takes, with which tiles, what it copies, and why the others do not take it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .functional import admit
+from .linear import FusedLoRALinear
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would do; str() gives it in a few lines."""
+
+    backend: str
+    why_not: dict[str, str]  # the reason of each backend that does not take the call
+    config: str | None  # how the kernels are launched, None where no kernel is
+    copies: tuple[str, ...]  # tensors that are made beside the outputs, S and T
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"]
+        if self.config is not None:
+            lines.append(f"config: {self.config}")
+        lines += [f"not {name}: {reason}" for name, reason in self.why_not.items()]
+        lines += [f"copy: {copy}" for copy in self.copies]
+        return "\n".join(lines)
+
+
+def explain(
+    x: Tensor,
+    layer_or_weight: FusedLoRALinear | Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> Explanation:
+    """What `layer(x)`, or lora_linear with these tensors, would do here and now, autocast included. Runs nothing.
+
+    Args:
+        x: [..., in_features].
+        layer_or_weight: a FusedLoRALinear, which brings all the rest, or weight [out_features, in_features].
+        lora_A, lora_B, bias, dropout_p, training, backend: as in lora_linear, beside a weight only.
+
+    Raises what the call would raise for its arguments, but for a named backend that does not take the call: that one
+    is answered with its reason in why_not and "none" as the backend.
+    """
+    if isinstance(layer_or_weight, FusedLoRALinear):
+        layer = layer_or_weight
+        if not layer.adapter_in_use:
+            state = "merged into the weight" if layer.merged else "turned off"
+            reasons = {b.name: f"the adapter is {state}" for b in backends.BACKENDS}
+            return Explanation("plain linear", reasons, None, ())
+        weight, lora_A, lora_B, bias = layer.weight, layer.lora_A, layer.lora_B, layer.bias
+        dropout_p, training, backend = layer.lora_dropout, layer.training, layer.backend
+    else:
+        weight = layer_or_weight
+    if lora_A is None or lora_B is None:
+        raise TypeError("explain takes a FusedLoRALinear, or weight, lora_A and lora_B")
+    given = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
+    with torch.no_grad():
+        x, weight, lora_A, lora_B, bias, adapter_dtype = admit(
+            x, weight, lora_A, lora_B, bias, scaling=1.0, dropout_p=dropout_p, backend=backend
+        )
+    now = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
+    copies = [
+        f"{name}, cast to {tensor.dtype} by autocast"
+        for name, tensor in now.items()
+        if tensor is not None and tensor is not given[name]
+    ]
+    mask = torch.empty(0, dtype=torch.bool) if training and dropout_p > 0.0 else None
+    if mask is not None:
+        copies.append("dropout mask, one byte an element of x; x under the mask")
+    call = backends.describe_call(backend, x, weight, lora_A, lora_B, mask, adapter_dtype)
+    reasons = {}
+    taker = None
+    for candidate in backends.BACKENDS:
+        reason = candidate.why_not(call)
+        if backend not in ("auto", candidate.name):
+            reason = reason or f"backend {backend!r} was asked for"
+        elif reason is None and taker is not None:
+            reason = f"{taker} comes first"
+        if reason is None:
+            taker = candidate.name
+        else:
+            reasons[candidate.name] = reason
+    config = None
+    if taker == "triton":
+        flat = x.reshape(-1, x.shape[-1])
+        config = _triton_config(flat, call)
+        copies += _triton_copies(flat, lora_A, lora_B)
+    elif taker == "reference" and adapter_dtype != x.dtype:
+        copies.append(f"x in {adapter_dtype}, for the adapter's products")
+    return Explanation(taker or "none", reasons, config, tuple(copies))
+
+
+def _triton_config(x: Tensor, call: backends.Call) -> str:
+    from fusedlora.kernels.launch import device_facts, precision_of
+
+    from .config import Problem, backward_config, forward_config
+
+    M, size, split = x.shape[0], x.element_size(), call.adapter_dtype != call.dtype
+    ieee = precision_of(call.dtype) == "ieee"
+    facts = device_facts(call.device)
+    launches = "one launch" if backends._one_launch(call.device) else "two launches"
+    forward = forward_config(Problem(M, call.N, call.K, call.r, size, split, ieee, *facts))
+    backward = backward_config(Problem(M, call.K, call.N, call.r, size, split, ieee, *facts))
+    return f"{launches} each way; forward {forward}; backward {backward}"
+
+
+def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
+    from fusedlora.kernels.launch import row_major, skinny_rows
+
+    copies = []
+    if row_major(x) is not x:
+        copies.append("x, made contiguous: its rows must be contiguous and start at multiples of 16 bytes")
+    copies += [f"{n}, made contiguous" for n, t in (("lora_A", lora_A), ("lora_B", lora_B)) if skinny_rows(t) is not t]
+    return copies

@@ -1,0 +1,39 @@
+"""Where a merged layer's base weight waits for unmerge()."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+
+class KeptWeight:
+    """The base weight of a merged layer. A class of its own, so that no module registers it as a parameter."""
+
+    def __init__(self, parameter: nn.Parameter, keep: Literal["cpu", "device"]) -> None:
+        self.keep = keep
+        self.requires_grad = parameter.requires_grad
+        self.original: weakref.ref[nn.Parameter] | None = None
+        if keep == "cpu" and parameter.device.type != "cpu":
+            self.weight = parameter.detach().to("cpu")
+            # so that a weight shared with another module is shared again afterwards
+            self.original = weakref.ref(parameter)
+        else:
+            self.weight = parameter
+
+    def restore(self, like: Tensor) -> nn.Parameter:
+        """The parameter to put back, on the device and in the dtype of `like`."""
+        shared = None if self.original is None else self.original()
+        base = self.weight if shared is None else shared
+        if base.device != like.device or base.dtype != like.dtype:
+            base = self.weight.detach().to(like.device, like.dtype)
+        return base if isinstance(base, nn.Parameter) else nn.Parameter(base, self.requires_grad)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow the layer in .to(), .half() and their like."""
+        moved = fn(self.weight)
+        if moved is not self.weight:
+            self.weight = nn.Parameter(moved, self.requires_grad)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "original": None}  # a copy shares nothing with the original's owners
