@@ -49,6 +49,7 @@ def explain(
     Raises what the call would raise for its arguments, but for a named backend that does not take the call: that one
     is answered with its reason in why_not and "none" as the backend.
     """
+    weight: Tensor
     if isinstance(layer_or_weight, FusedLoRALinear):
         layer = layer_or_weight
         if not layer.adapter_in_use:
