@@ -9,9 +9,10 @@ Which modules are taken and why others aren't is in `targets.py`; what moves alo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -153,13 +154,16 @@ def merge_lora(model: nn.Module, *, keep_base: Literal["cpu", "device", False] =
             + "\nuntie first: give the layer a weight of its own (layer.weight = nn.Parameter(layer.weight.clone(), "
             "requires_grad=False)) and set model.config.tie_word_embeddings = False where there is one"
         )
-    for name, layer in layers.items() if keep_base is False else ():
-        # Without a base there is no way back, so every weight is tried before the first is replaced.
-        _require_finite(name, layer)
     done: list[FusedLoRALinear] = []
     try:
-        for layer in layers.values():
-            layer.merge(keep_base=keep_base)
+        if keep_base is False:
+            # Without a base there is no way back, so every weight is tried before the first is replaced.
+            for name, layer in layers.items():
+                with _naming(name):
+                    layer.merged_weight()
+        for name, layer in layers.items():
+            with _naming(name):
+                layer.merge(keep_base=keep_base)
             done.append(layer)
     except BaseException:
         if keep_base is not False:
@@ -172,12 +176,13 @@ def merge_lora(model: nn.Module, *, keep_base: Literal["cpu", "device", False] =
 def unmerge_lora(model: nn.Module) -> nn.Module:
     """Put the base weights back under every merged adapter, bit for bit, and return the model.
 
-    Raises ValueError where no layer is merged, and as FusedLoRALinear.unmerge where a base was not kept; then nothing
-    is unmerged.
+    Raises ValueError where no layer is merged, and RuntimeError, with nothing unmerged, where a base was not kept.
     """
     layers = {name: layer for name, layer in _layers(model).items() if layer.merged}
     if not layers:
         raise ValueError(f"model {type(model).__name__} has no merged FusedLoRALinear")
+    if lost := [name for name, layer in layers.items() if not layer.can_unmerge]:
+        raise RuntimeError(f"{', '.join(lost)}: the base weight was not kept (merged with keep_base=False)")
     for layer in layers.values():
         layer.unmerge()
     return model
@@ -204,6 +209,14 @@ def _layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRALinear)}
 
 
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; nothing was merged") from error
+
+
 def _plain(layer: FusedLoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = layer.weight
@@ -223,14 +236,6 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module], undo: list[Ca
     for old, module in new.items():
         undo.append(functools.partial(carry.rebind, old))
         carry.rebind(module)
-
-
-def _require_finite(name: str, layer: FusedLoRALinear) -> None:
-    with torch.no_grad():
-        delta = layer.lora_B.float() @ layer.lora_A.float()
-        merged = delta.mul_(layer.scaling).add_(layer.weight).to(layer.weight.dtype)
-    if not bool(torch.isfinite(merged).all()):
-        raise ValueError(f"the merged weight of {name!r} is not finite in {layer.weight.dtype}; nothing was merged")
 
 
 def _watch_checkpointing(model: nn.Module) -> None:

@@ -54,7 +54,7 @@ def vit() -> nn.Module:
 
 def encoder(*, batch_first: bool = False) -> nn.Module:
     layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=48, dropout=0.0, batch_first=batch_first)
-    return nn.TransformerEncoder(layer, 2)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
 
 
 def call(kind: str, model: nn.Module) -> Tensor:

@@ -19,6 +19,9 @@ assert _spec is not None and _spec.loader is not None
 zoo = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
 _spec.loader.exec_module(zoo)
 
+# transformers renames these; the old names are in every version from 5.0 on.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
 KINDS = list(zoo.BUILD)
 CAUSAL = ["gpt2", "llama"]
 SWAPPED = {"gpt2": 8, "llama": 14, "vit": 12, "encoder": 4, "mlp": 2}
@@ -212,17 +215,19 @@ def test_merge_is_all_or_nothing() -> None:
         before = dict(model.named_parameters())
         with torch.no_grad():
             model.head.lora_A[0, 0] = float("nan")
-        with pytest.raises(ValueError, match="finite"):
+        with pytest.raises(ValueError, match="^head: .*finite.*nothing was merged"):
             merge_lora(model, keep_base=keep_base)
         assert all(before[n] is p for n, p in model.named_parameters())
         assert not any(layer.merged for layer in report(model).layers)
 
 
 def test_unmerge_without_a_base_changes_nothing() -> None:
-    model = merge_lora(zoo.adapted(zoo.MLP(), ["fc2"]), keep_base=False)
-    with pytest.raises((ValueError, RuntimeError), match="base"):
+    model = zoo.adapted(zoo.MLP(), ["fc1", "fc2"])
+    model.fc2.merge(keep_base=False)
+    merge_lora(model)
+    with pytest.raises(RuntimeError, match="fc2: the base weight was not kept"):
         unmerge_lora(model)
-    assert model.fc2.merged
+    assert model.fc1.merged and model.fc2.merged
     with pytest.raises(ValueError, match="no FusedLoRALinear"):
         merge_lora(zoo.MLP())
     with pytest.raises(ValueError, match="no merged"):
