@@ -29,7 +29,7 @@ def test_a_shared_module_gets_one_adapter() -> None:
     assert model["a"][0] is model["b"][0] is model["b"][2] and type(model["a"][0]) is nn.Linear
 
 
-def test_hooks_and_attributes_carry_over_and_back() -> None:
+def test_hooks_and_attributes_carry_over_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.MLP()
     seen: list[str] = []
     fc1 = model.fc1
@@ -50,8 +50,10 @@ def test_hooks_and_attributes_carry_over_and_back() -> None:
         return list(seen)
 
     assert run() == expected
-    with pytest.raises(ValueError):
-        apply_lora(model, ["fc1"], r=0)
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr("fusedlora.model._guard_fast_paths", lambda model: 1 / 0)
+        apply_lora(model, ["fc1"])
+    assert type(model.fc1) is nn.Linear
     assert run() == expected
     apply_lora(model, ["fc1"])
     del fc1

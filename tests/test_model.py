@@ -243,10 +243,10 @@ def test_report_counts_each_parameter_once() -> None:
     adapter = 3 * (32 + zoo.VOCAB)
     assert (found.trainable_params, found.total_params) == (adapter, total + adapter)
     assert (found.trainable_bytes, found.total_bytes) == (4 * adapter, 4 * (total + adapter))
-    view = nn.Linear(20, 33)
-    view.weight = nn.Parameter(model.lm_head.weight.detach().view(-1)[: 20 * 33].view(33, 20))
-    model.view = view
-    assert report(model).total_params == total + adapter + 33
+    part = nn.Linear(20, 33, bias=False)
+    part.weight = nn.Parameter(model.lm_head.weight.detach().view(-1)[: 20 * 33].view(33, 20))
+    for order in ([part, model], [model, part]):
+        assert report(nn.ModuleList(order)).total_params == total + adapter
     assert [p.shape for p in lora_parameters(model)] == [(3, 32), (zoo.VOCAB, 3)]
 
 
