@@ -9,6 +9,8 @@ import dataclasses
 import functools
 
 MAX_RANK = 256
+# float32 operands go through three tf32 products each, whose terms leave too few registers for wider ranks.
+MAX_RANK_FLOAT32 = 64
 
 # Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications). An unknown capability is treated as the smallest.
@@ -35,8 +37,10 @@ class ForwardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig(ForwardConfig):
-    """Adds the stripes of dA and dB: STRIPE_N columns, STRIPE_M rows a step, about `stripe_rows` rows a job."""
+    """Adds the jobs of dA and dB: stripes of STRIPE_N columns, STRIPE_M rows a step, about `stripe_rows` rows a job."""
 
+    # dB from the shrink tasks' read of dy (partial sums for each row block) rather than from stripes of its own.
+    FUSE_DB: bool
     STRIPE_N: int
     STRIPE_M: int
     STRIPE_STAGES: int
@@ -54,12 +58,16 @@ def check_config(config: ForwardConfig) -> None:
     minima |= {"STRIPE_N": 16, "STRIPE_M": 16, "GROUP_M": 1, "num_warps": 1, "num_stages": 1, "stripe_rows": 1}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if isinstance(value, bool):
+            continue
         least = minima.get(field.name, 1)
         if value < least:
             raise ValueError(f"{field.name} is {value}; it must be at least {least}")
         tile_size = field.name.isupper() and field.name != "GROUP_M" and not field.name.endswith("STAGES")
         if tile_size and (value & (value - 1) or value > 256):
             raise ValueError(f"{field.name} is {value}; a tile size must be a power of two up to 256")
+    if config.SHRINK_M % config.BLOCK_M:
+        raise ValueError(f"SHRINK_M is {config.SHRINK_M}; it must be a multiple of BLOCK_M, {config.BLOCK_M}")
     if config.num_warps not in (4, 8):
         raise ValueError(f"num_warps is {config.num_warps}; it must be 4 or 8")
 
@@ -75,66 +83,81 @@ class Problem:
     itemsize: int
     # fp32 adapters kept at fp32 precision over a 16-bit base.
     split: bool
-    # IEEE fp32 products: no tensor cores.
-    ieee: bool
     capability: int
     num_sms: int
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_config(problem: Problem) -> ForwardConfig:
-    """The configuration of the forward kernel: the measured table where it has the shape, else the heuristic."""
-    return ForwardConfig(**_heuristic(problem))
+def forward_config(p: Problem) -> ForwardConfig:
+    """The configuration of the forward kernel."""
+    return ForwardConfig(**_tile(p), GROUP_M=8, **_shrink(p, tall=True))
 
 
 @functools.lru_cache(maxsize=4096)
-def backward_config(problem: Problem) -> BackwardConfig:
+def backward_config(p: Problem) -> BackwardConfig:
     """As `forward_config`, for the backward kernel."""
-    tile = _heuristic(problem)
-    wide = block_r(problem.r)
-    narrow = problem.itemsize == 4 or problem.split or wide > 64
-    stripe = {"STRIPE_N": 64 if narrow else 128, "STRIPE_M": 64 if narrow or wide > 32 else 128, "STRIPE_STAGES": 4}
-    if problem.capability not in (90, 100, 103):
-        stripe |= {"STRIPE_N": 64, "STRIPE_M": 64, "STRIPE_STAGES": 3}
-    return BackwardConfig(**tile, **stripe)
-
-
-def _heuristic(p: Problem) -> dict[str, int]:
     wide = block_r(p.r)
-    if p.ieee:
-        tile = _tile(64, 64, 32, warps=4, stages=2)
-        return tile | _skinny(rank_k=16, m=64, k=32, stages=2)
-    large_shared = SHARED_MEMORY.get(p.capability, 0) > 200_000
+    # One read of dy for T and dB. Wider ranks write partial sums as large as dy itself.
+    fuse = p.itemsize == 2 and not p.split and wide <= 32
+    if not _large_shared(p) or p.itemsize == 4:
+        narrow = wide > 64 or p.split or p.itemsize == 4
+        stripe = {"STRIPE_N": 32 if narrow else 64, "STRIPE_M": 32 if narrow else 64, "STRIPE_STAGES": 3}
+    elif p.split or wide > 64:
+        rows = 16 if p.split and wide > 128 else 32 if wide > 32 else 64
+        stripe = {"STRIPE_N": 32 if p.split and wide > 64 else 64, "STRIPE_M": rows, "STRIPE_STAGES": 4}
+    else:
+        stripe = {"STRIPE_N": 128, "STRIPE_M": 128 if wide <= 32 else 64, "STRIPE_STAGES": 4}
+    return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not fuse), **stripe, FUSE_DB=fuse)
+
+
+def _large_shared(p: Problem) -> bool:
+    return SHARED_MEMORY.get(p.capability, 0) > 200_000
+
+
+def _heavy(p: Problem) -> bool:
+    """Whether the skinny accumulators leave too few registers for the large tile."""
+    return block_r(p.r) > 128 or (p.split and block_r(p.r) > 32)
+
+
+def _tile(p: Problem) -> dict[str, int]:
+    def tile(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, int]:
+        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+
     if p.itemsize == 4:
-        tile = _tile(128, 128, 32, warps=8, stages=3 if large_shared else 2)
-        return tile | _skinny(rank_k=16, m=64, k=32, stages=3 if large_shared else 2)
-    if not large_shared:
-        # Shared memory of 99 KB (163 KB on sm_80) and mma.sync: registers hold 128×128.
-        tile = _tile(128, 128, 32, warps=8, stages=3)
-        return tile | _skinny(rank_k=16 if p.split else min(wide, 32), m=64, k=32 if wide > 64 else 64, stages=3)
-    # Hopper and later. 128×256 has the best ratio of arithmetic to loads; smaller tiles where they would leave
-    # SMs without one.
+        return tile(64, 64, 32, warps=8, stages=2)
+    if p.split and block_r(p.r) > 128:
+        return tile(64, 128, 32, warps=8, stages=3)
+    if not _large_shared(p):
+        # Shared memory of 99 KB (163 KB on sm_80) and mma.sync.
+        return tile(64, 128, 32, warps=8, stages=3) if _heavy(p) else tile(128, 128, 32, warps=8, stages=3)
+    # Hopper and later. 128×256 has the best ratio of arithmetic to loads; smaller tiles where it would leave SMs
+    # without one.
     tiles_large = -(-p.M // 128) * -(-p.out // 256)
+    if p.M <= 64:
+        return tile(64, 64, 128, warps=4, stages=4)
+    if _heavy(p):
+        return tile(64, 256, 64, warps=8, stages=3)
     if tiles_large >= p.num_sms:
-        tile = _tile(128, 256, 64, warps=8, stages=3)
-    elif p.M <= 64:
-        tile = _tile(64, 64, 128, warps=4, stages=4)
-    elif 2 * tiles_large >= p.num_sms // 2:
-        tile = _tile(128, 128, 64, warps=8, stages=4)
-    else:
-        tile = _tile(64, 128, 64, warps=4, stages=4)
-    if wide > 64 or p.split:
-        skinny = _skinny(rank_k=32, m=64, k=64, stages=3)
-    elif wide > 32:
-        skinny = _skinny(rank_k=32, m=128, k=128, stages=4)
-    else:
-        skinny = _skinny(rank_k=wide, m=128, k=128, stages=4)
-    return tile | skinny
+        return tile(128, 256, 64, warps=8, stages=3)
+    if 4 * tiles_large >= p.num_sms:
+        return tile(128, 128, 64, warps=8, stages=4)
+    return tile(64, 128, 64, warps=4, stages=4)
 
 
-def _tile(m: int, n: int, k: int, *, warps: int, stages: int, group: int = 16) -> dict[str, int]:
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group, "num_warps": warps, "num_stages": stages}
+def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
+    def shrink(rank_k: int, m: int, k: int, stages: int) -> dict[str, int]:
+        return {"RANK_K": rank_k, "SHRINK_M": m, "SHRINK_K": k, "SHRINK_STAGES": stages}
 
-
-def _skinny(*, rank_k: int, m: int, k: int, stages: int) -> dict[str, int]:
-    return {"RANK_K": rank_k, "SHRINK_M": m, "SHRINK_K": k, "SHRINK_STAGES": stages}
+    wide = block_r(p.r)
+    if p.itemsize == 4:
+        return shrink(16, m=64, k=32, stages=2)
+    rank_k = 16 if p.split else min(wide, 32)
+    if _heavy(p):
+        return shrink(rank_k, m=64, k=16 if p.split and wide > 128 else 32, stages=3)
+    if not _large_shared(p):
+        return shrink(rank_k, m=128, k=32, stages=3)
+    if p.M <= 64:
+        return shrink(rank_k, m=64, k=128, stages=3)
+    if p.split or wide > 64:
+        return shrink(rank_k, m=128, k=32, stages=4)
+    return shrink(rank_k, m=256, k=64, stages=4) if tall else shrink(rank_k, m=128, k=128, stages=4)

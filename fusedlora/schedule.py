@@ -11,23 +11,24 @@ import functools
 
 from fusedlora.config import BackwardConfig, ForwardConfig, Problem
 
-# Measured on an H100: a 128×256×4096 bf16 tile takes 45 µs; one SM streams about 60 KB/µs beside busy neighbours.
-FLOP_PER_US = 6.0e6
-BYTES_PER_US = 60e3
-STEP_US = 2.0
+# Measured on an H100: a 128×256×4096 bf16 tile takes 44 µs; beside busy neighbours one SM streams about 65 KB/µs
+# through a shrink task of a small rank, 50 KB/µs of a rank above 32, 42 KB/µs where the task forms dB as well.
+FLOP_PER_US = 6.3e6
+BYTES_PER_US, BYTES_PER_US_WIDE, BYTES_PER_US_FUSED = 65e3, 50e3, 42e3
+STEP_US = 1.5
 # More parts than this would write more partial sums than the balance is worth.
 MAX_PARTS = 16
+MAX_TASKS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Run-time counts of one launch. Backward only: parts, front_jobs, mid_jobs (see `backward_kernel`)."""
+    """Run-time counts of one launch: programs, shrink tasks, programs with tiles; parts of a stripe of dA or dB."""
 
     num_programs: int
-    num_shrink_tasks: int
+    num_tasks: int
+    tile_programs: int
     parts: int = 1
-    front_jobs: int = 0
-    mid_jobs: int = 0
 
 
 def cdiv(a: int, b: int) -> int:
@@ -41,49 +42,52 @@ def tile_us(p: Problem, c: ForwardConfig) -> float:
 
 def shrink_us(p: Problem, c: ForwardConfig) -> float:
     """Time of one row block of a shrink task."""
-    return c.SHRINK_M * p.depth * p.itemsize / BYTES_PER_US + STEP_US
+    rate = BYTES_PER_US if p.r <= 32 else BYTES_PER_US_WIDE
+    if isinstance(c, BackwardConfig) and c.FUSE_DB:
+        rate = BYTES_PER_US_FUSED
+    return c.SHRINK_M * p.depth * p.itemsize / rate + STEP_US
 
 
-def _shrink_tasks(p: Problem, c: ForwardConfig, num_tiles: int, num_programs: int) -> int:
-    """The number of shrink tasks: on the programs that have a tile less than others, if those finish in time.
+def _place(p: Problem, c: ForwardConfig, num_tiles: int, num_programs: int) -> tuple[int, int]:
+    """The number of shrink tasks and of programs with tiles.
 
-    In time means before the first tiles reach their epilogue.
+    Tiles take `waves` rounds. Programs that the last round leaves without a tile are better kept off tiles
+    altogether: they run ahead of the tiles with the shrink tasks, row block by row block, where that is fast enough.
+    Otherwise the shrink tasks come first, on the programs that have a tile less than the others if these are enough
+    to finish within the first round, or else on all.
     """
     blocks = cdiv(p.M, c.SHRINK_M)
-    slack = -num_tiles % num_programs
-    needed = cdiv(int(blocks * shrink_us(p, c)), max(1, int(tile_us(p, c))))
-    if slack >= needed:
-        return max(1, min(slack, blocks))
-    return max(1, min(blocks, num_programs))
+    if num_tiles == 0:
+        return min(blocks, num_programs, MAX_TASKS), 0
+    waves = cdiv(num_tiles, num_programs)
+    tile_programs = cdiv(num_tiles, waves)
+    free = num_programs - tile_programs
+    tiles_n = cdiv(p.out, c.BLOCK_N)
+    rows_first = min(p.M, cdiv(tile_programs, tiles_n * c.GROUP_M) * c.GROUP_M * c.BLOCK_M)
+    for tasks, first_round_blocks, programs in (
+        (free, cdiv(rows_first, c.SHRINK_M), tile_programs),
+        (-num_tiles % num_programs, blocks, num_programs),
+    ):
+        keeps_up = cdiv(blocks, max(tasks, 1)) * shrink_us(p, c) <= waves * tile_us(p, c)
+        if tasks and keeps_up and cdiv(first_round_blocks, tasks) * shrink_us(p, c) <= 1.25 * tile_us(p, c):
+            return min(tasks, blocks, MAX_TASKS), programs
+    return min(blocks, num_programs, MAX_TASKS), num_programs
 
 
 @functools.lru_cache(maxsize=4096)
 def forward_schedule(p: Problem, c: ForwardConfig) -> Schedule:
-    """The schedule of the forward kernel for p.num_sms programs at most."""
+    """The schedule of the forward kernel on p.num_sms programs at most."""
     num_tiles = cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N)
     num_programs = max(1, min(p.num_sms, num_tiles + cdiv(p.M, c.SHRINK_M)))
-    return Schedule(num_programs, _shrink_tasks(p, c, num_tiles, num_programs))
+    return Schedule(num_programs, *_place(p, c, num_tiles, num_programs))
 
 
 @functools.lru_cache(maxsize=4096)
 def backward_schedule(p: Problem, c: BackwardConfig, dx: bool, da: bool, db: bool) -> Schedule:
-    """The schedule of the backward kernel: as forward, and the jobs of dA's and dB's stripes between the tiles.
-
-    A stripe is cut into parts of about `c.stripe_rows` rows. Programs with a tile less than others take jobs first
-    (`front_jobs` each, what fits beside their shrink tasks); all programs share the rest (`mid_jobs` each).
-    """
+    """The schedule of the backward kernel: as forward, and the parts of a stripe, of about `c.stripe_rows` rows."""
     num_tiles = cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N) if dx else 0
     parts = max(1, min(MAX_PARTS, cdiv(p.M, c.stripe_rows)))
     jobs = ((cdiv(p.out, c.STRIPE_N) if da else 0) + (cdiv(p.depth, c.STRIPE_N) if db else 0)) * parts
-    shrinks = cdiv(p.M, c.SHRINK_M) if dx or da else 0
-    num_programs = max(1, min(p.num_sms, num_tiles + jobs + shrinks))
-    tasks = _shrink_tasks(p, c, num_tiles, num_programs) if shrinks else 0
-    job_us = cdiv(p.M, parts) * c.STRIPE_N * p.itemsize / BYTES_PER_US + STEP_US
-    slack = -num_tiles % num_programs
-    front = 0
-    if slack:
-        shrink_time = cdiv(shrinks, tasks) * shrink_us(p, c) if tasks else 0.0
-        front = max(0, int((tile_us(p, c) - shrink_time) / job_us))
-        front = min(front, cdiv(jobs, slack))
-    mid = cdiv(max(0, jobs - front * slack), num_programs)
-    return Schedule(num_programs, tasks, parts, front, mid)
+    num_programs = max(1, min(p.num_sms, num_tiles + jobs + cdiv(p.M, c.SHRINK_M)))
+    tasks, tile_programs = _place(p, c, num_tiles, num_programs)
+    return Schedule(num_programs, tasks if dx or da else 0, tile_programs, parts)

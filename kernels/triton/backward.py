@@ -6,9 +6,9 @@ import triton.language as tl
 
 from fusedlora.config import BackwardConfig, Problem, backward_config, block_r
 from fusedlora.kernels.common import (
+    ARRIVED,
     DONE,
-    STRIPE,
-    SYNC_WORDS,
+    JOB,
     dot_skinny,
     leave,
     load_skinny,
@@ -18,10 +18,10 @@ from fusedlora.kernels.common import (
     wait_for,
 )
 from fusedlora.kernels.launch import (
+    PRECISION,
     current_stream,
     device_facts,
     launch,
-    precision_of,
     rank_alignment,
     row_major,
     skinny_rows,
@@ -32,7 +32,7 @@ from fusedlora.schedule import backward_schedule, cdiv
 
 @triton.jit
 def stripe_job(
-    big_desc, small_ptr, out_ptr, partial_ptr, partial_offset, count_ptr,
+    big_desc, small_ptr, out_ptr, partial_ptr, arrived_ptr,
     stripe, part, parts, M, depth, r, stride_or, stride_od,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_R: tl.constexpr, STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
@@ -59,20 +59,34 @@ def stripe_job(
     offs = d_offs[:, None] * stride_od + r_offs[None, :] * stride_or
     if PARTIALS:
         size = depth * r
-        partial_ptr += partial_offset
         tl.store(partial_ptr + part * size + offs, acc, mask=mask)
         tl.debug_barrier()
-        if tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1:
+        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == parts - 1:
             acc = tl.zeros((STRIPE_N, BLOCK_R), tl.float32)
             for p in range(parts):
                 acc += tl.load(partial_ptr + p * size + offs, mask=mask, other=0.0)
             tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(count_ptr, 0)
+            tl.store(arrived_ptr, 0)
     else:
         tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "scaling", "num_shrink_tasks", "parts", "front_jobs", "mid_jobs"])
+@triton.jit
+def reduce_job(
+    partial_ptr, out_ptr, first, size, num_blocks, REDUCE_BLOCKS: tl.constexpr, REDUCE_SIZE: tl.constexpr
+):  # fmt: skip
+    """out[first : first + REDUCE_SIZE] = the sum of partial [num_blocks, size] over its blocks, in a fixed order."""
+    offs = first + tl.arange(0, REDUCE_SIZE)
+    blocks = tl.arange(0, REDUCE_BLOCKS)
+    acc = tl.zeros((REDUCE_SIZE,), tl.float32)
+    for block in range(0, num_blocks, REDUCE_BLOCKS):
+        mask = (block + blocks < num_blocks)[:, None] & (offs < size)[None, :]
+        rows_ptr = partial_ptr + tl.cast(block, tl.int64) * size
+        acc += tl.sum(tl.load(rows_ptr + blocks[:, None] * size + offs[None, :], mask=mask, other=0.0), 0)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs", "parts"])
 def backward_kernel(
     # gradient of the output: dy [M, N]
     dy_ptr,
@@ -80,105 +94,94 @@ def backward_kernel(
     x_ptr, s_ptr, w_ptr, a_ptr, b_ptr,
     # outputs: dX [M, K], dA [r, K], dB [N, r]
     dx_ptr, da_ptr, db_ptr,
-    # workspaces: T [M, r], partial sums of dB and dA [parts, (N + K) · r]
-    t_ptr, partial_ptr, sync_ptr,
+    # workspaces: T [M, r]; partial sums of dA and dB: [parts, K · r] and [parts or row blocks, N · r]
+    t_ptr, da_partial_ptr, db_partial_ptr, sync_ptr,
     M, N, K, r,
     stride_ym, stride_xm, stride_wn, stride_ar, stride_bn,
-    scaling, num_shrink_tasks, parts, front_jobs, mid_jobs,
+    scaling, num_tasks, tile_programs, parts,
     NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
-    SHRINK: tl.constexpr, REST: tl.constexpr,
+    SHRINK: tl.constexpr, REST: tl.constexpr, FUSE_DB: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
-    STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
+    STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """T = scaling · dy B, rounded once; dX = dy W + T A in one fp32 accumulator; dA = Tᵀ x; dB = dyᵀ S.
 
-    SHRINK computes T, REST everything else; with both, tiles and dA's stripes wait for T. Each program takes its
-    tiles in turn, and stripe jobs between them: `front_jobs` before its first tile if it has fewer tiles than
-    others, `mid_jobs` once on the way (programs at different times, so that the memory is never asked by all at
-    once), and what is left at the end. dB's jobs come first, since they need only S.
+    SHRINK computes T in `num_tasks` tasks, REST everything else; with both, tiles wait for their rows of T and the
+    jobs of dA for all of it. A program computes its tiles, if its place is below `tile_programs`, and then takes jobs
+    until none is left. Programs without tiles so work on jobs while the others compute: tiles leave the memory idle.
+    With FUSE_DB the shrink tasks form dB from the same read of dy, a partial sum for each row block, and the jobs of
+    dB only add these up; without, they are stripes like dA's.
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
-    num_programs = tl.num_programs(0)
     if SHRINK:
         src_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [SHRINK_M, SHRINK_K])
-        first = shrink_tasks(
-            src_desc, b_ptr, t_ptr, sync_ptr, M, N, r, 1, stride_bn, scaling, num_shrink_tasks,
-            SPLIT, PRECISION, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES,
+        place = shrink_tasks(
+            src_desc, b_ptr, t_ptr, sync_ptr, s_ptr, db_partial_ptr, M, N, r, 1, stride_bn, scaling, num_tasks,
+            FUSE_DB, SPLIT, PRECISION, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
     else:
-        first = tl.program_id(0)
+        place = tl.program_id(0)
     if REST:
         if NEED_DX:
-            dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
-            w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
-            dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
-            num_tiles_m = tl.cdiv(M, BLOCK_M)
-            num_tiles_n = tl.cdiv(K, BLOCK_N)
-            num_tiles = num_tiles_m * num_tiles_n
-        else:
-            num_tiles = 0
-        db_jobs = 0
-        da_jobs = 0
-        if NEED_DB:
-            dy_stripes = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [STRIPE_M, STRIPE_N])
-            db_jobs = tl.cdiv(N, STRIPE_N) * parts
-        if NEED_DA:
-            x_stripes = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [STRIPE_M, STRIPE_N])
-            da_jobs = tl.cdiv(K, STRIPE_N) * parts
-        num_jobs = db_jobs + da_jobs
-        own_tiles = tl.cdiv(max(num_tiles - first, 0), num_programs)
-        most_tiles = tl.cdiv(num_tiles, num_programs)
-        turn = 1 + first % max(own_tiles - 1, 1)
-        for i in range(own_tiles + 1):
-            quota = 0
-            if i == turn:
-                quota = mid_jobs
-            if (i == 0) & (own_tiles < most_tiles):
-                quota = front_jobs
-            if i == own_tiles:
-                quota = num_jobs
-            job = num_jobs
-            if quota > 0:
-                job = tl.atomic_add(sync_ptr + STRIPE, 1, sem="relaxed")
-            while job < num_jobs:
-                if NEED_DB:
-                    if job < db_jobs:
-                        stripe_job(
-                            dy_stripes, s_ptr, db_ptr, partial_ptr, 0, sync_ptr + SYNC_WORDS + job // parts,
-                            job // parts, job % parts, parts, M, N, r, 1, r,
-                            SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
-                        )  # fmt: skip
-                if NEED_DA:
-                    if job >= db_jobs:
-                        if SHRINK:
-                            wait_for(sync_ptr, DONE, num_shrink_tasks)
-                        stripe = (job - db_jobs) // parts
-                        stripe_job(
-                            x_stripes, t_ptr, da_ptr, partial_ptr, parts * N * r, sync_ptr + SYNC_WORDS + job // parts,
-                            stripe, job % parts, parts, M, K, r, K, 1,
-                            SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
-                        )  # fmt: skip
-                quota -= 1
-                job = num_jobs
-                if quota > 0:
-                    job = tl.atomic_add(sync_ptr + STRIPE, 1, sem="relaxed")
-            if NEED_DX:
-                if i < own_tiles:
-                    tile_m, tile_n = tile_coordinates(first + i * num_programs, num_tiles_m, num_tiles_n, GROUP_M)
+            if place < tile_programs:
+                dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
+                w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
+                dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
+                num_tiles_m = tl.cdiv(M, BLOCK_M)
+                num_tiles_n = tl.cdiv(K, BLOCK_N)
+                for tile in tl.range(place, num_tiles_m * num_tiles_n, tile_programs):
+                    tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
                     row = tile_m * BLOCK_M
                     col = tile_n * BLOCK_N
                     acc = lora_tile(
                         dy_desc, w_desc, t_ptr, a_ptr, sync_ptr,
-                        row, col, M, K, N, r, stride_ar, 1, num_shrink_tasks, i == 0,
+                        row, col, M, K, N, r, stride_ar, 1, num_tasks,
                         dy_ptr.dtype.element_ty, False, SHRINK, SPLIT, PRECISION,
-                        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K,
+                        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                     )  # fmt: skip
                     dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
-    leave(sync_ptr)
+        REDUCE_SIZE: tl.constexpr = 512
+        db_jobs = 0
+        da_jobs = 0
+        if NEED_DB:
+            if FUSE_DB:
+                db_jobs = tl.cdiv(N * r, REDUCE_SIZE)
+            else:
+                dy_stripes = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [STRIPE_M, STRIPE_N])
+                db_jobs = tl.cdiv(N, STRIPE_N) * parts
+        if NEED_DA:
+            x_stripes = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [STRIPE_M, STRIPE_N])
+            da_jobs = tl.cdiv(K, STRIPE_N) * parts
+        if SHRINK and (NEED_DA or FUSE_DB):
+            wait_for(sync_ptr + DONE, num_tasks)
+        job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
+        while job < da_jobs + db_jobs:
+            if NEED_DA:
+                if job < da_jobs:
+                    stripe_job(
+                        x_stripes, t_ptr, da_ptr, da_partial_ptr, sync_ptr + ARRIVED + job // parts,
+                        job // parts, job % parts, parts, M, K, r, K, 1,
+                        SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                    )  # fmt: skip
+            if NEED_DB:
+                if job >= da_jobs:
+                    index = job - da_jobs
+                    if FUSE_DB:
+                        reduce_job(
+                            db_partial_ptr, db_ptr, index * REDUCE_SIZE, N * r, tl.cdiv(M, SHRINK_M), 16, REDUCE_SIZE
+                        )
+                    else:
+                        stripe_job(
+                            dy_stripes, s_ptr, db_ptr, db_partial_ptr, sync_ptr + ARRIVED + job // parts,
+                            index // parts, index % parts, parts, M, N, r, 1, r,
+                            SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                        )  # fmt: skip
+            job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
+    leave(sync_ptr, num_tasks, DELAY)
 
 
 def lora_backward(
@@ -223,15 +226,19 @@ def lora_backward(
         return dx, da, db
     dy, lora_A, lora_B = row_major(dy), skinny_rows(lora_A), skinny_rows(lora_B)
     x = row_major(x) if need_dA else dy
-    precision = precision_of(dy.dtype)
     capability, num_sms = device_facts(device)
     split = adapter_dtype != dy.dtype
-    problem = Problem(M, K, N, r, dy.element_size(), split, precision == "ieee", capability, num_sms)
+    problem = Problem(M, K, N, r, dy.element_size(), split, capability, num_sms)
     config = config or backward_config(problem)
     schedule = backward_schedule(problem, config, need_dx, need_dA, need_dB)
     parts = schedule.parts
     stripes = cdiv(N, config.STRIPE_N) + cdiv(K, config.STRIPE_N)
     needs_t = need_dx or need_dA
+    fuse_db = config.FUSE_DB and need_dB and needs_t
+    da_partials = parts if parts > 1 and need_dA else 0
+    db_partials = (cdiv(M, config.SHRINK_M) if fuse_db else parts if parts > 1 else 0) if need_dB else 0
+    t = torch.empty((M, r), dtype=adapter_dtype, device=device) if needs_t else None
+    partial = torch.empty((da_partials * K + db_partials * N) * r, dtype=torch.float32, device=device)
     arguments = {
         "dy_ptr": dy,
         "x_ptr": x,
@@ -242,9 +249,10 @@ def lora_backward(
         "dx_ptr": dx,
         "da_ptr": da,
         "db_ptr": db,
-        "t_ptr": torch.empty((M, r), dtype=adapter_dtype, device=device) if needs_t else None,
-        "partial_ptr": torch.empty(parts * (N + K) * r, dtype=torch.float32, device=device) if parts > 1 else None,
-        "sync_ptr": sync_words(device, current_stream(device), SYNC_WORDS.value + stripes),
+        "t_ptr": t,
+        "da_partial_ptr": partial,
+        "db_partial_ptr": partial[da_partials * K * r :],
+        "sync_ptr": sync_words(device, current_stream(device), ARRIVED.value + stripes),
         "M": M,
         "N": N,
         "K": K,
@@ -255,19 +263,20 @@ def lora_backward(
         "stride_ar": K,
         "stride_bn": r,
         "scaling": scaling,
-        "num_shrink_tasks": schedule.num_shrink_tasks,
+        "num_tasks": schedule.num_tasks,
+        "tile_programs": schedule.tile_programs,
         "parts": parts,
-        "front_jobs": schedule.front_jobs,
-        "mid_jobs": schedule.mid_jobs,
         "NEED_DX": need_dx,
         "NEED_DA": need_dA,
         "NEED_DB": need_dB,
         "SPLIT": split,
-        "PRECISION": precision,
+        "PRECISION": PRECISION,
         "PARTIALS": parts > 1,
         "R_ALIGN": rank_alignment(r),
         "BLOCK_R": block_r(r),
+        "DELAY": 0,
         **{name: value for name, value in vars(config).items() if name != "stripe_rows"},
+        "FUSE_DB": fuse_db,
     }
     launches = [(True, True)] if one_launch and needs_t else [(True, False)] * needs_t + [(False, True)]
     for shrink, rest in launches:

@@ -1,20 +1,22 @@
-"""What the forward and the backward kernel share: tile order, claims and waits, the skinny products and the GEMM tile.
+"""What the forward and the backward kernel share: tile order, claims and waits, the skinny products and the tile.
 
 Both kernels multiply a tall matrix by a frozen one and add a product of rank r:
 
     forward     y  = x Wᵀ + S Bᵀ      S = scaling · x Aᵀ
     backward    dX = dy W + T A       T = scaling · dy B
 
-so both run *shrink tasks* (S or T, memory-bound), then *tiles* whose epilogue takes one more step of depth r.
-The backward adds *stripes* (dA, dB): column blocks summed over all rows.
+so both run *shrink tasks* (S or T, memory-bound, one row block after another) beside *tiles*, whose epilogue takes one
+more step of depth r once their row block is published. The backward ends with the *jobs* of dA and dB.
 
-Synchronisation words, int32, zero between launches (`SYNC_WORDS` and one more a stripe):
-    TICKET   next shrink task to claim        DONE    shrink tasks published
-    EXIT     programs that have left          STRIPE  next stripe job to claim
+Synchronisation words, int32, zero between launches:
+    TICKET      next shrink task to claim         DONE    shrink tasks finished
+    EXIT        programs that have left           JOB     next job of dA and dB to claim
+    PROGRESS    row blocks published, a word for each shrink task (MAX_TASKS of them)
+    ARRIVED     parts of a stripe of dA or dB that are stored, a word for each stripe
 
 Why nothing can deadlock: a program claims shrink tasks until none is left before it computes its first tile, and a
-shrink task waits for nothing. So whoever waits for DONE knows that every task is held by a program that runs and
-will finish it, however few programs are resident at a time.
+shrink task waits for nothing. So whoever waits for a row block knows that it is held by a program that runs and will
+publish it, however few programs are resident at a time.
 """
 
 import triton
@@ -25,8 +27,10 @@ INTERPRET: bool = triton.knobs.runtime.interpret
 TICKET = tl.constexpr(0)
 DONE = tl.constexpr(1)
 EXIT = tl.constexpr(2)
-STRIPE = tl.constexpr(3)
-SYNC_WORDS = tl.constexpr(4)
+JOB = tl.constexpr(3)
+PROGRESS = tl.constexpr(4)
+MAX_TASKS = tl.constexpr(256)
+ARRIVED = tl.constexpr(4 + 256)
 
 
 @triton.jit
@@ -40,26 +44,44 @@ def tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def publish(sync_ptr, word: tl.constexpr):
-    """Counts one finished piece of work; the program's earlier stores are visible to whoever acquires the count."""
-    tl.debug_barrier()
-    tl.atomic_add(sync_ptr + word, 1, sem="release")
+def linger(sync_ptr, DELAY: tl.constexpr):
+    """Nothing, or in tests a pseudo-random pause of up to DELAY polls, to shake out orders that rarely happen."""
+    if DELAY > 0:
+        seed = tl.program_id(0) * 40503 + tl.atomic_add(sync_ptr + TICKET, 0, sem="relaxed") * 9973
+        for _ in range((seed * 69069 >> 8) % DELAY):
+            tl.atomic_add(sync_ptr + EXIT, 0, sem="relaxed")
 
 
 @triton.jit
-def wait_for(sync_ptr, word: tl.constexpr, count):
+def publish(word_ptr):
+    """Counts one finished piece of work; the program's earlier stores are visible to whoever acquires the count."""
+    tl.debug_barrier()
+    tl.atomic_add(word_ptr, 1, sem="release")
+
+
+@triton.jit
+def published(word_ptr):
+    """How many pieces of work are published; their stores may be read by ordinary loads from here on."""
+    return tl.atomic_add(word_ptr, 0, sem="acquire")
+
+
+@triton.jit
+def wait_for(word_ptr, count):
     """Spins until `count` pieces of work are published."""
-    while tl.atomic_add(sync_ptr + word, 0, sem="acquire") < count:
+    while published(word_ptr) < count:
         pass
 
 
 @triton.jit
-def leave(sync_ptr):
+def leave(sync_ptr, num_tasks, DELAY: tl.constexpr):
     """The last program to leave zeroes the words for the next launch. No other program touches them any more."""
+    linger(sync_ptr, DELAY)
     if tl.atomic_add(sync_ptr + EXIT, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tasks = tl.arange(0, MAX_TASKS)
+        tl.store(sync_ptr + PROGRESS + tasks, tl.zeros((MAX_TASKS,), tl.int32), mask=tasks < num_tasks)
         tl.store(sync_ptr + TICKET, 0)
         tl.store(sync_ptr + DONE, 0)
-        tl.store(sync_ptr + STRIPE, 0)
+        tl.store(sync_ptr + JOB, 0)
         tl.store(sync_ptr + EXIT, 0)
 
 
@@ -71,12 +93,18 @@ def load_skinny(ptr, stride_r, stride_d, r_offs, d_offs, r, depth):
 
 
 @triton.jit
+def cut_to_tf32(x):
+    """fp32 with the 13 bits of mantissa cleared that a tf32 product would ignore."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot_skinny(big, skinny, acc, SPLIT: tl.constexpr, RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """acc [D, R] + big [D, K] @ skinny [K, R], with RANK_FIRST acc [R, D] + its transpose. With SPLIT the fp32 `skinny` keeps its precision beside the 16-bit `big`.
 
     bf16: skinny as the sum of three bf16 terms (3 × 8 bits of mantissa cover fp32's 24), small terms first.
-    fp16: its exponent range is too small for such terms, so both operands go through three tf32 products;
-    an fp16 number is exact in tf32.
+    fp16: its exponent range is too small for such terms, so they are three tf32 terms (11 bits each, cut off so that
+    each is exact); an fp16 number is exact in tf32 as it is.
     Tensor cores truncate where they add, which over a long sum costs more than the split gains: each step is summed
     from zero and added to `acc` by an ordinary, rounding addition.
     Split terms are made in registers, where only mma.sync takes them as they are. That is what a small rank gets
@@ -89,57 +117,22 @@ def dot_skinny(big, skinny, acc, SPLIT: tl.constexpr, RANK_FIRST: tl.constexpr, 
             rest = skinny - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            if RANK_FIRST:
-                step = tl.dot(low.T, big.T, step)
-                step = tl.dot(middle.T, big.T, step)
-                step = tl.dot(high.T, big.T, step)
-            else:
-                step = tl.dot(big, low, step)
-                step = tl.dot(big, middle, step)
-                step = tl.dot(big, high, step)
-        elif RANK_FIRST:
-            step = tl.dot(skinny.T, big.T.to(tl.float32), step, input_precision="tf32x3")
         else:
-            step = tl.dot(big.to(tl.float32), skinny, step, input_precision="tf32x3")
+            big = big.to(tl.float32)
+            high = cut_to_tf32(skinny)
+            middle = cut_to_tf32(skinny - high)
+            low = skinny - high - middle
+        if RANK_FIRST:
+            step = tl.dot(low.T, big.T, step, input_precision="tf32")
+            step = tl.dot(middle.T, big.T, step, input_precision="tf32")
+            step = tl.dot(high.T, big.T, step, input_precision="tf32")
+        else:
+            step = tl.dot(big, low, step, input_precision="tf32")
+            step = tl.dot(big, middle, step, input_precision="tf32")
+            step = tl.dot(big, high, step, input_precision="tf32")
         return acc + step
     else:
         return tl.dot(big, skinny.to(big.dtype), acc, input_precision=PRECISION)
-
-
-@triton.jit
-def shrink_tasks(
-    src_desc, skinny_ptr, out_ptr, sync_ptr,
-    M, depth, r,
-    stride_r, stride_d,
-    scaling, num_tasks,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
-):  # fmt: skip
-    """Claims shrink tasks until none is left; returns this program's rank in the order of leaving them.
-
-    out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ. Task t takes the row blocks t, t + num_tasks, …
-    Programs that did no task leave first, so low ranks are early and high ranks are late.
-    """
-    RANK_FIRST: tl.constexpr = SPLIT and BLOCK_R <= 32
-    r_offs = tl.arange(0, BLOCK_R)
-    task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
-    while task < num_tasks:
-        for block in range(task, tl.cdiv(M, SHRINK_M), num_tasks):
-            row = block * SHRINK_M
-            acc = tl.zeros((BLOCK_R, SHRINK_M) if RANK_FIRST else (SHRINK_M, BLOCK_R), tl.float32)
-            for d in tl.range(0, depth, SHRINK_K, num_stages=SHRINK_STAGES):
-                src = src_desc.load([row, d])  # [SHRINK_M, SHRINK_K]
-                skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, d + tl.arange(0, SHRINK_K), r, depth)
-                acc = dot_skinny(src, skinny.T, acc, SPLIT, RANK_FIRST, PRECISION)
-            m_offs = tl.arange(0, SHRINK_M)
-            mask = (row + m_offs < M)[:, None] & (r_offs < r)[None, :]
-            if RANK_FIRST:
-                acc = acc.T
-            out = (acc * scaling).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :], out, mask=mask)
-        publish(sync_ptr, DONE)
-        task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
-    return task - num_tasks
 
 
 @triton.jit
@@ -149,6 +142,55 @@ def load_small(ptr, row, first_r, M, r, BLOCK_M: tl.constexpr, RANK_K: tl.conste
     r_offs = first_r + tl.arange(0, RANK_K)
     mask = (row + m_offs < M)[:, None] & (r_offs < r)[None, :]
     return tl.load(ptr + tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def shrink_tasks(
+    src_desc, skinny_ptr, out_ptr, sync_ptr,
+    # the other product of the same rows, with FUSE: partial [row blocks, depth, r] from small [M, r]
+    small_ptr, partial_ptr,
+    M, depth, r,
+    stride_r, stride_d,
+    scaling, num_tasks,
+    FUSE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+    DELAY: tl.constexpr,
+):  # fmt: skip
+    """Claims shrink tasks until none is left; returns this program's place in the order of finding none.
+
+    out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ. Task t takes the row blocks t, t + num_tasks, … and
+    publishes each. With FUSE the same read of src also gives partial[block] = src[block]ᵀ @ small[block].
+    """
+    RANK_FIRST: tl.constexpr = SPLIT and BLOCK_R <= 32
+    r_offs = tl.arange(0, BLOCK_R)
+    m_offs = tl.arange(0, SHRINK_M)
+    task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+    while task < num_tasks:
+        for block in range(task, tl.cdiv(M, SHRINK_M), num_tasks):
+            row = block * SHRINK_M
+            acc = tl.zeros((BLOCK_R, SHRINK_M) if RANK_FIRST else (SHRINK_M, BLOCK_R), tl.float32)
+            if FUSE:
+                small = load_small(small_ptr, row, 0, M, r, SHRINK_M, BLOCK_R)
+                block_ptr = partial_ptr + tl.cast(block, tl.int64) * depth * r
+            for d in tl.range(0, depth, SHRINK_K, num_stages=SHRINK_STAGES):
+                src = src_desc.load([row, d])  # [SHRINK_M, SHRINK_K]
+                d_offs = d + tl.arange(0, SHRINK_K)
+                skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, d_offs, r, depth)
+                acc = dot_skinny(src, skinny.T, acc, SPLIT, RANK_FIRST, PRECISION)
+                if FUSE:
+                    other = tl.dot(src.T, small, input_precision=PRECISION)  # [SHRINK_K, BLOCK_R]
+                    mask = (d_offs < depth)[:, None] & (r_offs < r)[None, :]
+                    tl.store(block_ptr + d_offs[:, None] * r + r_offs[None, :], other, mask=mask)
+            if RANK_FIRST:
+                acc = acc.T
+            out = (acc * scaling).to(out_ptr.dtype.element_ty)
+            mask = (row + m_offs < M)[:, None] & (r_offs < r)[None, :]
+            tl.store(out_ptr + tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :], out, mask=mask)
+            linger(sync_ptr, DELAY)
+            publish(sync_ptr + PROGRESS + task)
+        publish(sync_ptr + DONE)
+        task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+    return task - num_tasks
 
 
 @triton.jit
@@ -171,22 +213,29 @@ def dot_rank(small, skinny, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECI
 @triton.jit
 def lora_tile(
     left_desc, right_desc, small_ptr, skinny_ptr, sync_ptr,
-    row, col, M, cols, depth, r, stride_r, stride_d, num_shrink_tasks, is_first,
+    row, col, M, cols, depth, r, stride_r, stride_d, num_tasks,
     dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
+    SHRINK_M: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """left [M, depth] @ right + small [M, r] @ skinny [r, cols]: one [BLOCK_M, BLOCK_N] tile in one fp32 accumulator.
 
-    right is [depth, cols], or [cols, depth] with TRANS_RIGHT. With WAIT, small comes from this launch's shrink tasks:
-    a program's first tile waits for all of them, its later ones need not. Operands of a rank up to RANK_K are loaded
-    before the main loop, which hides their latency; higher ranks would not leave it enough registers.
+    right is [depth, cols], or [cols, depth] with TRANS_RIGHT. With WAIT, small comes from this launch's shrink tasks
+    (SHRINK_M is a multiple of BLOCK_M, so from one row block). Operands of a rank up to RANK_K are loaded before the
+    main loop where they are ready, which hides their latency; higher ranks would leave it too few registers.
     """
     n_offs = col + tl.arange(0, BLOCK_N)
     early: tl.constexpr = BLOCK_R == RANK_K
+    ready = True
+    if WAIT:
+        block = row // SHRINK_M
+        progress_ptr = sync_ptr + PROGRESS + block % num_tasks
+        needed = block // num_tasks + 1
     if early:
         skinny = load_skinny(skinny_ptr, stride_r, stride_d, tl.arange(0, BLOCK_R), n_offs, r, cols)
         if WAIT:
-            small = load_small(small_ptr, row, 0, tl.where(is_first, 0, M), r, BLOCK_M, RANK_K)
+            ready = published(progress_ptr) >= needed
+            small = load_small(small_ptr, row, 0, tl.where(ready, M, 0), r, BLOCK_M, RANK_K)
         else:
             small = load_small(small_ptr, row, 0, M, r, BLOCK_M, RANK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -197,14 +246,16 @@ def lora_tile(
         else:
             right = right_desc.load([k, col])  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    if WAIT:
-        if is_first:
-            wait_for(sync_ptr, DONE, num_shrink_tasks)
-            if early:
-                small = load_small(small_ptr, row, 0, M, r, BLOCK_M, RANK_K)
+    linger(sync_ptr, DELAY)
     if early:
+        if WAIT:
+            if not ready:
+                wait_for(progress_ptr, needed)
+                small = load_small(small_ptr, row, 0, M, r, BLOCK_M, RANK_K)
         acc = dot_rank(small, skinny, acc, dtype, SPLIT, PRECISION)
     else:
+        if WAIT:
+            wait_for(progress_ptr, needed)
         # Unpipelined: pipelined wgmma with a register operand is miscompiled by ptxas before 13.3.
         for first_r in tl.static_range(0, BLOCK_R, RANK_K):
             r_offs = first_r + tl.arange(0, RANK_K)

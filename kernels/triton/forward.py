@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import ForwardConfig, Problem, block_r, forward_config
-from fusedlora.kernels.common import SYNC_WORDS, leave, lora_tile, shrink_tasks, tile_coordinates
+from fusedlora.kernels.common import ARRIVED, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
+    PRECISION,
     current_stream,
     device_facts,
     launch,
-    precision_of,
     rank_alignment,
     row_major,
     skinny_rows,
@@ -19,7 +19,7 @@ from fusedlora.kernels.launch import (
 from fusedlora.schedule import forward_schedule
 
 
-@triton.jit(do_not_specialize=["M", "scaling", "num_shrink_tasks"])
+@triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs"])
 def forward_kernel(
     # x [M, K], W [N, K], A [r, K], B [N, r], bias [N]
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr,
@@ -28,49 +28,52 @@ def forward_kernel(
     sync_ptr,
     M, N, K, r,
     stride_xm, stride_wn, stride_ar, stride_bn,
-    scaling, num_shrink_tasks,
+    scaling, num_tasks, tile_programs,
     HAS_BIAS: tl.constexpr, SHRINK: tl.constexpr, TILES: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, R_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
-    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """S = scaling · x Aᵀ, rounded once to S's dtype; y = x Wᵀ + S Bᵀ + bias, one fp32 accumulator.
 
-    SHRINK computes S, TILES computes y; with both a tile waits for S in its epilogue. SPLIT: A is fp32 beside a
-    16-bit x and its product keeps fp32 precision. R_ALIGN divides r and the strides that equal it.
+    SHRINK computes S in `num_tasks` tasks, TILES computes y on `tile_programs` programs; with both a tile waits for
+    its rows of S. SPLIT: A is fp32 beside a 16-bit x and its products keep fp32 precision. R_ALIGN divides r and
+    stride_bn.
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
     if SHRINK:
         src_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [SHRINK_M, SHRINK_K])
-        first = shrink_tasks(
-            src_desc, a_ptr, s_ptr, sync_ptr, M, K, r, stride_ar, 1, scaling, num_shrink_tasks,
-            SPLIT, PRECISION, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES,
+        place = shrink_tasks(
+            src_desc, a_ptr, s_ptr, sync_ptr, None, None, M, K, r, stride_ar, 1, scaling, num_tasks,
+            False, SPLIT, PRECISION, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
     else:
-        first = tl.program_id(0)
+        place = tl.program_id(0)
     if TILES:
-        x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
-        w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
-        y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
-        num_tiles_m = tl.cdiv(M, BLOCK_M)
-        num_tiles_n = tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(first, num_tiles_m * num_tiles_n, tl.num_programs(0)):
-            tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
-            row = tile_m * BLOCK_M
-            col = tile_n * BLOCK_N
-            acc = lora_tile(
-                x_desc, w_desc, s_ptr, b_ptr, sync_ptr,
-                row, col, M, N, K, r, 1, stride_bn, num_shrink_tasks, tile == first,
-                x_ptr.dtype.element_ty, True, SHRINK, SPLIT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K,
-            )  # fmt: skip
-            if HAS_BIAS:
-                n_offs = col + tl.arange(0, BLOCK_N)
-                acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
-            y_desc.store([row, col], acc.to(y_ptr.dtype.element_ty))
+        if place < tile_programs:
+            x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+            w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
+            y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+            num_tiles_m = tl.cdiv(M, BLOCK_M)
+            num_tiles_n = tl.cdiv(N, BLOCK_N)
+            for tile in tl.range(place, num_tiles_m * num_tiles_n, tile_programs):
+                tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
+                row = tile_m * BLOCK_M
+                col = tile_n * BLOCK_N
+                acc = lora_tile(
+                    x_desc, w_desc, s_ptr, b_ptr, sync_ptr,
+                    row, col, M, N, K, r, 1, stride_bn, num_tasks,
+                    x_ptr.dtype.element_ty, True, SHRINK, SPLIT, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+                )  # fmt: skip
+                if HAS_BIAS:
+                    n_offs = col + tl.arange(0, BLOCK_N)
+                    acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
+                y_desc.store([row, col], acc.to(y_ptr.dtype.element_ty))
     if SHRINK:
-        leave(sync_ptr)
+        leave(sync_ptr, num_tasks, DELAY)
 
 
 def lora_forward(
@@ -110,10 +113,9 @@ def lora_forward(
     s = torch.empty((M, r), dtype=adapter_dtype, device=device)
     if M > 0:
         x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
-        precision = precision_of(x.dtype)
         capability, num_sms = device_facts(device)
         split = adapter_dtype != x.dtype
-        problem = Problem(M, N, K, r, x.element_size(), split, precision == "ieee", capability, num_sms)
+        problem = Problem(M, N, K, r, x.element_size(), split, capability, num_sms)
         config = config or forward_config(problem)
         schedule = forward_schedule(problem, config)
         arguments = {
@@ -124,7 +126,7 @@ def lora_forward(
             "bias_ptr": bias,
             "y_ptr": y,
             "s_ptr": s,
-            "sync_ptr": sync_words(device, current_stream(device), SYNC_WORDS.value),
+            "sync_ptr": sync_words(device, current_stream(device), ARRIVED.value),
             "M": M,
             "N": N,
             "K": K,
@@ -134,12 +136,14 @@ def lora_forward(
             "stride_ar": K,
             "stride_bn": r,
             "scaling": scaling,
-            "num_shrink_tasks": schedule.num_shrink_tasks,
+            "num_tasks": schedule.num_tasks,
+            "tile_programs": schedule.tile_programs,
             "HAS_BIAS": bias is not None,
             "SPLIT": split,
-            "PRECISION": precision,
+            "PRECISION": PRECISION,
             "R_ALIGN": rank_alignment(r),
             "BLOCK_R": block_r(r),
+            "DELAY": 0,
             **vars(config),
         }
         for shrink, tiles in ((True, True),) if one_launch else ((True, False), (False, True)):
