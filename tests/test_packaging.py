@@ -151,7 +151,7 @@ def test_editable_install_imports_and_has_no_top_level_kernels(tree: Path, tmp_p
     (editable,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(editable).extractall(site)
     # -S keeps this environment's own installation out; PYTHONPATH reads no .pth file, addsitedir does.
-    libraries = tuple(p for p in sys.path if p and not Path(p).is_relative_to(ROOT))
+    libraries = tuple(p for p in sys.path if p and Path(p) != ROOT)
     code = f"import site; site.addsitedir({str(site)!r})\n{WHERE}"
     found = json.loads(run_child(code, tmp_path, options=("-S",), first=(str(site), *libraries)))
     assert found["package"] == str(tree / "fusedlora/__init__.py")
