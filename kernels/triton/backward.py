@@ -234,7 +234,7 @@ def lora_backward(
     parts = schedule.parts
     stripes = cdiv(N, config.STRIPE_N) + cdiv(K, config.STRIPE_N)
     needs_t = need_dx or need_dA
-    fuse_db = config.FUSE_DB and need_dB and needs_t
+    fuse_db = config.FUSE_DB and need_dB and needs_t and not split
     da_partials = parts if parts > 1 and need_dA else 0
     db_partials = (cdiv(M, config.SHRINK_M) if fuse_db else parts if parts > 1 else 0) if need_dB else 0
     t = torch.empty((M, r), dtype=adapter_dtype, device=device) if needs_t else None

@@ -1,0 +1,120 @@
+"""Every kind of launch compiled ahead of time, for GPUs that are not here: shared memory, spills, what ptxas warns of.
+
+The default set covers pairs of (GPU, variant); `--slow` compiles all of them.
+"""
+
+import itertools
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from fusedlora.config import SHARED_MEMORY
+from fusedlora.kernels.backward import lora_backward
+from fusedlora.kernels.forward import lora_forward
+from fusedlora.kernels.inspection import TYPICAL_SMS, Launch, inspect_launch, record
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# name -> M, r, dtype, dtype of lora_A and lora_B, dtype of the adapter's products, other settings
+VARIANTS = {
+    "r16": (8192, 16, BF16, BF16, BF16, {}),
+    "r8-bias": (8192, 8, FP16, FP16, FP16, {"bias": True}),
+    "r32": (8192, 32, BF16, BF16, BF16, {}),
+    "r64": (8192, 64, BF16, BF16, BF16, {}),
+    "r128": (8192, 128, BF16, BF16, BF16, {}),
+    "r256": (8192, 256, BF16, BF16, BF16, {}),
+    "autocast-r16": (8192, 16, BF16, FP32, BF16, {}),
+    "autocast-r64": (8192, 64, BF16, FP32, BF16, {}),
+    "fp32-adapters-r16": (8192, 16, BF16, FP32, FP32, {}),
+    "fp32-adapters-r64": (8192, 64, BF16, FP32, FP32, {}),
+    "fp32-adapters-r256": (8192, 256, BF16, FP32, FP32, {}),
+    "fp16-fp32-adapters-r32": (8192, 32, FP16, FP32, FP32, {}),
+    "fp32-r16": (8192, 16, FP32, FP32, FP32, {}),
+    "fp32-r64": (8192, 64, FP32, FP32, FP32, {}),
+    "512-rows": (512, 16, BF16, BF16, BF16, {}),
+    "200-rows": (200, 16, BF16, BF16, BF16, {}),
+    "16-rows": (16, 16, BF16, BF16, BF16, {}),
+    "two-launches": (8192, 16, BF16, BF16, BF16, {"one_launch": False}),
+    "dB-only": (8192, 16, BF16, BF16, BF16, {"need": (False, False, True)}),
+    "no-dx": (8192, 16, BF16, BF16, BF16, {"need": (False, True, True)}),
+}
+# Bytes that may spill outside the main loop, where fp32 terms of a wide rank leave no choice. Never on the plain path.
+SPILLS_ALLOWED = {"fp32-adapters-r64": 64, "fp32-adapters-r256": 64, "fp32-r16": 128, "fp32-r64": 256}
+
+QUICK = [(90, v) for v in VARIANTS if v not in ("fp32-adapters-r256", "r32", "autocast-r64")]
+QUICK += [(cc, v) for cc in (80, 86, 89, 100, 120) for v in ("r16", "fp32-adapters-r16")]
+QUICK += [(80, "r64"), (86, "autocast-r16"), (89, "r8-bias"), (100, "two-launches"), (120, "r64")]
+
+
+def cases():
+    for case in itertools.product(TYPICAL_SMS, VARIANTS):
+        yield pytest.param(*case, id=f"sm{case[0]}-{case[1]}", marks=() if case in QUICK else pytest.mark.slow)
+
+
+def launches_of(capability: int, variant: str) -> list[Launch]:
+    M, r, dtype, parameter_dtype, adapter_dtype, settings = VARIANTS[variant]
+    K, N = 4096, 4096
+    one_launch = settings.get("one_launch", True)
+    need_dx, need_dA, need_dB = settings.get("need", (True, True, True))
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    x, dy, weight = empty(M, K), empty(M, N), empty(N, K)
+    lora_A, lora_B = empty(r, K, dtype=parameter_dtype), empty(N, r, dtype=parameter_dtype)
+    common = {"scaling": 2.0, "adapter_dtype": adapter_dtype, "one_launch": one_launch}
+
+    def call() -> None:
+        bias = empty(N) if settings.get("bias") else None
+        _, s = lora_forward(x, weight, lora_A, lora_B, bias, save_s=True, **common)
+        needs = {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB}
+        lora_backward(dy, x, weight, lora_A, lora_B, s, **needs, **common)
+
+    return record(capability, call)
+
+
+@pytest.mark.parametrize("capability, variant", cases())
+def test_compiles_within_limits(capability: int, variant: str) -> None:
+    for launch in launches_of(capability, variant):
+        report = inspect_launch(launch, capability)
+        assert report.shared <= SHARED_MEMORY[capability]
+        assert report.spills <= SPILLS_ALLOWED.get(variant, 0)
+        assert report.warnings == ()
+        assert report.count("ld.global.nc") == 0
+        if launch.arguments["SHRINK"] and (launch.arguments.get("TILES") or launch.arguments.get("REST")):
+            assert report.count("acquire.gpu") and report.count("release.gpu")
+        if capability == 90 and (launch.arguments.get("TILES") or launch.arguments.get("NEED_DX")):
+            assert report.count("cp.async.bulk.tensor")
+            assert report.count("wgmma.mma_async")
+
+
+def test_launch_counts() -> None:
+    assert len(launches_of(90, "r16")) == 2
+    assert len(launches_of(90, "two-launches")) == 4
+
+
+@pytest.mark.parametrize("scaling, M", [(3.5, 8192), (2.0, 8191), (2.0, 8193)])
+def test_no_recompilation_for_sizes_and_scaling(scaling: float, M: int) -> None:
+    """What is not specialised: an int of another divisibility, or another float, gives the same source to compile."""
+    from triton.backends.compiler import GPUTarget
+
+    from fusedlora.kernels import inspection
+
+    sources = []
+
+    def keep(source, **kwargs):
+        sources.append((source.signature, source.constants, source.attrs))
+        return mock.Mock()
+
+    with mock.patch.object(inspection, "triton_compile", keep):
+        for arguments in ({}, {"scaling": scaling, "M": M}):
+            for launch in launches_of(90, "r16"):
+                changed = Launch(launch.kernel, launch.arguments | arguments)
+                inspection.compile_launch(changed, GPUTarget("cuda", 90, 32))
+    assert sources[0] == sources[2] and sources[1] == sources[3]

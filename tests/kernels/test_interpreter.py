@@ -1,0 +1,24 @@
+"""Runs test_kernels.py in Triton's interpreter, which has to be switched on before triton is imported."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter already")
+def test_kernels_in_the_interpreter() -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / "test_kernels.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    child = subprocess.run(
+        command, env=environment, cwd=here.parents[1], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", child.stdout)
+    assert passed and int(passed[1]) >= 30, child.stdout[-2000:]

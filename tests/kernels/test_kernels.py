@@ -1,0 +1,175 @@
+"""Both kernels against float64: on a GPU as compiled, elsewhere in Triton's interpreter (see test_interpreter.py).
+
+bf16 is left to the GPU: the interpreter multiplies its raw bits.
+"""
+
+import dataclasses
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusedlora.config import BackwardConfig, ForwardConfig
+from fusedlora.kernels.backward import lora_backward
+from fusedlora.kernels.common import INTERPRET
+from fusedlora.kernels.forward import lora_forward
+from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, run
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a CUDA device or TRITON_INTERPRET=1",
+)
+DEVICE = "cpu" if INTERPRET else "cuda"
+HALF = torch.float16 if INTERPRET else torch.bfloat16
+
+# Small tiles in the interpreter, so that small shapes have several of everything.
+SMALL_FORWARD = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}
+SMALL_FORWARD |= {"RANK_K": 16, "SHRINK_M": 32, "SHRINK_K": 32, "SHRINK_STAGES": 2}
+SMALL_BACKWARD = SMALL_FORWARD | {"STRIPE_N": 32, "STRIPE_M": 32, "STRIPE_STAGES": 2, "stripe_rows": 64}
+
+# Two right answers to the last bit of fp32 still differ by luck.
+LUCK = 1.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    M: int
+    K: int
+    N: int
+    r: int
+    dtype: torch.dtype = HALF
+    adapter_dtype: torch.dtype | None = None
+    autocast: bool = False
+    bias: bool = False
+    one_launch: bool = True
+    fuse_db: bool = True
+
+    def __str__(self) -> str:
+        words = [f"{self.M}x{self.K}x{self.N}r{self.r}", str(self.dtype).removeprefix("torch.")]
+        words += ["fp32-adapters"] if self.adapter_dtype else []
+        words += [name for name in ("autocast", "bias") if getattr(self, name)]
+        words += ["two-launches"] if not self.one_launch else []
+        words += ["db-stripes"] if not self.fuse_db else []
+        return "-".join(words)
+
+
+CASES = [
+    Case(64, 64, 64, 16),
+    Case(1, 64, 32, 1),
+    Case(63, 40, 72, 5, bias=True),
+    Case(100, 48, 136, 40, one_launch=False),
+    Case(130, 64, 96, 8, fuse_db=False),
+    Case(65, 96, 64, 33, fuse_db=False, one_launch=False),
+    Case(200, 64, 64, 128),
+    Case(129, 64, 64, 256, fuse_db=False),
+    Case(70, 64, 64, 16, dtype=torch.float16, bias=True),
+    Case(70, 64, 72, 3, adapter_dtype=torch.float32),
+    Case(70, 64, 72, 16, adapter_dtype=torch.float32, dtype=torch.float16),
+    Case(90, 64, 64, 64, adapter_dtype=torch.float32, fuse_db=False),
+    Case(70, 64, 72, 20, adapter_dtype=torch.float32, autocast=True),
+    Case(77, 40, 72, 5, dtype=torch.float32, bias=True),
+    Case(96, 64, 64, 64, dtype=torch.float32, fuse_db=False),
+]
+
+
+def launch_both(case: Case, i: Inputs, small_tiles: bool) -> dict[str, torch.Tensor]:
+    """y, dx, dA, dB; every buffer that the launchers allocate starts as NaN."""
+    forward = ForwardConfig(**SMALL_FORWARD) if small_tiles else None
+    backward = BackwardConfig(**SMALL_BACKWARD, FUSE_DB=case.fuse_db) if small_tiles else None
+    keep = case.adapter_dtype is not None and not case.autocast
+    adapter_dtype = torch.float32 if keep else case.dtype
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    common = {"scaling": i.scaling, "adapter_dtype": adapter_dtype, "one_launch": case.one_launch}
+    with mock.patch.object(torch, "empty", poisoned):
+        y, s = lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, save_s=True, config=forward, **common)
+        needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+        dx, dA, dB = lora_backward(
+            i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, config=backward, **needs, **common
+        )
+    assert dx is not None and dA is not None and dB is not None
+    return {"y": y, "dx": dx, "dA": dA, "dB": dB}
+
+
+def eager_answers(case: Case, i: Inputs) -> dict[str, torch.Tensor]:
+    """What the eager path gives in the same dtypes and settings."""
+    if not case.autocast:
+        return run(eager_peft, i)
+
+    def under_autocast(*args, **kwargs):
+        with torch.autocast(DEVICE, dtype=case.dtype):
+            return eager_peft(*args, **kwargs)
+
+    return run(under_autocast, i)
+
+
+@pytest.mark.parametrize("small_tiles", [True] if INTERPRET else [True, False], ids=lambda s: "small" if s else "table")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_errors_are_not_above_the_eager_path(case: Case, small_tiles: bool) -> None:
+    i = make_inputs(
+        case.M, case.K, case.N, case.r, case.dtype, case.adapter_dtype, DEVICE, bias=case.bias, scaling=1.5
+    )
+    ours = launch_both(case, i, small_tiles)
+    assert ours["dA"].dtype == i.lora_A.dtype and ours["dB"].dtype == i.lora_B.dtype
+    ratios = error_ratios(ours, eager_answers(case, i), exact(i))
+    assert max(ratios.values()) <= LUCK, ratios
+
+
+@pytest.mark.parametrize("need", range(8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_only_the_needed_gradients(need: int, one_launch: bool) -> None:
+    i = make_inputs(70, 64, 72, 16, HALF, device=DEVICE, bias=False)
+    settings = {"scaling": i.scaling, "adapter_dtype": HALF}
+    _, s = lora_forward(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, **settings)
+
+    def backward(dx: bool, dA: bool, dB: bool):
+        return lora_backward(
+            i.dy, i.x if dA else None, i.weight, i.lora_A, i.lora_B, s if dB else None,
+            need_dx=dx, need_dA=dA, need_dB=dB, one_launch=one_launch, **settings,
+        )  # fmt: skip
+
+    wanted = (bool(need & 1), bool(need & 2), bool(need & 4))
+    ratios = error_ratios(
+        {n: g for n, g in zip(("dx", "dA", "dB"), backward(*wanted)) if g is not None}, run(eager_peft, i), exact(i)
+    )
+    assert tuple(n in ratios for n in ("dx", "dA", "dB")) == wanted
+    assert all(ratio <= LUCK for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("layout", ["sliced-columns", "misaligned", "transposed", "stride-0"])
+def test_layouts_a_descriptor_cannot_read(layout: str) -> None:
+    i = make_inputs(48, 64, 64, 16, HALF, device=DEVICE, bias=False)
+    made = {
+        "sliced-columns": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+        "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+        "transposed": lambda t: t.t().contiguous().t(),
+        "stride-0": lambda t: t[:1, :1].expand(t.shape),
+    }[layout]
+    j = dataclasses.replace(i, x=made(i.x), dy=made(i.dy))
+    plain = dataclasses.replace(j, x=j.x.contiguous(), dy=j.dy.contiguous())
+    case = Case(48, 64, 64, 16)
+    left, right = launch_both(case, j, True), launch_both(case, plain, True)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_no_rows() -> None:
+    i = make_inputs(0, 64, 72, 16, HALF, device=DEVICE, bias=False)
+    out = launch_both(Case(0, 64, 72, 16), i, True)
+    assert out["y"].shape == (0, 72) and out["dx"].shape == (0, 64)
+    assert not out["dA"].any() and not out["dB"].any()
+
+
+def test_words_are_zero_after_a_launch() -> None:
+    from fusedlora.kernels import launch
+
+    i = make_inputs(200, 64, 72, 16, HALF, device=DEVICE, bias=False)
+    launch_both(Case(200, 64, 72, 16), i, True)
+    slab = launch._slab(i.x.device)
+    assert slab.words is not None and not slab.words.any()
