@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .config import MAX_RANK, MAX_RANK_FLOAT32
+from .doctor import doctor_passed
 
 
 class Call(NamedTuple):
@@ -77,13 +79,17 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-# Where kernels whose programs wait for one another have been run; elsewhere each call takes two launches.
+# Where kernels whose programs wait for one another have been run; elsewhere each call takes two launches until
+# `python -m fusedlora doctor` has passed there.
 _WAITING_HAS_RUN = ((9, 0),)
 
 
 @cache
 def _one_launch(device: torch.device) -> bool:
-    return device.type != "cuda" or _capability(device) in _WAITING_HAS_RUN
+    if device.type != "cuda":
+        return True
+    capability = _capability(device)
+    return capability in _WAITING_HAS_RUN or doctor_passed(capability)
 
 
 def _interpreted() -> bool:
@@ -117,16 +123,22 @@ def _triton_why_not(call: Call) -> str | None:
     for name, columns in (("in_features", call.K), ("out_features", call.N)):
         if columns * size % 16:
             return f"{name} {columns} of {call.dtype} is not a multiple of 16 bytes"
-    if call.r > 256:
-        return f"r is {call.r}, the kernels take up to 256"
+    max_rank = MAX_RANK_FLOAT32 if call.dtype is torch.float32 else MAX_RANK
+    if call.r > max_rank:
+        return f"r is {call.r}, the kernels take up to {max_rank} in {call.dtype}"
     row, last, offset = call.weight_layout
     if last != 1 or row < call.K or row * size % 16 or offset:
         return (
             f"weight has strides ({row}, {last}) and starts {offset} bytes past a multiple of 16: "
             "its rows must be contiguous and start at multiples of 16 bytes"
         )
-    if not call.named and call.precision == "highest":
-        return 'x is float32 and torch.get_float32_matmul_precision() is "highest"'
+    if call.precision == "highest":
+        return (
+            'x is float32 and torch.get_float32_matmul_precision() is "highest": '
+            'the kernels form float32 products from tf32 ones, which "high" allows'
+        )
+    if call.dtype is torch.float32 and not call.named:
+        return "x is float32, where the kernels have not been measured faster"
     return None
 
 
