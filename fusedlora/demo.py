@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
             raise RuntimeError(f"{len(found.layers)} of the encoder's {linears} Linear layers have an adapter")
         folder = args.out / f"adapter-r{r}"
         checks = _check_on_disk(model, make_model, val, folder)
-        used = Counter(str(layer.backend) for layer in found.layers)
+        used = dict(Counter(str(layer.backend) for layer in found.layers))  # asdict breaks a Counter
         results.append(
             Trained(
                 r,
@@ -209,15 +209,14 @@ def _table(untrained: float, frozen: float, head_size: int, results: list[Traine
     total = results[0].total
     lines = [
         "",
-        "                              accuracy    trainable             step   training",
-        f"  untrained head              {untrained:7.1%}",
-        f"  frozen encoder, head alone  {frozen:7.1%}  {head_size:11,}  {head_size / total:6.2%}",
+        f"  {'':<28}{'accuracy':>9}{'trainable':>12}{'of all':>9}{'step':>9}{'training':>10}",
+        f"  {'untrained head':<28}{untrained:>9.1%}",
+        f"  {'frozen encoder, head alone':<28}{frozen:>9.1%}{head_size:>12,}{head_size / total:>9.2%}",
     ]
     for t in results:
-        lines.append(
-            f"  LoRA r = {t.r:<3} on every Linear {t.accuracy:8.1%}  {t.trainable:11,}  {t.share:6.2%}"
-            f"  {t.history.median_step_s * 1e3:5.0f} ms  {t.seconds:6.0f} s"
-        )
+        step, seconds = f"{t.history.median_step_s * 1e3:.0f} ms", f"{t.seconds:.0f} s"
+        name = f"LoRA, r = {t.r}"
+        lines.append(f"  {name:<28}{t.accuracy:>9.1%}{t.trainable:>12,}{t.share:>9.2%}{step:>9}{seconds:>10}")
     error = (results[-1].accuracy * (1 - results[-1].accuracy) / n) ** 0.5
     lines += [f"  (accuracy on {n} held-out docstrings, standard error {error:.1%})", ""]
     for t in results:
