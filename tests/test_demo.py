@@ -135,7 +135,7 @@ class TestRun:
             assert len(t["history"]["loss"]) == len(t["history"]["step_s"]) == 3
             assert t["history"]["val"][-1][2] == t["accuracy"]
             assert (Path(t["folder"]) / "adapter_config.json").is_file()
-            assert f"LoRA r = {t['r']}" in printed.out
+            assert f"LoRA, r = {t['r']} " in printed.out
         assert "reloaded 16 of 16, merged" in printed.out
         assert "r = 1: 100%" in printed.err, "no progress bar"
 
