@@ -145,7 +145,8 @@ def check(device: torch.device) -> None:
     plan = explain(*inputs(device, dtype, rows, side, side, seed=0)[:4])
     backend = plan.backend
     launches = plan.config.split(";")[0] if plan.config else ""
-    tell(backend=f"{backend} {launches}".strip(), kernels=backend != "reference", why_not=plan.why_not)
+    about = f"{backend}, {launches}" if launches else backend
+    tell(backend=about, one_launch=launches.startswith("one launch"), why_not=plan.why_not)
 
     worst: tuple[float, str] = (0.0, "")
     for M in CHECK_ROWS:

@@ -31,7 +31,7 @@ def child(monkeypatch: pytest.MonkeyPatch, *, facts: dict | None = None, check: 
 
 
 ONE_GPU = {"gpus": {"cuda:0": {"name": "Some GPU", "capability": [12, 1], "sms": 48, "gib": 16.0}}}
-GOOD = """print(json.dumps({"call": "c", "backend": "triton", "kernels": True, "check": "right", "timing": "fast"}))
+GOOD = """print(json.dumps({"call": "c", "backend": "triton", "one_launch": True, "check": "right", "timing": "fast"}))
 print(json.dumps({"stage": "done", "ok": True}))"""
 
 
@@ -175,8 +175,8 @@ class TestMarker:
         assert not doctor.doctor_passed((12, 1))
         assert not doctor.marker_path((12, 1)).exists()
 
-    def test_a_pass_of_the_plain_path_says_nothing_of_the_kernels(self, monkeypatch) -> None:
-        plain = GOOD.replace("triton", "reference").replace('"kernels": True', '"kernels": False')
+    def test_a_pass_without_the_one_launch_kernels_is_not_recorded(self, monkeypatch) -> None:
+        plain = GOOD.replace('"one_launch": True', '"one_launch": False')
         child(monkeypatch, facts=ONE_GPU, check=plain)
         assert cli.main(["doctor"]) == 0
         assert not doctor.doctor_passed((12, 1))
