@@ -22,8 +22,9 @@ from .timing import WallTimer, interleave, ratios
 RANK = 16
 SCALING = 2.0
 CHECK_ROWS = (1, 63, 512)
-# Rounding is random: two ways of equal quality differ by a few percent in the norm of their error.
-WORST_RATIO = 1.1
+# Rounding is random: at M = 1 two ways of equal quality may differ by some percent, as S and T are 16 numbers there.
+# A wrong result is off by orders of magnitude; the tests hold the kernels to the eager error itself.
+WORST_RATIO = 1.25
 NAMES = ("y", "dX", "dA", "dB")
 
 
