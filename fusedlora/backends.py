@@ -75,6 +75,13 @@ def _triton_missing() -> str | None:
 
 
 @cache
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+@cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -117,6 +124,11 @@ def _triton_why_not(call: Call) -> str | None:
         return f"x is on {kind}, the kernels run on cuda"
     if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype is {call.dtype}, the kernels take bfloat16, float16 and float32"
+    if kind == "cuda" and capability[0] == 10 and call.adapter_dtype != call.dtype and _triton_version() < (3, 9):
+        return (
+            f"lora_A is {call.param_dtype} outside autocast, and triton before 3.9 compiles an empty kernel of that "
+            f"for compute capability {capability[0]}.{capability[1]}"
+        )
     if call.masked:
         return "dropout is on, the kernels have none"
     size = call.dtype.itemsize

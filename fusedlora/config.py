@@ -19,7 +19,7 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    """Tile sizes of one kernel. Sizes are elements; `num_stages` and `*_STAGES` are buffers of the software pipelines."""
+    """Tile sizes of one kernel, in elements; `num_stages` and `*_STAGES` are buffers of the software pipelines."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -47,6 +47,21 @@ class BackwardConfig(ForwardConfig):
     stripe_rows: int = 2048
 
 
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen by. `out` and `depth` are N and K forward, K and N backward."""
+
+    M: int
+    out: int
+    depth: int
+    r: int
+    itemsize: int
+    # fp32 adapters kept at fp32 precision over a 16-bit base.
+    split: bool
+    capability: int
+    num_sms: int
+
+
 def block_r(r: int) -> int:
     """The rank as the kernels pad it in registers: a power of two, at least 16 (a tensor core's depth)."""
     return max(16, 1 << (r - 1).bit_length())
@@ -70,21 +85,6 @@ def check_config(config: ForwardConfig) -> None:
         raise ValueError(f"SHRINK_M is {config.SHRINK_M}; it must be a multiple of BLOCK_M, {config.BLOCK_M}")
     if config.num_warps not in (4, 8):
         raise ValueError(f"num_warps is {config.num_warps}; it must be 4 or 8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a configuration is chosen by. `out` and `depth` are N and K forward, K and N backward."""
-
-    M: int
-    out: int
-    depth: int
-    r: int
-    itemsize: int
-    # fp32 adapters kept at fp32 precision over a 16-bit base.
-    split: bool
-    capability: int
-    num_sms: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,7 +155,7 @@ def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
     if _heavy(p):
         return shrink(rank_k, m=64, k=16 if p.split and wide > 128 else 32, stages=3)
     if not _large_shared(p):
-        return shrink(rank_k, m=128, k=32, stages=3)
+        return shrink(rank_k, m=128 if p.split or wide > 32 else 256, k=32, stages=3)
     if p.M <= 64:
         return shrink(rank_k, m=64, k=128, stages=3)
     if p.split or wide > 64:

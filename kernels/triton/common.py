@@ -100,7 +100,8 @@ def cut_to_tf32(x):
 
 @triton.jit
 def dot_skinny(big, skinny, acc, SPLIT: tl.constexpr, RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc [D, R] + big [D, K] @ skinny [K, R], with RANK_FIRST acc [R, D] + its transpose. With SPLIT the fp32 `skinny` keeps its precision beside the 16-bit `big`.
+    """acc [D, R] + big [D, K] @ skinny [K, R], with RANK_FIRST acc [R, D] + its transpose. With SPLIT the fp32
+    `skinny` keeps its precision beside the 16-bit `big`.
 
     bf16: skinny as the sum of three bf16 terms (3 × 8 bits of mantissa cover fp32's 24), small terms first.
     fp16: its exponent range is too small for such terms, so they are three tf32 terms (11 bits each, cut off so that

@@ -1,4 +1,4 @@
-"""What both launchers need from the host: synchronisation words, the descriptors' scratch, argument checks, launches."""
+"""What both launchers need from the host: synchronisation words, the descriptors' scratch, launches."""
 
 from __future__ import annotations
 

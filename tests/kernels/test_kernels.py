@@ -91,9 +91,7 @@ def launch_both(case: Case, i: Inputs, small_tiles: bool) -> dict[str, torch.Ten
     with mock.patch.object(torch, "empty", poisoned):
         y, s = lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, save_s=True, config=forward, **common)
         needs = {"need_dx": True, "need_dA": True, "need_dB": True}
-        dx, dA, dB = lora_backward(
-            i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, config=backward, **needs, **common
-        )
+        dx, dA, dB = lora_backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, config=backward, **needs, **common)
     assert dx is not None and dA is not None and dB is not None
     return {"y": y, "dx": dx, "dA": dA, "dB": dB}
 
@@ -113,9 +111,7 @@ def eager_answers(case: Case, i: Inputs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("small_tiles", [True] if INTERPRET else [True, False], ids=lambda s: "small" if s else "table")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errors_are_not_above_the_eager_path(case: Case, small_tiles: bool) -> None:
-    i = make_inputs(
-        case.M, case.K, case.N, case.r, case.dtype, case.adapter_dtype, DEVICE, bias=case.bias, scaling=1.5
-    )
+    i = make_inputs(case.M, case.K, case.N, case.r, case.dtype, case.adapter_dtype, DEVICE, bias=case.bias, scaling=1.5)
     ours = launch_both(case, i, small_tiles)
     assert ours["dA"].dtype == i.lora_A.dtype and ours["dB"].dtype == i.lora_B.dtype
     ratios = error_ratios(ours, eager_answers(case, i), exact(i))
