@@ -184,6 +184,7 @@ def write_picture(path: Path, rows: Sequence[Row], title: str, group: str = "tra
     for name in names:
         drawn = [row for row in mine if row.contender.name == name]
         ours = drawn[0].contender.ours
+        labels = {row.contender.label for row in drawn}
         axes.plot(
             [row.tax.median for row in drawn],
             [cases.index(row.case) for row in drawn],
@@ -191,7 +192,7 @@ def write_picture(path: Path, rows: Sequence[Row], title: str, group: str = "tra
             color=None if not ours else {"fusedlora": "#d62728", "fusedlora_amp": "#ff7f0e"}.get(name, "#8c564b"),
             markersize=9 if ours else 6,
             fillstyle="full" if ours else "none",
-            label=drawn[0].contender.label,
+            label=labels.pop() if len(labels) == 1 else name,
         )
     axes.set_yticks(range(len(cases)), [case.title for case in cases])
     axes.set_ylim(len(cases) - 0.5, -0.5)

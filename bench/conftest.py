@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from bench_cases import GROUPS, Case, cpu_cases, gpu_cases, tiny_cases
 from bench_contenders import Contender, contenders
-from bench_measure import FULL, SMOKE, Lab, Row
+from bench_measure import FULL, FULL_CPU, SMOKE, Lab, Row
 from bench_report import render, report, write_json, write_picture
 
 from fusedlora.timing import machine
@@ -111,7 +111,7 @@ class Plan:
 
     def _laboratory(self) -> Lab:
         if self.lab is None:
-            effort = FULL if self.measure else SMOKE
+            effort = SMOKE if not self.measure else FULL if self.on_gpu else FULL_CPU
             self.lab = Lab(self.device, effort, self.backend, self.say if self.measure else lambda text: None)
         return self.lab
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+
 from fusedlora.config import SHARED_MEMORY
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.forward import lora_forward
