@@ -129,6 +129,10 @@ def _triton_why_not(call: Call) -> str | None:
             f"lora_A is {call.param_dtype} outside autocast, and triton before 3.9 compiles an empty kernel of that "
             f"for compute capability {capability[0]}.{capability[1]}"
         )
+    if call.dtype is torch.float16 and call.adapter_dtype is torch.float32:
+        return (
+            "lora_A is float32 beside a float16 x outside autocast: the kernels keep such adapters' precision over bf16"
+        )
     if call.masked:
         return "dropout is on, the kernels have none"
     size = call.dtype.itemsize

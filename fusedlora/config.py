@@ -102,11 +102,13 @@ def backward_config(p: Problem) -> BackwardConfig:
     if not _large_shared(p) or p.itemsize == 4:
         narrow = wide > 64 or p.split or p.itemsize == 4
         stripe = {"STRIPE_N": 32 if narrow else 64, "STRIPE_M": 32 if narrow else 64, "STRIPE_STAGES": 3}
-    elif p.split or wide > 64:
-        rows = 16 if p.split and wide > 128 else 32 if wide > 32 else 64
-        stripe = {"STRIPE_N": 32 if p.split and wide > 64 else 64, "STRIPE_M": rows, "STRIPE_STAGES": 4}
+    elif p.split and wide > 32:
+        rows = 64 if wide <= 64 else 32 if wide <= 128 else 16
+        stripe = {"STRIPE_N": 64 if wide <= 64 else 32, "STRIPE_M": rows, "STRIPE_STAGES": 4}
+    elif wide > 64:
+        stripe = {"STRIPE_N": 64, "STRIPE_M": 32, "STRIPE_STAGES": 4}
     else:
-        stripe = {"STRIPE_N": 128, "STRIPE_M": 128 if wide <= 32 else 64, "STRIPE_STAGES": 4}
+        stripe = {"STRIPE_N": 128, "STRIPE_M": 64 if p.split or wide > 32 else 128, "STRIPE_STAGES": 4}
     return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not fuse), **stripe, FUSE_DB=fuse)
 
 
@@ -135,6 +137,8 @@ def _tile(p: Problem) -> dict[str, int]:
     tiles_large = -(-p.M // 128) * -(-p.out // 256)
     if p.M <= 64:
         return tile(64, 64, 128, warps=4, stages=4)
+    if p.split and 32 < block_r(p.r) <= 128:
+        return tile(128, 128, 64, warps=8, stages=3)
     if _heavy(p):
         return tile(64, 256, 64, warps=8, stages=3)
     if tiles_large >= p.num_sms:
@@ -152,12 +156,14 @@ def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
     if p.itemsize == 4:
         return shrink(16, m=64, k=32, stages=2)
     rank_k = 16 if p.split else min(wide, 32)
+    if p.split and _large_shared(p) and p.M > 64 and wide <= 128:
+        return shrink(rank_k, m=128, k=64 if wide <= 64 else 32, stages=4 if wide <= 32 else 3)
     if _heavy(p):
         return shrink(rank_k, m=64, k=16 if p.split and wide > 128 else 32, stages=3)
     if not _large_shared(p):
         return shrink(rank_k, m=128 if p.split or wide > 32 else 256, k=32, stages=3)
     if p.M <= 64:
         return shrink(rank_k, m=64, k=128, stages=3)
-    if p.split or wide > 64:
+    if wide > 64:
         return shrink(rank_k, m=128, k=32, stages=4)
     return shrink(rank_k, m=256, k=64, stages=4) if tall else shrink(rank_k, m=128, k=128, stages=4)

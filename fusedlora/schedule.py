@@ -12,9 +12,10 @@ import functools
 from fusedlora.config import BackwardConfig, ForwardConfig, Problem
 
 # Measured on an H100: a 128×256×4096 bf16 tile takes 44 µs; beside busy neighbours one SM streams about 65 KB/µs
-# through a shrink task of a small rank, 50 KB/µs of a rank above 32, 42 KB/µs where the task forms dB as well.
+# through a shrink task of a small rank, 50 KB/µs of a rank above 32, 42 KB/µs where the task forms dB as well, and
+# 15 KB/µs where it splits fp32 adapters.
 FLOP_PER_US = 6.3e6
-BYTES_PER_US, BYTES_PER_US_WIDE, BYTES_PER_US_FUSED = 65e3, 50e3, 42e3
+BYTES_PER_US, BYTES_PER_US_WIDE, BYTES_PER_US_FUSED, BYTES_PER_US_SPLIT = 65e3, 50e3, 42e3, 15e3
 STEP_US = 1.5
 # More parts than this would write more partial sums than the balance is worth.
 MAX_PARTS = 16
@@ -45,6 +46,8 @@ def shrink_us(p: Problem, c: ForwardConfig) -> float:
     rate = BYTES_PER_US if p.r <= 32 else BYTES_PER_US_WIDE
     if isinstance(c, BackwardConfig) and c.FUSE_DB:
         rate = BYTES_PER_US_FUSED
+    if p.split:
+        rate = BYTES_PER_US_SPLIT
     return c.SHRINK_M * p.depth * p.itemsize / rate + STEP_US
 
 

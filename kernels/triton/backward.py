@@ -1,5 +1,8 @@
 """dX = dy W + T A, dA = Tᵀ x and dB = dyᵀ S, with T = scaling · dy B, in one launch."""
 
+import dataclasses
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,15 +22,16 @@ from fusedlora.kernels.common import (
 )
 from fusedlora.kernels.launch import (
     PRECISION,
+    Launcher,
+    aligned,
     current_stream,
     device_facts,
-    launch,
     rank_alignment,
     row_major,
     skinny_rows,
     sync_words,
 )
-from fusedlora.schedule import backward_schedule, cdiv
+from fusedlora.schedule import Schedule, backward_schedule, cdiv
 
 
 @triton.jit
@@ -184,6 +188,66 @@ def backward_kernel(
     leave(sync_ptr, num_tasks, DELAY)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that a launch of one kind needs beside its tensors. Sizes of the partial sums are in fp32 elements."""
+
+    schedule: Schedule
+    launchers: tuple[Launcher, ...]
+    num_words: int
+    da_partials: int
+    db_partials: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: torch.device,
+    facts: tuple[int, int],
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+    config: BackwardConfig | None,
+    one_launch: bool,
+    specialised: object,
+) -> _Plan:
+    """`specialised` is what else Triton compiles for: dtypes of the adapter, strides, alignment."""
+    M, N, K, r = sizes
+    need_dx, need_dA, need_dB = needs
+    split = adapter_dtype != dtype
+    problem = Problem(M, K, N, r, dtype.itemsize, split, *facts)
+    config = config or backward_config(problem)
+    schedule = backward_schedule(problem, config, *needs)
+    parts = schedule.parts
+    needs_t = need_dx or need_dA
+    fuse_db = config.FUSE_DB and need_dB and needs_t and not split
+    db_sums = cdiv(M, config.SHRINK_M) if fuse_db else parts if parts > 1 else 0
+    constants = {
+        "NEED_DX": need_dx,
+        "NEED_DA": need_dA,
+        "NEED_DB": need_dB,
+        "SPLIT": split,
+        "PRECISION": PRECISION,
+        "PARTIALS": parts > 1,
+        "R_ALIGN": rank_alignment(r),
+        "BLOCK_R": block_r(r),
+        "DELAY": 0,
+        **{name: value for name, value in vars(config).items() if name != "stripe_rows"},
+        "FUSE_DB": fuse_db,
+    }
+    phases = [(True, True)] if one_launch and needs_t else [(True, False)] * needs_t + [(False, True)]
+    return _Plan(
+        schedule,
+        tuple(
+            Launcher(backward_kernel, schedule.num_programs, device, constants | {"SHRINK": shrink, "REST": rest})
+            for shrink, rest in phases
+        ),
+        num_words=ARRIVED.value + cdiv(N, config.STRIPE_N) + cdiv(K, config.STRIPE_N),
+        da_partials=parts * K * r if parts > 1 and need_dA else 0,
+        db_partials=db_sums * N * r if need_dB else 0,
+    )
+
+
 def lora_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -216,8 +280,8 @@ def lora_backward(
     M, N = dy.shape
     K = weight.shape[1]
     r = lora_A.shape[0]
-    device = dy.device
-    dx = torch.empty((M, K), dtype=dy.dtype, device=device) if need_dx else None
+    device, dtype = dy.device, dy.dtype
+    dx = torch.empty((M, K), dtype=dtype, device=device) if need_dx else None
     da = torch.empty((r, K), dtype=lora_A.dtype, device=device) if need_dA else None
     db = torch.empty((N, r), dtype=lora_B.dtype, device=device) if need_dB else None
     if M == 0:
@@ -226,59 +290,27 @@ def lora_backward(
         return dx, da, db
     dy, lora_A, lora_B = row_major(dy), skinny_rows(lora_A), skinny_rows(lora_B)
     x = row_major(x) if need_dA else dy
-    capability, num_sms = device_facts(device)
-    split = adapter_dtype != dy.dtype
-    problem = Problem(M, K, N, r, dy.element_size(), split, capability, num_sms)
-    config = config or backward_config(problem)
-    schedule = backward_schedule(problem, config, need_dx, need_dA, need_dB)
-    parts = schedule.parts
-    stripes = cdiv(N, config.STRIPE_N) + cdiv(K, config.STRIPE_N)
-    needs_t = need_dx or need_dA
-    fuse_db = config.FUSE_DB and need_dB and needs_t and not split
-    da_partials = parts if parts > 1 and need_dA else 0
-    db_partials = (cdiv(M, config.SHRINK_M) if fuse_db else parts if parts > 1 else 0) if need_dB else 0
-    t = torch.empty((M, r), dtype=adapter_dtype, device=device) if needs_t else None
-    partial = torch.empty((da_partials * K + db_partials * N) * r, dtype=torch.float32, device=device)
-    arguments = {
-        "dy_ptr": dy,
-        "x_ptr": x,
-        "s_ptr": s,
-        "w_ptr": weight,
-        "a_ptr": lora_A,
-        "b_ptr": lora_B,
-        "dx_ptr": dx,
-        "da_ptr": da,
-        "db_ptr": db,
-        "t_ptr": t,
-        "da_partial_ptr": partial,
-        "db_partial_ptr": partial[da_partials * K * r :],
-        "sync_ptr": sync_words(device, current_stream(device), ARRIVED.value + stripes),
-        "M": M,
-        "N": N,
-        "K": K,
-        "r": r,
-        "stride_ym": dy.stride(0),
-        "stride_xm": x.stride(0),
-        "stride_wn": weight.stride(0),
-        "stride_ar": K,
-        "stride_bn": r,
-        "scaling": scaling,
-        "num_tasks": schedule.num_tasks,
-        "tile_programs": schedule.tile_programs,
-        "parts": parts,
-        "NEED_DX": need_dx,
-        "NEED_DA": need_dA,
-        "NEED_DB": need_dB,
-        "SPLIT": split,
-        "PRECISION": PRECISION,
-        "PARTIALS": parts > 1,
-        "R_ALIGN": rank_alignment(r),
-        "BLOCK_R": block_r(r),
-        "DELAY": 0,
-        **{name: value for name, value in vars(config).items() if name != "stripe_rows"},
-        "FUSE_DB": fuse_db,
-    }
-    launches = [(True, True)] if one_launch and needs_t else [(True, False)] * needs_t + [(False, True)]
-    for shrink, rest in launches:
-        launch(backward_kernel, schedule.num_programs, device, arguments | {"SHRINK": shrink, "REST": rest})
+    s = s if need_dB else None
+    stride_ym, stride_xm, stride_wn = dy.stride(0), x.stride(0), weight.stride(0)
+    specialised = (lora_A.dtype, stride_ym, stride_xm, stride_wn, aligned(lora_A, lora_B))
+    sizes = (M, N, K, r)
+    needs = (need_dx, need_dA, need_dB)
+    facts = device_facts(device)
+    plan = _plan(device, facts, sizes, dtype, adapter_dtype, needs, config, one_launch, specialised)
+    t = torch.empty((M, r), dtype=adapter_dtype, device=device) if need_dx or need_dA else None
+    partial = torch.empty(plan.da_partials + plan.db_partials, dtype=torch.float32, device=device)
+    db_partial = partial[plan.da_partials :] if plan.da_partials else partial
+    stream = current_stream(device)
+    words = sync_words(device, stream, plan.num_words)
+    for launcher in plan.launchers:
+        launcher(
+            stream,
+            dy,
+            *(x, s, weight, lora_A, lora_B),
+            *(dx, da, db),
+            *(t, partial, db_partial, words),
+            *(M, N, K, r),
+            *(stride_ym, stride_xm, stride_wn, K, r),
+            *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs, plan.schedule.parts),
+        )
     return dx, da, db

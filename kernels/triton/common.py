@@ -93,44 +93,29 @@ def load_skinny(ptr, stride_r, stride_d, r_offs, d_offs, r, depth):
 
 
 @triton.jit
-def cut_to_tf32(x):
-    """fp32 with the 13 bits of mantissa cleared that a tf32 product would ignore."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def dot_skinny(big, skinny, acc, SPLIT: tl.constexpr, RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc [D, R] + big [D, K] @ skinny [K, R], with RANK_FIRST acc [R, D] + its transpose. With SPLIT the fp32
-    `skinny` keeps its precision beside the 16-bit `big`.
+    """acc [D, R] + big [D, K] @ skinny [K, R], with RANK_FIRST acc [R, D] + its transpose.
 
-    bf16: skinny as the sum of three bf16 terms (3 × 8 bits of mantissa cover fp32's 24), small terms first.
-    fp16: its exponent range is too small for such terms, so they are three tf32 terms (11 bits each, cut off so that
-    each is exact); an fp16 number is exact in tf32 as it is.
-    Tensor cores truncate where they add, which over a long sum costs more than the split gains: each step is summed
-    from zero and added to `acc` by an ordinary, rounding addition.
-    Split terms are made in registers, where only mma.sync takes them as they are. That is what a small rank gets
-    as the dot's M, being below wgmma's 64.
+    With SPLIT the fp32 `skinny` keeps its precision beside the bf16 `big`: it goes in as the sum of three bf16 terms
+    (3 × 8 bits of mantissa cover fp32's 24), small terms first. Tensor cores truncate where they add, which over a
+    long sum costs more than the split gains: each step is summed from zero and added to `acc` by an ordinary,
+    rounding addition. The terms are made in registers, where only mma.sync takes them as they are. That is what a
+    small rank gets as the dot's M, being below wgmma's 64.
     """
     if SPLIT:
         step = tl.zeros_like(acc)
-        if big.dtype == tl.bfloat16:
-            high = skinny.to(tl.bfloat16)
-            rest = skinny - high.to(tl.float32)
-            middle = rest.to(tl.bfloat16)
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        else:
-            big = big.to(tl.float32)
-            high = cut_to_tf32(skinny)
-            middle = cut_to_tf32(skinny - high)
-            low = skinny - high - middle
+        high = skinny.to(big.dtype)
+        rest = skinny - high.to(tl.float32)
+        middle = rest.to(big.dtype)
+        low = (rest - middle.to(tl.float32)).to(big.dtype)
         if RANK_FIRST:
-            step = tl.dot(low.T, big.T, step, input_precision="tf32")
-            step = tl.dot(middle.T, big.T, step, input_precision="tf32")
-            step = tl.dot(high.T, big.T, step, input_precision="tf32")
+            step = tl.dot(low.T, big.T, step)
+            step = tl.dot(middle.T, big.T, step)
+            step = tl.dot(high.T, big.T, step)
         else:
-            step = tl.dot(big, low, step, input_precision="tf32")
-            step = tl.dot(big, middle, step, input_precision="tf32")
-            step = tl.dot(big, high, step, input_precision="tf32")
+            step = tl.dot(big, low, step)
+            step = tl.dot(big, middle, step)
+            step = tl.dot(big, high, step)
         return acc + step
     else:
         return tl.dot(big, skinny.to(big.dtype), acc, input_precision=PRECISION)

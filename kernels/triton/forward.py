@@ -1,5 +1,8 @@
 """y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias in one launch."""
 
+import dataclasses
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -8,15 +11,16 @@ from fusedlora.config import ForwardConfig, Problem, block_r, forward_config
 from fusedlora.kernels.common import ARRIVED, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
     PRECISION,
+    Launcher,
+    aligned,
     current_stream,
     device_facts,
-    launch,
     rank_alignment,
     row_major,
     skinny_rows,
     sync_words,
 )
-from fusedlora.schedule import forward_schedule
+from fusedlora.schedule import Schedule, forward_schedule
 
 
 @triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs"])
@@ -76,6 +80,51 @@ def forward_kernel(
         leave(sync_ptr, num_tasks, DELAY)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that a launch of one kind needs beside its tensors."""
+
+    schedule: Schedule
+    launchers: tuple[Launcher, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: torch.device,
+    facts: tuple[int, int],
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    has_bias: bool,
+    config: ForwardConfig | None,
+    one_launch: bool,
+    specialised: object,
+) -> _Plan:
+    """`specialised` is what else Triton compiles for: dtypes of the adapter, strides, alignment."""
+    M, N, K, r = sizes
+    split = adapter_dtype != dtype
+    problem = Problem(M, N, K, r, dtype.itemsize, split, *facts)
+    config = config or forward_config(problem)
+    schedule = forward_schedule(problem, config)
+    constants = {
+        "HAS_BIAS": has_bias,
+        "SPLIT": split,
+        "PRECISION": PRECISION,
+        "R_ALIGN": rank_alignment(r),
+        "BLOCK_R": block_r(r),
+        "DELAY": 0,
+        **vars(config),
+    }
+    phases = ((True, True),) if one_launch else ((True, False), (False, True))
+    return _Plan(
+        schedule,
+        tuple(
+            Launcher(forward_kernel, schedule.num_programs, device, constants | {"SHRINK": shrink, "TILES": tiles})
+            for shrink, tiles in phases
+        ),
+    )
+
+
 def lora_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -108,44 +157,25 @@ def lora_forward(
     M, K = x.shape
     N = weight.shape[0]
     r = lora_A.shape[0]
-    device = x.device
-    y = torch.empty((M, N), dtype=x.dtype, device=device)
+    device, dtype = x.device, x.dtype
+    y = torch.empty((M, N), dtype=dtype, device=device)
     s = torch.empty((M, r), dtype=adapter_dtype, device=device)
     if M > 0:
         x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
-        capability, num_sms = device_facts(device)
-        split = adapter_dtype != x.dtype
-        problem = Problem(M, N, K, r, x.element_size(), split, capability, num_sms)
-        config = config or forward_config(problem)
-        schedule = forward_schedule(problem, config)
-        arguments = {
-            "x_ptr": x,
-            "w_ptr": weight,
-            "a_ptr": lora_A,
-            "b_ptr": lora_B,
-            "bias_ptr": bias,
-            "y_ptr": y,
-            "s_ptr": s,
-            "sync_ptr": sync_words(device, current_stream(device), ARRIVED.value),
-            "M": M,
-            "N": N,
-            "K": K,
-            "r": r,
-            "stride_xm": x.stride(0),
-            "stride_wn": weight.stride(0),
-            "stride_ar": K,
-            "stride_bn": r,
-            "scaling": scaling,
-            "num_tasks": schedule.num_tasks,
-            "tile_programs": schedule.tile_programs,
-            "HAS_BIAS": bias is not None,
-            "SPLIT": split,
-            "PRECISION": PRECISION,
-            "R_ALIGN": rank_alignment(r),
-            "BLOCK_R": block_r(r),
-            "DELAY": 0,
-            **vars(config),
-        }
-        for shrink, tiles in ((True, True),) if one_launch else ((True, False), (False, True)):
-            launch(forward_kernel, schedule.num_programs, device, arguments | {"SHRINK": shrink, "TILES": tiles})
+        stride_xm, stride_wn = x.stride(0), weight.stride(0)
+        specialised = (lora_A.dtype, stride_xm, stride_wn, aligned(lora_A, lora_B, bias))
+        sizes = (M, N, K, r)
+        facts = device_facts(device)
+        plan = _plan(device, facts, sizes, dtype, adapter_dtype, bias is not None, config, one_launch, specialised)
+        stream = current_stream(device)
+        words = sync_words(device, stream, ARRIVED.value)
+        for launcher in plan.launchers:
+            launcher(
+                stream,
+                *(x, weight, lora_A, lora_B, bias),
+                *(y, s, words),
+                *(M, N, K, r),
+                *(stride_xm, stride_wn, K, r),
+                *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs),
+            )
     return y, s if save_s else s.new_empty(0)

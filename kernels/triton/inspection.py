@@ -18,6 +18,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fusedlora.kernels import backward, forward
+from fusedlora.kernels.launch import Launcher
 
 # SMs of a typical GPU of each compute capability: A100, A10, RTX 4090, H100, B200, RTX 5090.
 TYPICAL_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -52,15 +53,21 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
     """Inside, launchers called with CPU tensors choose as on a GPU of this capability, and launch nothing."""
     seen: list[Launch] = []
 
-    def record(kernel: Any, num_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
-        seen.append(Launch(kernel, dict(arguments)))
+    class Recorder(Launcher):
+        def __call__(self, stream: int, *arguments: Any) -> None:
+            names = [parameter.name for parameter in self.kernel.params if not parameter.is_constexpr]
+            seen.append(Launch(self.kernel, dict(zip(names, arguments, strict=True)) | self.constants))
 
+    facts = (capability, TYPICAL_SMS[capability])
     with contextlib.ExitStack() as stack:
         for module in (forward, backward):
-            stack.enter_context(mock.patch.object(module, "launch", record))
-            stack.enter_context(mock.patch.object(module, "current_stream", lambda device: 0))
-            facts = (capability, TYPICAL_SMS[capability])
-            stack.enter_context(mock.patch.object(module, "device_facts", lambda device, facts=facts: facts))
+            for name, stand_in in (
+                ("Launcher", Recorder),
+                ("_plan", module._plan.__wrapped__),  # a plan made here must not be kept
+                ("current_stream", lambda device: 0),
+                ("device_facts", lambda device: facts),
+            ):
+                stack.enter_context(mock.patch.object(module, name, stand_in))
         yield seen
 
 

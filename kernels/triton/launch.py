@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+import triton
 from triton.runtime import _allocation
 
 from fusedlora.kernels.common import INTERPRET
@@ -26,7 +25,8 @@ class _Slab:
         self.device = device
         self.lock = threading.Lock()
         self.used = SLAB_WORDS
-        self.words: torch.Tensor | None = None
+        # Kept for good: graphs hold addresses in them.
+        self.slabs: list[torch.Tensor] = []
         self.by_stream: dict[int, torch.Tensor] = {}
 
     def take(self, count: int, capturing: bool) -> torch.Tensor | None:
@@ -35,13 +35,13 @@ class _Slab:
         with self.lock:
             if self.used + count > SLAB_WORDS // 2 and not capturing:
                 # Renewed with half left, so that a capture, which can't renew it, always finds some.
-                self.words = torch.zeros(max(SLAB_WORDS, 2 * count), dtype=torch.int32, device=self.device)
+                self.slabs.append(torch.zeros(max(SLAB_WORDS, 2 * count), dtype=torch.int32, device=self.device))
                 self.used = 0
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()
-            if self.words is None or self.used + count > self.words.numel():
+            if not self.slabs or self.used + count > self.slabs[-1].numel():
                 return None
-            taken = self.words[self.used : self.used + count]
+            taken = self.slabs[-1][self.used : self.used + count]
             self.used += count
             return taken
 
@@ -58,38 +58,83 @@ def sync_words(device: torch.device, stream: int, count: int) -> torch.Tensor:
     of its own that nobody else ever uses; where the slab has none left, the zeroing is captured with the launch.
     """
     slab = _slab(device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         words = slab.take(count, capturing=True)
         return torch.zeros(count, dtype=torch.int32, device=device) if words is None else words
     words = slab.by_stream.get(stream)
     if words is None or words.numel() < count:
-        words = slab.take(max(count, 512), capturing=False)
+        words = slab.take(max(count, 1024), capturing=False)
         assert words is not None
         slab.by_stream[stream] = words
     return words
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@contextmanager
-def _scratch_allocator() -> Iterator[None]:
-    """Gives device-made descriptors their memory, in this thread, and puts the caller's allocator back."""
-    token = _allocation._allocator.set(_scratch)
-    try:
-        yield
-    finally:
-        _allocation._allocator.reset(token)
+class _Scratch:
+    """Memory for device-made descriptors. Launches on one stream follow one another and share it; a graph has its own.
+
+    Triton asks the allocator of the thread that launches; the caller's own is put back at once.
+    """
+
+    def __init__(self) -> None:
+        self.by_stream: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        device = torch.device("cuda", torch.cuda.current_device())
+        if stream is None or _capturing(device):
+            return torch.empty(size, dtype=torch.int8, device=device)
+        key = (device.index, stream)
+        buffer = self.by_stream.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.by_stream[key] = torch.empty(size, dtype=torch.int8, device=device)
+        return buffer
 
 
-def launch(kernel: Any, num_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
-    """Launches under the tensors' own device, whatever the current one is."""
-    if INTERPRET:
-        kernel[(num_programs,)](**arguments)
-        return
-    with torch.cuda.device(device), _scratch_allocator():
-        kernel[(num_programs,)](**arguments)
+_scratch = _Scratch()
+
+
+class Launcher:
+    """One kernel with its constexpr arguments, for one device and one kind of run-time arguments.
+
+    The first launch goes through Triton and leaves the compiled kernel, which later ones call directly: Triton's own
+    way of finding it takes longer than many a layer's forward. No address is kept. What Triton would specialise (the
+    divisibility of sizes, strides and addresses) must be the same at each call: it belongs in the caller's key.
+    """
+
+    def __init__(self, kernel: Any, num_programs: int, device: torch.device, constants: dict[str, Any]) -> None:
+        self.kernel, self.num_programs, self.device, self.constants = kernel, num_programs, device, constants
+        names = [parameter.name for parameter in kernel.params if parameter.is_constexpr] if not INTERPRET else []
+        self.tail = tuple(constants[name] for name in names)
+        self.compiled: Any = None
+
+    def __call__(self, stream: int, *arguments: Any) -> None:
+        if INTERPRET:
+            self.kernel[(self.num_programs,)](*arguments, **self.constants)
+            return
+        token = _allocation._allocator.set(_scratch)
+        try:
+            index = self.device.index
+            if torch._C._cuda_getDevice() == index:
+                self._launch(stream, arguments)
+            else:
+                with torch.cuda.device(index):
+                    self._launch(stream, arguments)
+        finally:
+            _allocation._allocator.reset(token)
+
+    def _launch(self, stream: int, arguments: tuple[Any, ...]) -> None:
+        compiled = self.compiled
+        runtime = triton.knobs.runtime
+        if compiled is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            self.compiled = self.kernel[(self.num_programs,)](*arguments, **self.constants)
+            return
+        compiled.run(
+            self.num_programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
+            None, None, None, *arguments, *self.tail,
+        )  # fmt: skip
 
 
 def current_stream(device: torch.device) -> int:
@@ -133,3 +178,12 @@ def rank_alignment(r: int) -> int:
 
 # How fp32 operands are multiplied: three tf32 products, near fp32's precision. Nothing is said of 16-bit operands.
 PRECISION = "tf32x3"
+
+
+def aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether every address is a multiple of 16 bytes, as Triton would specialise for."""
+    address = 0
+    for tensor in tensors:
+        if tensor is not None:
+            address |= tensor.data_ptr()
+    return address % 16 == 0

@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 
 from fusedlora.config import SHARED_MEMORY
 from fusedlora.kernels.backward import lora_backward
@@ -34,7 +35,8 @@ VARIANTS = {
     "fp32-adapters-r16": (8192, 16, BF16, FP32, FP32, {}),
     "fp32-adapters-r64": (8192, 64, BF16, FP32, FP32, {}),
     "fp32-adapters-r256": (8192, 256, BF16, FP32, FP32, {}),
-    "fp16-fp32-adapters-r32": (8192, 32, FP16, FP32, FP32, {}),
+    "fp32-adapters-r32": (8192, 32, BF16, FP32, FP32, {}),
+    "fp32-adapters-r128": (8192, 128, BF16, FP32, FP32, {}),
     "fp32-r16": (8192, 16, FP32, FP32, FP32, {}),
     "fp32-r64": (8192, 64, FP32, FP32, FP32, {}),
     "512-rows": (512, 16, BF16, BF16, BF16, {}),
@@ -45,7 +47,7 @@ VARIANTS = {
     "no-dx": (8192, 16, BF16, BF16, BF16, {"need": (False, True, True)}),
 }
 # Bytes that may spill outside the main loop, where fp32 terms of a wide rank leave no choice. Never on the plain path.
-SPILLS_ALLOWED = {"fp32-adapters-r64": 64, "fp32-adapters-r256": 64, "fp32-r16": 128, "fp32-r64": 256}
+SPILLS_ALLOWED = {"fp32-adapters-r256": 64, "fp32-r16": 128, "fp32-r64": 256}
 
 QUICK = [(90, v) for v in VARIANTS if v not in ("fp32-adapters-r256", "r32", "autocast-r64")]
 QUICK += [(cc, v) for cc in (80, 86, 89, 100, 120) for v in ("r16", "fp32-adapters-r16")]

@@ -1,5 +1,7 @@
 """What only a GPU can show: launch counts, repeatability, graphs, streams, races across programs, memory."""
 
+import contextlib
+import functools
 import random
 import threading
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import triton
 
 import fusedlora
 from fusedlora.kernels import backward, forward, launch
-from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, run
+from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, relative_error, run
 
 pytestmark = pytest.mark.gpu
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -58,13 +60,16 @@ def test_random_shapes_are_no_worse_than_eager(seed: int) -> None:
         M = draw.choice([1, 2, 17, 63, 128, draw.randint(1, 3000)])
         K, N = (8 * draw.randint(1, 160) for _ in range(2))
         r = draw.choice([1, 3, 4, 8, 16, 16, 24, 32, 64, 96, 128])
-        adapter_dtype = draw.choice([None, None, FP32])
         dtype = draw.choice([BF16, BF16, torch.float16])
+        adapter_dtype = draw.choice([None, FP32]) if dtype is BF16 else None
         i = make_inputs(M, K, N, r, dtype, adapter_dtype, "cuda", bias=draw.random() < 0.3, seed=n)
-        ratios = error_ratios(run(fusedlora.lora_linear, i, backend="triton"), run(eager_peft, i), exact(i))
-        # Few products: an error is a matter of a handful of roundings, and luck of both sides shows.
-        limit = 1.02 if min(M, K, N) >= 64 and r >= 8 else 1.3
-        assert max(ratios.values()) <= limit, (M, K, N, r, dtype, adapter_dtype, ratios)
+        ours, answers = run(fusedlora.lora_linear, i, backend="triton"), exact(i)
+        ratios = error_ratios(ours, run(eager_peft, i), answers)
+        for name, ratio in ratios.items():
+            # Where a few roundings make up an error, the luck of both sides shows; it is bounded in the output's own.
+            few = M * r < 1024 or min(M, K, N) < 64
+            lucky = few and relative_error(ours[name], answers[name]) <= 4 * torch.finfo(ours[name].dtype).eps
+            assert ratio <= 1.02 or lucky, (M, K, N, r, dtype, adapter_dtype, ratios)
 
 
 def test_repeats_to_the_bit_on_any_grid() -> None:
@@ -93,7 +98,7 @@ def test_graph_replays_and_streams_give_the_eager_answer() -> None:
     problems = [make_inputs(512, 512, 1024, 16, BF16, device="cuda", seed=n) for n in range(2)]
     expected = [forward_backward(i) for i in problems]
     streams = [torch.cuda.Stream() for _ in problems]
-    graphs, outputs = [], []
+    graphs, outputs, kept = [], [], []
     for i, stream in zip(problems, streams):
         leaves = i.leaves()
         stream.wait_stream(torch.cuda.current_stream())
@@ -106,6 +111,7 @@ def test_graph_replays_and_streams_give_the_eager_answer() -> None:
             y = fusedlora.lora_linear(*tensors, scaling=i.scaling, backend="triton")
             grads = torch.autograd.grad(y, (leaves.x, leaves.lora_A, leaves.lora_B), i.dy)
         graphs.append(graph)
+        kept.append(leaves)
         outputs.append([y.detach(), *grads])
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     for n in range(1000):
@@ -130,44 +136,39 @@ def test_graph_replays_and_streams_give_the_eager_answer() -> None:
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside-a-kernel"])
 def test_no_race_and_no_hang_with_delays(grid: int, beside: bool) -> None:
     """1,250 launches a case, buffers poisoned with NaN, pauses before every publish, wait and clear."""
-    M, K, N, r = 520, 512, 512, 16
-    i = make_inputs(M, K, N, r, BF16, device="cuda")
-    expected = forward_backward(i)
-    plain_launch, empty = launch.launch, torch.empty
+    i = make_inputs(520, 512, 512, 16, BF16, device="cuda")
+    capability, _ = launch.device_facts(i.x.device)
+    empty = torch.empty
     other = torch.cuda.Stream()
     big = torch.randn(8192, 8192, device="cuda", dtype=BF16)
 
-    def delayed(kernel, num_programs, device, arguments):
-        plain_launch(kernel, num_programs, device, arguments | {"DELAY": 50})
+    class Delayed(launch.Launcher):
+        def __init__(self, kernel, num_programs, device, constants):
+            super().__init__(kernel, num_programs, device, constants | {"DELAY": 50})
 
     def poisoned(*args, **kwargs):
         out = empty(*args, **kwargs)
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    capability, _ = launch.device_facts(i.x.device)
-    facts = lambda device: (capability, grid)  # noqa: E731
-    with mock.patch.multiple(forward, launch=delayed), mock.patch.multiple(backward, launch=delayed):
-        with mock.patch.object(forward, "device_facts", facts), mock.patch.object(backward, "device_facts", facts):
-            wrong = torch.zeros((), device="cuda", dtype=torch.int64)
-            for n in range(625):
-                if beside and n % 25 == 0:
-                    with torch.cuda.stream(other):
-                        big @ big
-                with mock.patch.object(torch, "empty", poisoned):
-                    got = forward_backward(i)
-                for a, b in zip(got, expected):
-                    wrong += (a != b).sum() + a.isnan().sum()
-    torch.cuda.synchronize()
-    # The grid may choose another tile size, and so other bits, but only for y and dX of few programs.
-    if grid >= 131:
-        assert wrong.item() == 0
-    else:
-        assert all(ratio <= 1.02 for ratio in error_ratios(dict(zip("yxAB", got)), dict(zip("yxAB", expected)),
-                   dict(zip("yxAB", exact(i).values()))).values())  # fmt: skip
-        again = None
-        with mock.patch.object(forward, "device_facts", facts), mock.patch.object(backward, "device_facts", facts):
-            again = forward_backward(i)
-        assert all(torch.equal(a, b) for a, b in zip(got, again))
+    wrong = torch.zeros((), device="cuda", dtype=torch.int64)
+    with contextlib.ExitStack() as stack:
+        for module in (forward, backward):
+            stack.enter_context(mock.patch.object(module, "device_facts", lambda device: (capability, grid)))
+        expected = forward_backward(i)
+        for module in (forward, backward):
+            stack.enter_context(mock.patch.object(module, "Launcher", Delayed))
+            fresh = functools.lru_cache(module._plan.__wrapped__)  # no plan with an undelayed launcher
+            stack.enter_context(mock.patch.object(module, "_plan", fresh))
+        for n in range(625):
+            if beside and n % 25 == 0:
+                with torch.cuda.stream(other):
+                    big @ big
+            with mock.patch.object(torch, "empty", poisoned):
+                got = forward_backward(i)
+            for a, b in zip(got, expected):
+                wrong += (a != b).sum()
+    assert wrong.item() == 0
+    assert all(not t.isnan().any() for t in expected)
 
 
 def test_backward_in_another_thread_beside_a_foreign_allocator() -> None:
