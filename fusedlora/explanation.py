@@ -100,17 +100,18 @@ def explain(
 
 
 def _triton_config(x: Tensor, call: backends.Call) -> str:
-    from fusedlora.kernels.launch import device_facts, precision_of
+    from fusedlora.kernels.launch import device_facts
 
     from .config import Problem, backward_config, forward_config
+    from .schedule import backward_schedule, forward_schedule
 
     M, size, split = x.shape[0], x.element_size(), call.adapter_dtype != call.dtype
-    ieee = precision_of(call.dtype) == "ieee"
     facts = device_facts(call.device)
     launches = "one launch" if backends._one_launch(call.device) else "two launches"
-    forward = forward_config(Problem(M, call.N, call.K, call.r, size, split, ieee, *facts))
-    backward = backward_config(Problem(M, call.K, call.N, call.r, size, split, ieee, *facts))
-    return f"{launches} each way; forward {forward}; backward {backward}"
+    up, down = (Problem(M, *sides, call.r, size, split, *facts) for sides in ((call.N, call.K), (call.K, call.N)))
+    forward, backward = forward_config(up), backward_config(down)
+    plans = forward_schedule(up, forward), backward_schedule(down, backward, True, True, True)
+    return f"{launches} each way; forward {forward}, {plans[0]}; backward {backward}, {plans[1]}"
 
 
 def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:

@@ -70,7 +70,12 @@ def sync_words(device: torch.device, stream: int, count: int) -> torch.Tensor:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if torch._C._cuda_getDevice() == device.index:
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class _Scratch:

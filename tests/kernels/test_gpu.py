@@ -52,14 +52,14 @@ def test_one_kernel_forward_and_one_backward(M: int, r: int, adapter_dtype: torc
     assert gpu_work(lambda: torch.autograd.grad(y, wanted, i.dy, retain_graph=True)) == ["backward_kernel"]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_shapes_are_no_worse_than_eager(seed: int) -> None:
-    """Fifty shapes a seed; the launch is the table's."""
+    """Twenty shapes a seed; the launch is the table's."""
     draw = random.Random(seed)
-    for n in range(50):
+    for n in range(20):
         M = draw.choice([1, 2, 17, 63, 128, draw.randint(1, 3000)])
         K, N = (8 * draw.randint(1, 160) for _ in range(2))
-        r = draw.choice([1, 3, 4, 8, 16, 16, 24, 32, 64, 96, 128])
+        r = draw.choice([1, 4, 8, 16, 16, 24, 64, 128])
         dtype = draw.choice([BF16, BF16, torch.float16])
         adapter_dtype = draw.choice([None, FP32]) if dtype is BF16 else None
         i = make_inputs(M, K, N, r, dtype, adapter_dtype, "cuda", bias=draw.random() < 0.3, seed=n)

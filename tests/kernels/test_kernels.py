@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import fusedlora
 from fusedlora.config import BackwardConfig, ForwardConfig
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.common import INTERPRET
@@ -180,3 +181,12 @@ def test_words_are_zero_after_a_launch() -> None:
     launch_both(Case(200, 64, 72, 16), i, True)
     slab = launch._slab(i.x.device)
     assert slab.slabs and not any(words.any() for words in slab.slabs)
+
+
+def test_explain_tells_the_launch() -> None:
+    i = make_inputs(130, 64, 72, 16, HALF, device=DEVICE, bias=False)
+    told = fusedlora.explain(i.x[:, :40], i.weight[:, :40], i.lora_A[:, :40], i.lora_B, backend="triton")
+    # a weight whose rows start at multiples of 128 bytes can be read in place; lora_A cannot
+    assert told.backend == "triton", told.why_not
+    assert "one launch" in str(told) and "BLOCK_M" in str(told) and "num_tasks" in str(told)
+    assert [copy.split(",")[0] for copy in told.copies] == ["lora_A"]
