@@ -21,6 +21,10 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    return x * mask.view(torch.uint8)  # on a CPU several times as fast as by bool
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -37,7 +41,7 @@ def forward(
     """y [M, N] in x's dtype and, when save_s, S [M, r] in adapter_dtype."""
     y = torch.nn.functional.linear(x, weight, bias)
     if mask is not None:
-        x = x * mask
+        x = _masked(x, mask)
         scaling = scaling / (1.0 - dropout_p)
     s = _scaled_mm(x.to(adapter_dtype), lora_A.to(adapter_dtype).t(), scaling)
     _add_product(y, s, lora_B.to(adapter_dtype).t())
@@ -79,7 +83,7 @@ def backward(
         t = _scaled_mm(dy_a, lora_B.to(adapter_dtype), scaling)
     if need_dA:
         assert x is not None
-        masked = x if mask is None else x * mask
+        masked = x if mask is None else _masked(x, mask)
         dA = _scaled_mm(t.t(), masked.to(adapter_dtype), keep).to(lora_A.dtype)
         del masked
     if need_dB:
@@ -92,5 +96,5 @@ def backward(
         if mask is None:
             _add_product(dx, t, a)
         else:
-            dx.add_((t @ a).mul_(mask), alpha=keep)
+            dx.add_((t @ a).mul_(mask.view(torch.uint8)), alpha=keep)
     return dx, dA, dB
