@@ -1,0 +1,162 @@
+"""lora_linear: gradients of every subset, what is saved and computed for them, dropout, checkpointing, compilation."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.utils.checkpoint import checkpoint
+
+import fusedlora
+from fusedlora import functional, ops
+from fusedlora.testing import eager_peft, exact, make_inputs, relative_error, run
+
+FP32, FP64 = torch.float32, torch.float64
+NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
+
+
+@pytest.mark.parametrize(
+    "needed", list(itertools.product([False, True], repeat=5)), ids=lambda n: "".join("01"[v] for v in n)
+)
+def test_every_subset_of_gradients(needed, device) -> None:
+    """Each is right, the others are None, and no op is asked for what nobody needs."""
+    i = make_inputs(9, 16, 24, 4, FP64, device=device)
+    tensors = [getattr(i, name).clone().requires_grad_(need) for name, need in zip(NAMES, needed)]
+    expected = exact(i) | {"dW": i.dy.t() @ i.x, "db": i.dy.sum(0)}
+    asked = []
+    plain = ops.backward
+
+    def watch(*args):
+        asked.append(args[-4:-1])
+        return plain(*args)
+
+    with mock.patch.object(ops, "backward", watch):
+        y = fusedlora.lora_linear(*tensors, scaling=i.scaling)
+        assert y.requires_grad == any(needed)
+        if any(needed):
+            y.backward(i.dy)
+    for tensor, need, gradient in zip(tensors, needed, ("dx", "dW", "dA", "dB", "db")):
+        assert (tensor.grad is not None) == need
+        if need:
+            assert relative_error(tensor.grad, expected[gradient]) < 1e-13, gradient
+    skinny = (needed[0], needed[2], needed[3])
+    assert asked == ([skinny] if any(skinny) else [])
+
+
+@pytest.mark.parametrize("needed, saved", [("x", 3), ("lora_A", 3), ("lora_B", 3), ("weight", 3), ("bias", 2)])
+def test_saves_only_what_its_gradients_read(needed: str, saved: int) -> None:
+    """lora_A and lora_B, and of x, weight and S the one that is read."""
+    i = make_inputs(9, 16, 24, 4)
+    getattr(i, needed).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fusedlora.lora_linear(*(getattr(i, name) for name in NAMES), scaling=1.0)
+    assert len(kept) == saved
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3), (2, 0, 5)], ids=str)
+def test_leading_dimensions(lead, device) -> None:
+    i = make_inputs(1, 16, 24, 4, device=device)
+    x = torch.randn(*lead, 16, device=device, requires_grad=True)
+    y = fusedlora.lora_linear(x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=2.0)
+    assert y.shape == (*lead, 24)
+    torch.testing.assert_close(
+        y, eager_peft(x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=2.0), rtol=1e-4, atol=1e-4
+    )
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_without_grad_saves_no_s() -> None:
+    i = make_inputs(9, 16, 24, 4)
+    plain, flags = ops.forward, []
+    with mock.patch.object(ops, "forward", lambda *args: flags.append(args[-2]) or plain(*args)):
+        fusedlora.lora_linear(*(getattr(i, name) for name in NAMES), scaling=1.0)
+        i.lora_B.requires_grad_()
+        fusedlora.lora_linear(*(getattr(i, name) for name in NAMES), scaling=1.0)
+        with torch.no_grad():
+            fusedlora.lora_linear(*(getattr(i, name) for name in NAMES), scaling=1.0)
+    assert flags == [False, True, False]
+
+
+def test_dropout_uses_one_mask_for_all(device) -> None:
+    """y and the gradients are those of the very mask drawn; a seed gives it again."""
+    p = 0.3
+    i = make_inputs(400, 64, 24, 4, FP64, device=device)
+    masks = []
+    draw = functional._draw_mask
+    with mock.patch.object(functional, "_draw_mask", lambda *args: masks.append(draw(*args)) or masks[-1]):
+        torch.manual_seed(11)
+        got = run(fusedlora.lora_linear, i, dropout_p=p)
+        torch.manual_seed(11)
+        again = run(fusedlora.lora_linear, i, dropout_p=p)
+        other = run(fusedlora.lora_linear, i, dropout_p=p)
+    want = run(eager_peft, i, dropout_p=p, mask=masks[0])
+    assert all(relative_error(got[name], want[name]) < 1e-13 for name in want)
+    assert all(torch.equal(got[name], again[name]) for name in got)
+    assert not torch.equal(got["y"], other["y"])
+    # 25,600 draws: four standard deviations of the rate are 0.0115
+    assert abs(masks[0].double().mean().item() - (1 - p)) < 0.0115
+
+
+def test_no_dropout_in_eval_or_at_zero() -> None:
+    i = make_inputs(9, 16, 24, 4, dropout_p=0.5)
+    state = torch.get_rng_state()
+    outputs = [
+        fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0, **settings)
+        for settings in ({}, {"dropout_p": 0.5, "training": False})
+    ]
+    assert torch.equal(*outputs) and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_checkpointing_gives_the_same_gradients(reentrant: bool, dropout_p: float, device) -> None:
+    i = make_inputs(20, 16, 24, 4, FP64, device=device)
+
+    def checkpointed(*args, **kwargs):
+        return checkpoint(lambda *a: fusedlora.lora_linear(*a, **kwargs), *args, use_reentrant=reentrant)
+
+    def through_backward(linear):
+        leaves = i.leaves()
+        torch.manual_seed(5)
+        y = linear(leaves.x, i.weight, leaves.lora_A, leaves.lora_B, i.bias, scaling=1.5, dropout_p=dropout_p)
+        y.backward(i.dy)
+        return y, leaves.x.grad, leaves.lora_A.grad, leaves.lora_B.grad
+
+    for got, want in zip(through_backward(checkpointed), through_backward(fusedlora.lora_linear)):
+        assert torch.equal(got, want)
+
+
+def test_compiled_whole_with_eager_gradients_and_any_number_of_rows(device) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fusedlora.lora_linear, fullgraph=True, backend=counter, dynamic=None)
+    for M in (16, 24, 40, 56):
+        i = make_inputs(M, 16, 24, 4, FP64, device=device, seed=M)
+        for name, want in run(fusedlora.lora_linear, i).items():
+            got = run(compiled, i)[name]
+            assert relative_error(got, want) < 1e-13, name
+    assert counter.frame_count <= 2  # static, then dynamic in M
+
+
+def test_inductor_compiles_what_surrounds_it(device) -> None:
+    i = make_inputs(16, 16, 24, 4, device=device)
+
+    def block(*args, **kwargs):
+        return torch.nn.functional.gelu(fusedlora.lora_linear(*args, **kwargs)) * 2
+
+    got, want = run(torch.compile(block, fullgraph=True), i), run(block, i)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_on_a_float32_model(device) -> None:
+    i = make_inputs(20, 16, 24, 4, FP32, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        leaves = i.leaves()
+        y = fusedlora.lora_linear(leaves.x, i.weight, leaves.lora_A, leaves.lora_B, i.bias, scaling=1.0)
+        assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert leaves.x.grad.dtype == leaves.lora_A.grad.dtype == leaves.lora_B.grad.dtype == FP32
