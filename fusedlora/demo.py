@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     transformers.logging.disable_progress_bar()
     begin = time.perf_counter()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     print(f"fusedlora {__version__}, torch {torch.__version__}, {where}")
 
     corpus = stdlib_docstrings(args.packages, at_most=args.per_package, seed=args.seed)

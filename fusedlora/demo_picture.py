@@ -31,7 +31,7 @@ def _frozen_line(ax: Any, frozen: float, label: str) -> None:
     ax.axhline(frozen, color=INK, linestyle=(0, (4, 3)), linewidth=1.2)
     ax.annotate(
         label, (0.99, frozen), xycoords=("axes fraction", "data"), xytext=(0, -5), textcoords="offset points",
-        ha="right", va="top", fontsize=9, color=INK,
+        ha="right", va="top", fontsize=9, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def draw(results: Sequence[Any], untrained: float, frozen: float, n: int, path: 
         accuracy.plot(at, val_accuracy, "o-", color=colour, linewidth=1.8, markersize=5, label=f"LoRA, r = {t.r}")
 
     _clean(loss, "Cross entropy" + (" (lines: training, circles: validation)" if several else ""), "step")
-    loss.set_ylim(0, None)
+    loss.set_ylim(0, loss.get_ylim()[1] * (1.2 if several else 1.0))  # room for the legend
     loss.legend(frameon=False, fontsize=9)
     _clean(accuracy, "Accuracy on held-out docstrings", "step")
     _frozen_line(accuracy, frozen, f"frozen encoder, head alone: {frozen:.1%}")
