@@ -4,9 +4,11 @@ import contextlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlora
-from fusedlora.testing import eager_peft, error_ratios, exact, make_inputs, relative_errors, run
+from fusedlora import reference as module
+from fusedlora.testing import eager_peft, error_ratios, exact, make_inputs, relative_error, relative_errors, run
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -55,3 +57,90 @@ def test_gradcheck(M: int, dropout_p: float) -> None:
         return reference(x, w, a, b, c, scaling=1.7, dropout_p=dropout_p)
 
     assert torch.autograd.gradcheck(call, (i.x, weight, i.lora_A, i.lora_B, bias))
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", [(FP32, None), (BF16, None), (FP16, None), (BF16, FP32)], ids=str)
+def test_errors_with_dropout_are_not_above_the_eager_path(dtype, adapter_dtype, device) -> None:
+    p = 0.3
+    i = make_inputs(200, 128, 96, 16, dtype, adapter_dtype, device, dropout_p=p)
+    wide = torch.promote_types(dtype, i.lora_A.dtype)
+    settings = {"scaling": i.scaling, "dropout_p": p, "adapter_dtype": wide}
+    needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+    y, s = module.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, save_s=True, **settings)
+    grads = module.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, i.mask, **needs, **settings)
+    ours = dict(zip(("y", "dx", "dA", "dB"), (y, *grads)))
+    ratios = error_ratios(ours, run(eager_peft, i, mask=i.mask, dropout_p=p), exact(i))
+    assert max(ratios.values()) <= 1.02, ratios
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_scale_is_applied_before_the_one_rounding(dtype, device) -> None:
+    i = make_inputs(64, 128, 32, 8, dtype, device=device)
+    settings = {"scaling": 0.37, "dropout_p": 0.0, "adapter_dtype": dtype}
+    _, s = module.forward(i.x, i.weight, i.lora_A, i.lora_B, None, None, save_s=True, **settings)
+    want = 0.37 * (i.x.double() @ i.lora_A.double().t())
+    assert s.dtype == dtype
+    assert relative_error(s, want) < 0.9 * relative_error((i.x @ i.lora_A.t()) * 0.37, want)
+
+
+def test_uninitialised_memory_does_not_reach_the_result(device) -> None:
+    """The accumulator handed to addmm is empty memory, which deterministic mode fills with NaN."""
+    i = make_inputs(5, 16, 24, 2, FP64, device=device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        outputs = run(reference, i)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert max(relative_errors(outputs, exact(i)).values()) < 1e-14
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_no_rows(dropout_p: float, device) -> None:
+    out = run(reference, make_inputs(0, 16, 24, 2, device=device), dropout_p=dropout_p)
+    assert out["y"].shape == (0, 24) and out["dx"].shape == (0, 16)
+    assert not out["dA"].any() and not out["dB"].any() and out["dA"].shape == (2, 16) and out["dB"].shape == (24, 2)
+
+
+class CountProducts(TorchDispatchMode):
+    """Collects the shape of each matrix product's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+M, K, N, R = 5, 7, 11, 2
+T, DX, DA, DB = (M, R), (M, K), (R, K), (N, R)
+
+
+@pytest.mark.parametrize(
+    "needs, products",
+    [
+        ((True, True, True), [T, DA, DB, DX, DX]),
+        ((True, False, False), [T, DX, DX]),
+        ((False, True, False), [T, DA]),
+        ((False, False, True), [DB]),
+        ((False, True, True), [T, DA, DB]),
+        ((True, False, True), [T, DB, DX, DX]),
+        ((True, True, False), [T, DA, DX, DX]),
+        ((False, False, False), []),
+    ],
+    ids=str,
+)
+def test_backward_multiplies_only_for_what_is_needed(needs, products, device) -> None:
+    i = make_inputs(M, K, N, R, device=device)
+    need_dx, need_dA, need_dB = needs
+    x, weight = i.x if need_dA else None, i.weight if need_dx else None
+    s = i.x @ i.lora_A.t() if need_dB else None
+    settings = {"scaling": 1.0, "dropout_p": 0.0, "adapter_dtype": FP32}
+    flags = {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB}
+    with CountProducts() as count:
+        grads = module.backward(i.dy, x, weight, i.lora_A, i.lora_B, s, None, **settings, **flags)
+    assert sorted(count.shapes) == sorted(products)
+    assert tuple(grad is not None for grad in grads) == needs
