@@ -31,7 +31,8 @@ def _frozen_line(ax: Any, frozen: float, label: str) -> None:
     ax.axhline(frozen, color=INK, linestyle=(0, (4, 3)), linewidth=1.2)
     ax.annotate(
         label, (0.99, frozen), xycoords=("axes fraction", "data"), xytext=(0, -5), textcoords="offset points",
-        ha="right", va="top", fontsize=9, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        ha="right", va="top", fontsize=9, color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )  # fmt: skip
 
 
