@@ -179,6 +179,87 @@ def test_checkpointing(use_reentrant, dropout_p, device):
         assert torch.equal(got, want)
 
 
+COMPILED = [
+    (True, False, True, True, False),
+    (False, False, True, True, False),
+    (True, False, False, True, False),
+    (True, False, False, False, False),
+    (True, True, True, True, True),
+    (False, True, False, False, True),
+]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("needs", COMPILED, ids=combination_id)
+def test_compiled_gradients_are_the_eager_ones(needs, dropout_p, device):
+    torch._dynamo.reset()
+    i = make_inputs(2 * 6, 16, 24, 3, device=device)
+
+    def block(x, *rest):
+        h = lora_linear(x.reshape(2, 6, 16), *rest, scaling=i.scaling, dropout_p=dropout_p)
+        return torch.nn.functional.silu(h).flatten(0, 1)
+
+    def step(fn):
+        given = tensors(i, needs)
+        torch.manual_seed(9)
+        y = fn(*given)
+        y.backward(i.dy)
+        return [y.detach(), *(tensor.grad for tensor in given)]
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for got, want in zip(step(compiled), step(block), strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want)
+
+
+def test_compiled_under_checkpointing(device):
+    torch._dynamo.reset()
+    i = make_inputs(6, 16, 24, 3, device=device)
+
+    def block(*given):
+        return checkpoint(lambda *a: lora_linear(*a, scaling=1.0), *given, use_reentrant=False)
+
+    def gradients(fn):
+        given = tensors(i)
+        return torch.autograd.grad(fn(*given), given, i.dy)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled), gradients(block)):
+        torch.testing.assert_close(got, want)
+
+
+def test_compiled_under_autocast(device):
+    torch._dynamo.reset()
+    i = make_inputs(6, 16, 24, 3, device=device)
+
+    def block(*given):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return lora_linear(*given, scaling=1.0)
+
+    def gradients(fn):
+        given = tensors(i)
+        y = fn(*given)
+        assert y.dtype == torch.bfloat16
+        return torch.autograd.grad(y, given, i.dy.bfloat16())
+
+    for got, want in zip(gradients(torch.compile(block, fullgraph=True, backend="aot_eager")), gradients(block)):
+        assert got.dtype == want.dtype == torch.float32
+        torch.testing.assert_close(got, want)
+
+
+def test_exported(device):
+    i = make_inputs(6, 16, 24, 3, device=device)
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return lora_linear(x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=1.0)
+
+    program = torch.export.export(Block(), (i.x,), dynamic_shapes=({0: torch.export.Dim("M", min=2, max=64)},))
+    x = torch.randn(9, 16, device=device)
+    torch.testing.assert_close(program.module()(x), Block()(x))
+
+
 def test_backward_in_a_thread_of_its_own(device):
     import threading
 
