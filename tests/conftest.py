@@ -21,9 +21,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     interpreting = pytest.mark.skip(reason="TRITON_INTERPRET=1: only tests/kernels runs in the interpreter")
     has_gpu = config.getoption("--device") != "cpu" and torch.cuda.is_available()
     for item in items:
-        if "gpu" in item.keywords and not has_gpu:
+        if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(no_gpu)
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(not_slow)
         if INTERPRETING and item.path.parent.name != "kernels":
             item.add_marker(interpreting)
