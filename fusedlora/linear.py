@@ -1,6 +1,7 @@
 """FusedLoRALinear: an nn.Linear with a LoRA adapter, its merging and its state_dict."""
 
 import math
+from numbers import Real
 from typing import Any, Literal, Self
 
 import torch
@@ -38,7 +39,7 @@ class FusedLoRALinear(nn.Linear):
         backend: "auto", or the name of the backend to insist on.
         last_backend: the one that the latest call took, None before it and under torch.compile.
         merged: whether the adapter is in the weight now.
-        adapters_enabled: False runs the linear alone.
+        adapters_enabled: False runs the linear alone; where the adapter is merged, forward then raises RuntimeError.
 
     Raises TypeError and ValueError for arguments outside these rules.
     """
@@ -89,7 +90,7 @@ class FusedLoRALinear(nn.Linear):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight = linear.weight
-        layer.bias = linear.bias
+        layer.register_parameter("bias", linear.bias)
         layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
         return layer.train(linear.training)
 
@@ -101,10 +102,15 @@ class FusedLoRALinear(nn.Linear):
             raise TypeError(f"r is {r!r}, must be an integer")
         if r < 1:
             raise ValueError(f"r is {r}, must be at least 1")
+        for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}, must be a number")
         if not math.isfinite(lora_alpha):
             raise ValueError(f"lora_alpha is {lora_alpha}, must be finite")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout is {lora_dropout}, must be in [0, 1)")
+        if not isinstance(use_rslora, bool):
+            raise TypeError(f"use_rslora is {use_rslora!r}, must be True or False")
         if not weight.is_floating_point():
             raise TypeError(f"weight has dtype {weight.dtype}, must be floating point")
         if adapter_dtype is None:
@@ -147,6 +153,10 @@ class FusedLoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], as lora_linear; the linear alone where merged."""
         if self.merged or not self.adapters_enabled:
+            if self.merged and not self.adapters_enabled:
+                raise RuntimeError(
+                    "adapters_enabled is False, but the adapter is merged into the weight: unmerge() first"
+                )
             return F.linear(x, self.weight, self.bias)
         y = lora_linear(
             x,
@@ -171,11 +181,13 @@ class FusedLoRALinear(nn.Linear):
 
         Raises:
             ValueError: the result has a NaN or an infinity in the weight's dtype.
-            RuntimeError: the adapter is merged already.
+            RuntimeError: the adapter is merged already, or the weight is on the meta device.
         """
         if self.merged:
             raise RuntimeError("the adapter is merged already: the weight holds it")
         weight = self.weight
+        if weight.is_meta:
+            raise RuntimeError("weight is on the meta device: it has no numbers to merge")
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.inference_mode(False), backends.without_autocast(weight):
             merged = torch.addmm(weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
@@ -250,7 +262,7 @@ class FusedLoRALinear(nn.Linear):
         if not self.merged:
             return
         if self._base is not None:
-            base = self._base.weight
+            base = self._base.weight.to(self.weight.dtype)
             destination[f"{prefix}weight"] = base if keep_vars else base.detach()
         else:
             for name in _ADAPTER:
