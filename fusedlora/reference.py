@@ -81,14 +81,15 @@ def backward(
     dy_a = dy.to(adapter_dtype)
     if need_dx or need_dA:
         t = _scaled_mm(dy_a, lora_B.to(adapter_dtype), scaling)
+    if need_dB:
+        assert s is not None
+        dB = (dy_a.t() @ s).to(lora_A.dtype)
+    del dy_a  # may be a copy, as may x in dA's product: never both at once
     if need_dA:
         assert x is not None
         masked = x if mask is None else _masked(x, mask)
         dA = _scaled_mm(t.t(), masked.to(adapter_dtype), keep).to(lora_A.dtype)
         del masked
-    if need_dB:
-        assert s is not None
-        dB = (dy_a.t() @ s).to(lora_A.dtype)
     if need_dx:
         assert weight is not None
         dx = dy @ weight
