@@ -93,7 +93,8 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
         if launch.arguments["SHRINK"] and (launch.arguments.get("TILES") or launch.arguments.get("REST")):
-            assert re.search(r"(ld|atom)\S*\.acquire", report.ptx) and re.search(r"atom\S*\.release", report.ptx)
+            assert re.search(r"\b(ld|atom)\.\S*acquire", report.ptx)
+            assert re.search(r"\b(red|atom)\.\S*release", report.ptx)
         if capability == 90 and (launch.arguments.get("TILES") or launch.arguments.get("NEED_DX")):
             assert report.count("cp.async.bulk.tensor")
             assert report.count("wgmma.mma_async")
