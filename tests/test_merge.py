@@ -294,4 +294,5 @@ def test_memory_of_a_merged_layer(keep_base, weights: int) -> None:
     before = torch.cuda.memory_allocated()
     layer = FusedLoRALinear(side, side, False, "cuda", FP32, r=1).merge(keep_base)
     taken = torch.cuda.memory_allocated() - before - 2 * side * 4
+    assert layer.can_unmerge == bool(keep_base)
     assert abs(taken - weights * side * side * 4) < 64 * 1024
