@@ -10,6 +10,7 @@ from bench_cases import Case, work
 from bench_contenders import SCALING, Built, Contender, Layer, assert_backend
 from torch import Tensor
 
+from fusedlora import explain
 from fusedlora.timing import (
     GraphTimer,
     Spread,
@@ -45,6 +46,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     backend: str | None = None
+    config: str | None = None
     failed: str | None = None
     error: Exception | None = None
 
@@ -61,6 +63,7 @@ class Row:
             "peak_bytes": self.peak_bytes,
             "peak_over_rival": self.rival_peak_ratio,
             "backend": self.backend,
+            "config": self.config,
             "failed": self.failed,
             "rounds": len(self.times),
         }
@@ -83,8 +86,7 @@ class Effort:
 
 
 FULL = Effort(rounds=21, block_seconds=0.008, wall_block_seconds=0.02)
-# On a CPU, where a rotation larger than its last cache takes long by itself.
-FULL_CPU = Effort(rounds=9, block_seconds=0.02, wall_block_seconds=0.02)
+FULL_CPU = Effort(rounds=15, block_seconds=0.02, wall_block_seconds=0.02)
 SMOKE = Effort(rounds=1, block_seconds=0.0, wall_block_seconds=0.0)
 
 
@@ -151,6 +153,7 @@ class Runner:
         self.built: list[Built] = [contender.build(layer, case) for layer in layers]
         self.errors: dict[str, float] = {}
         self.peak_bytes: int | None = None
+        self.config: str | None = None
 
     def forward(self, i: int) -> Tensor:
         with self.contender.context(self.device, self.case):
@@ -268,6 +271,8 @@ class Lab:
             y = assert_backend(self.backend, lambda: runner.forward(last))
             assert_backend(self.backend, lambda: runner.backward(last, y))
             del y
+            with runner.contender.context(self.device, runner.case):
+                runner.config = explain(runner.layers[last].x, runner.built[last].call).config
         outputs = runner.training(last)
         runner.errors = compare(outputs, expected, error_limit(runner.case))
         del outputs
@@ -293,9 +298,10 @@ class Lab:
         for name, row in found.items():
             error = failures.get(name)
             if error is None:
-                row.errors, row.peak_bytes = runners[name].errors, runners[name].peak_bytes
+                runner = runners[name]
+                row.errors, row.peak_bytes, row.config = runner.errors, runner.peak_bytes, runner.config
                 try:
-                    timer = self._timer(runners[name], group)
+                    timer = self._timer(runner, group)
                     check_timer(group, timer, expected[row.contender.adapter], error_limit(case))
                     timers[name] = timer
                 except Exception as raised:  # as above: the row says so

@@ -9,6 +9,8 @@ from typing import Any
 from bench_cases import GROUPS, Case
 from bench_measure import CPU_BOUND, Row
 
+from fusedlora.timing import ratios
+
 LABEL_WIDTH = 46
 
 
@@ -98,6 +100,12 @@ def tax_matrix(group: str, rows: Sequence[Row], on_gpu: bool) -> list[str]:
     return lines + _losses(mine)
 
 
+def configs(rows: Sequence[Row]) -> list[str]:
+    """How our kernels were launched, a line a shape and row."""
+    found = dict.fromkeys((row.case.title, row.contender.name, row.config) for row in rows if row.config is not None)
+    return [f"  {title}, {name}: {config}" for title, name, config in found]
+
+
 def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
@@ -114,8 +122,8 @@ def _losses(rows: Sequence[Row]) -> list[str]:
             same = (row.contender.adapter, row.contender.autocast) == (ours.contender.adapter, ours.contender.autocast)
             if row.case != ours.case or row.contender.ours or not same or row.seconds is None:
                 continue
-            if row.seconds.median < ours.seconds.median:
-                times = ours.seconds.median / row.seconds.median
+            times = ratios(ours.times, row.times).median
+            if times > 1:
                 lines.append(
                     f"  slower: {ours.case.title}, {ours.contender.name} takes {times:.3f} of {row.contender.name}"
                 )
@@ -142,7 +150,7 @@ def render(rows: Sequence[Row], machine: Mapping[str, str], state: Mapping[str, 
     lines: list[str] = []
     for group in groups:
         lines += [*group_table(group, rows, on_gpu), ""]
-    lines += [*heading(machine, state, backend), ""]
+    lines += [*configs(rows), "", *heading(machine, state, backend), ""]
     for group in groups:
         lines += [*tax_matrix(group, rows, on_gpu), ""]
     return lines + ([] if on_gpu else cpu_rule(rows))

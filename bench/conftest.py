@@ -1,6 +1,8 @@
 """pytest bench/ --benchmark: options, which rows there are, one measurement a shape, the tables at the end."""
 
+import contextlib
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         option = self.config.option
+        self.began = time.monotonic()
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else torch.device("cpu")
         self.backend = option.bench_backend or ("triton" if self.on_gpu else "reference")
@@ -116,10 +119,13 @@ class Plan:
         return self.lab
 
     def say(self, text: str) -> None:
-        reporter = self.config.pluginmanager.getplugin("terminalreporter")
-        reporter.ensure_newline()
-        reporter.write_line(text)
-        reporter.flush()
+        """A line of progress at once, past the capture of the running test's output."""
+        manager = self.config.pluginmanager
+        reporter, capture = manager.getplugin("terminalreporter"), manager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
+            reporter.ensure_newline()
+            reporter.write_line(f"[{time.monotonic() - self.began:4.0f} s] {text}")
+            reporter.flush()
 
 
 def _group(item: pytest.Item) -> str | None:

@@ -225,6 +225,7 @@ def test_option_is_not_taken_for_an_abbreviation(order, tmp_path):
         command, cwd=here.parent, capture_output=True, text=True, timeout=300, env=_without_gpu(), check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "training: frozen 1.000" in done.stdout, "progress is printed past the capture"
     assert "M=512 384→384 r=8 fp32" in done.stdout and "no CUDA device" in done.stdout
     (record,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert record["extra_info"]["tax"]["median"] == 1.0

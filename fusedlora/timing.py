@@ -253,19 +253,18 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory: a GPU's L2; the largest cache a CPU reports, 32 MiB where it does not."""
+    """Size of the L2: a GPU's, or that of a CPU's core (1 MiB where the system does not tell)."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    sizes = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text.endswith("K"):
-            sizes.append(int(text[:-1]) << 10)
-    return max(sizes[1:], default=sizes[0])
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        size = (folder / "size").read_text().strip()
+        if (folder / "level").read_text().strip() == "2" and size.endswith("K"):
+            return int(size[:-1]) << 10
+    return 1 << 20
 
 
 def set_count(bytes_per_set: int, device: torch.device, *, at_least: int = 4, at_most: int = 64) -> int:
-    """How many sets of inputs to rotate through, so that together they exceed twice the cache."""
+    """How many sets of inputs to rotate through, so that together they exceed twice the L2."""
     if bytes_per_set < 1:
         raise ValueError(f"bytes_per_set is {bytes_per_set}, must be positive")
     return min(at_most, max(at_least, 2 * cache_bytes(device) // bytes_per_set + 1))
