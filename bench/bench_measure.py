@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -48,7 +49,7 @@ class Row:
     backend: str | None = None
     config: str | None = None
     failed: str | None = None
-    error: Exception | None = None
+    trace: str | None = None
 
     def as_dict(self) -> dict:
         """JSON-ready: what goes into extra_info and the report."""
@@ -85,7 +86,7 @@ class Effort:
     wall_block_seconds: float
 
 
-FULL = Effort(rounds=21, block_seconds=0.008, wall_block_seconds=0.02)
+FULL = Effort(rounds=15, block_seconds=0.006, wall_block_seconds=0.012)
 FULL_CPU = Effort(rounds=15, block_seconds=0.02, wall_block_seconds=0.02)
 SMOKE = Effort(rounds=1, block_seconds=0.0, wall_block_seconds=0.0)
 
@@ -208,9 +209,18 @@ def check_timer(group: str, timer: GraphTimer | WallTimer, expected: tuple[Tenso
     compare(outputs, expected[part], limit, OUTPUTS[part])
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160] if text else ''}"
+@dataclass(frozen=True)
+class Failure:
+    """An exception as text: its traceback would keep a shape's tensors alive while the next ones are measured."""
+
+    reason: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        text = str(error).strip().splitlines()
+        trace = "".join(traceback.format_exception(error))
+        return cls(f"{type(error).__name__}: {text[0][:160] if text else ''}", trace)
 
 
 @contextlib.contextmanager
@@ -248,7 +258,7 @@ class Lab:
         layers = make_layers(case, self.device, count)
         self.say(f"{case.title}: {count} sets of W, x, dy")
         runners: dict[str, Runner] = {}
-        failures: dict[str, Exception] = {}
+        failures: dict[str, Failure] = {}
         expected = {}
         for kind in {c.adapter for c in wanted.values()}:
             expected[kind] = reference(layers[-1], kind)
@@ -257,9 +267,9 @@ class Lab:
                 runner = runners[name] = Runner(contender, case, layers, self.device)
                 self._check(runner, expected[contender.adapter])
             except Exception as error:  # one contender's failure must not hide the others' rows
-                failures[name] = error
+                failures[name] = Failure.of(error)
                 runners.pop(name, None)
-                self.say(f"  {name} failed: {_reason(error)}")
+                self.say(f"  {name} failed: {failures[name].reason}")
         found: dict[tuple[str, str], Row] = {}
         for group, group_rows in rows.items():
             found |= self._time(case, group, group_rows, runners, failures, expected)
@@ -290,32 +300,32 @@ class Lab:
         group: str,
         rows: list[Contender],
         runners: dict[str, Runner],
-        failures: dict[str, Exception],
+        failures: dict[str, Failure],
         expected: dict[str | None, tuple[Tensor, ...]],
     ) -> dict[tuple[str, str], Row]:
         found = {c.name: Row(group, case, c, backend=self.backend if c.ours else None) for c in rows}
         timers: dict[str, GraphTimer | WallTimer] = {}
         for name, row in found.items():
-            error = failures.get(name)
-            if error is None:
+            failure = failures.get(name)
+            if failure is None:
                 runner = runners[name]
                 row.errors, row.peak_bytes, row.config = runner.errors, runner.peak_bytes, runner.config
                 try:
                     timer = self._timer(runner, group)
                     check_timer(group, timer, expected[row.contender.adapter], error_limit(case))
                     timers[name] = timer
-                except Exception as raised:  # as above: the row says so
-                    error = raised
-                    self.say(f"  {group} {name} failed: {_reason(raised)}")
-            if error is not None:
-                row.error, row.failed = error, _reason(error)
+                except Exception as error:  # as above: the row says so
+                    failure = Failure.of(error)
+                    self.say(f"  {group} {name} failed: {failure.reason}")
+            if failure is not None:
+                row.failed, row.trace = failure.reason, failure.trace
         if not timers:
             return {(group, name): row for name, row in found.items()}
         rounds = self.effort.rounds
         self._fill(found, interleave(timers, rounds))
         if self.device.type == "cpu" and self.effort is not SMOKE and any(map(above_cpu_bound, found.values())):
             self._fill(found, interleave(timers, 3 * rounds))  # a busy neighbour, or the truth: look longer
-        if self.stream is not None and not self.state and isinstance(timers.get("frozen"), GraphTimer):
+        if self.effort is not SMOKE and not self.state and isinstance(timers.get("frozen"), GraphTimer):
             self._read_state(timers["frozen"])
         for timer in timers.values():
             timer.close()

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from bench_cases import GROUPS, Case, cpu_cases, gpu_cases, tiny_cases
 from bench_contenders import Contender, contenders
-from bench_measure import FULL, FULL_CPU, SMOKE, Lab, Row
+from bench_measure import FULL, FULL_CPU, SMOKE, Failure, Lab, Row
 from bench_report import render, report, write_json, write_picture
 
 from fusedlora.timing import machine
@@ -59,7 +59,7 @@ class Plan:
     config: pytest.Config
     measure: bool
     recorded: list[Row] = field(default_factory=list)
-    results: dict[Case, dict[tuple[str, str], Row] | Exception] = field(default_factory=dict)
+    results: dict[Case, dict[tuple[str, str], Row] | Failure] = field(default_factory=dict)
     lab: Lab | None = None
 
     def __post_init__(self) -> None:
@@ -95,10 +95,10 @@ class Plan:
             try:
                 self.results[case] = self._laboratory().measure(case, self._wanted(case_id))
             except Exception as error:  # the shape as a whole: each of its rows reports it, the other shapes go on
-                self.results[case] = error
+                self.results[case] = Failure.of(error)
         found = self.results[case]
-        if isinstance(found, Exception):
-            raise RuntimeError(f"{case.title} could not be measured") from found
+        if isinstance(found, Failure):
+            raise RuntimeError(f"{case.title} could not be measured: {found.reason}\n{found.trace}")
         return found[(group, name)]
 
     def _wanted(self, case_id: str) -> dict[str, list[Contender]]:

@@ -37,7 +37,7 @@ def record(benchmark, plan, group: str, case: str, contender: str) -> Row:
     plan.recorded.append(row)
     if row.failed is not None:
         if row.contender.ours or contender == "frozen":
-            raise AssertionError(f"{row.contender.label}, {row.case.title}: {row.failed}") from row.error
+            raise AssertionError(f"{row.contender.label}, {row.case.title}: {row.failed}\n{row.trace}")
         pytest.skip(f"failed: {row.failed}")
     benchmark.group = f"{group} {row.case.title}"
     benchmark.extra_info.update(row.as_dict())
