@@ -131,7 +131,11 @@ def _tile(p: Problem) -> dict[str, int]:
         return tile(64, 128, 32, warps=8, stages=3)
     if not _large_shared(p):
         # Shared memory of 99 KB (163 KB on sm_80) and mma.sync.
-        return tile(64, 128, 32, warps=8, stages=3) if _heavy(p) else tile(128, 128, 32, warps=8, stages=3)
+        if _heavy(p):
+            return tile(64, 128, 32, warps=8, stages=3)
+        # For sm_120 ptxas stops at 128 registers with eight warps and spills what a small rank needs beyond them.
+        few = p.capability == 120 and block_r(p.r) == 16 and not p.split
+        return tile(128, 128, 32, warps=4 if few else 8, stages=3)
     # Hopper and later. 128×256 has the best ratio of arithmetic to loads; smaller tiles where it would leave SMs
     # without one.
     tiles_large = -(-p.M // 128) * -(-p.out // 256)
@@ -161,7 +165,7 @@ def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
     if _heavy(p):
         return shrink(rank_k, m=64, k=16 if p.split and wide > 128 else 32, stages=3)
     if not _large_shared(p):
-        return shrink(rank_k, m=128 if p.split or wide > 32 else 256, k=32, stages=3)
+        return shrink(rank_k, m=128, k=32, stages=3)
     if p.M <= 64:
         return shrink(rank_k, m=64, k=128, stages=3)
     if wide > 64:
