@@ -14,8 +14,9 @@ import bench_report
 import pytest
 import torch
 from bench_cases import HEADLINE, Case, gpu_cases, work
+from bench_check import WrongResult, compare
 from bench_contenders import BackendMismatch, Built, Contender, assert_backend, contenders
-from bench_measure import SMOKE, Effort, Lab, Row, WrongResult, compare
+from bench_measure import SMOKE, Effort, Lab, Row
 
 from fusedlora import lora_linear
 from fusedlora.timing import ratios, spread
