@@ -108,7 +108,8 @@ def backward_config(p: Problem) -> BackwardConfig:
     elif wide > 64:
         stripe = {"STRIPE_N": 64, "STRIPE_M": 32, "STRIPE_STAGES": 4}
     else:
-        stripe = {"STRIPE_N": 128, "STRIPE_M": 64 if p.split or wide > 32 else 128, "STRIPE_STAGES": 4}
+        columns = 64 if p.split and wide > 16 else 128
+        stripe = {"STRIPE_N": columns, "STRIPE_M": 64 if p.split or wide > 32 else 128, "STRIPE_STAGES": 4}
     return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not fuse), **stripe, FUSE_DB=fuse)
 
 
@@ -118,7 +119,7 @@ def _large_shared(p: Problem) -> bool:
 
 def _heavy(p: Problem) -> bool:
     """Whether the skinny accumulators leave too few registers for the large tile."""
-    return block_r(p.r) > 128 or (p.split and block_r(p.r) > 32)
+    return block_r(p.r) > 128 or (p.split and (block_r(p.r) > 32 or not _large_shared(p)))
 
 
 def _tile(p: Problem) -> dict[str, int]:
