@@ -94,8 +94,12 @@ def tax_matrix(group: str, rows: Sequence[Row], on_gpu: bool) -> list[str]:
     means = geomeans(mine, group)
     cells = [f"{means[name][0]:.3f}" if name in means else "-" for name in names]
     lines.append(f"  {'geomean':<{left}} " + " ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
-    partial = [f"{name} over {means[name][1]} of {len(cases)}" for name in means if means[name][1] < len(cases)]
-    if any(name in names for name in means) and partial:
+    partial = [
+        f"{name} over {means[name][1]} of {len(cases)}"
+        for name in names
+        if name in means and means[name][1] < len(cases)
+    ]
+    if partial:
         lines.append("  geomeans over fewer shapes: " + ", ".join(partial))
     return lines + _losses(mine)
 
