@@ -190,7 +190,13 @@ class FusedLoRALinear(nn.Linear):
             raise RuntimeError("weight is on the meta device: it has no numbers to merge")
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.inference_mode(False), backends.without_autocast(weight):
-            merged = torch.addmm(weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
+            lora_A, lora_B = self.lora_A.to(wide), self.lora_B.to(wide)
+            if torch.get_float32_matmul_precision() == "highest":
+                merged = torch.addmm(weight.to(wide), lora_B, lora_A, alpha=self.scaling)
+            else:  # a matmul might round its operands to tf32
+                merged = weight.to(wide, copy=True)
+                for column, row in zip(lora_B.t(), lora_A):
+                    merged.addr_(column, row, alpha=self.scaling)
             merged = merged.to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"the merged weight is not finite in {weight.dtype}: not merged")

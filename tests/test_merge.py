@@ -296,3 +296,16 @@ def test_memory_of_a_merged_layer(keep_base, weights: int) -> None:
     taken = torch.cuda.memory_allocated() - before - 2 * side * 4
     assert layer.can_unmerge == bool(keep_base)
     assert abs(taken - weights * side * side * 4) < 64 * 1024
+
+
+def test_no_tf32_in_merging(device) -> None:
+    """float32 accumulation holds at the matmul precision that lets GPUs round operands to tf32."""
+    layer = trained(device, FP32)
+    expected = exact_weight(layer)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        layer.merge()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert relative_error(layer.weight, expected) <= 2 * torch.finfo(FP32).eps
