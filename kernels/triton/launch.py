@@ -101,6 +101,13 @@ class _Scratch:
 _scratch = _Scratch()
 
 
+# Triton keeps the launch of a compiled kernel to itself; these versions were read (3.6 also run) and agree on it.
+_DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 10)
+
+# Where a thread's allocator for descriptors' memory is kept; a triton without it can't be used, and says so on import.
+_allocator = _allocation._allocator
+
+
 class Launcher:
     """One kernel with its constexpr arguments, for one device and one kind of run-time arguments.
 
@@ -119,7 +126,7 @@ class Launcher:
         if INTERPRET:
             self.kernel[(self.num_programs,)](*arguments, **self.constants)
             return
-        token = _allocation._allocator.set(_scratch)
+        token = _allocator.set(_scratch)
         try:
             index = self.device.index
             if torch._C._cuda_getDevice() == index:
@@ -128,13 +135,14 @@ class Launcher:
                 with torch.cuda.device(index):
                     self._launch(stream, arguments)
         finally:
-            _allocation._allocator.reset(token)
+            _allocator.reset(token)
 
     def _launch(self, stream: int, arguments: tuple[Any, ...]) -> None:
         compiled = self.compiled
         runtime = triton.knobs.runtime
         if compiled is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            self.compiled = self.kernel[(self.num_programs,)](*arguments, **self.constants)
+            compiled = self.kernel[(self.num_programs,)](*arguments, **self.constants)
+            self.compiled = compiled if _DIRECT else None
             return
         compiled.run(
             self.num_programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
