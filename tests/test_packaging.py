@@ -47,8 +47,7 @@ def source_files() -> set[str]:
         Path("fusedlora/kernels") / p.relative_to(ROOT / "kernels/triton")
         for p in (ROOT / "kernels/triton").rglob("*.py")
     ]
-    data = [p.relative_to(ROOT) for p in (ROOT / "fusedlora/tuning").glob("*.json")]
-    return {p.as_posix() for p in [*package, *kernels, *data]} | {"fusedlora/py.typed"}
+    return {p.as_posix() for p in [*package, *kernels]} | {"fusedlora/py.typed"}
 
 
 @pytest.fixture(scope="module")

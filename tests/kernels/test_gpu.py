@@ -184,6 +184,31 @@ def test_no_race_and_no_hang_with_delays(grid: int, beside: bool) -> None:
     assert all(not t.isnan().any() for t in expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensors_device_not_the_current_one() -> None:
+    first = make_inputs(300, 512, 512, 16, BF16, device="cuda:0")
+    second = first.map(lambda t: t.to("cuda:1"))
+    with torch.cuda.device(0):
+        expected, got = forward_backward(first), forward_backward(second)
+    assert all(t.device.index == 1 for t in got)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected))
+
+
+def test_a_capture_that_finds_no_words_captures_their_zeroing() -> None:
+    i = make_inputs(300, 512, 512, 16, BF16, device="cuda")
+    expected = forward_backward(i)
+    slab = launch._slab(i.x.device)
+    graph = torch.cuda.CUDAGraph()
+    tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+    with mock.patch.object(slab, "used", launch.SLAB_WORDS), torch.cuda.graph(graph), torch.no_grad():
+        y = fusedlora.lora_linear(*tensors, scaling=i.scaling, backend="triton")
+    for _ in range(3):
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected[0])
+
+
 def test_backward_in_another_thread_beside_a_foreign_allocator() -> None:
     i = make_inputs(300, 512, 512, 16, BF16, device="cuda")
     expected = forward_backward(i)
