@@ -59,9 +59,17 @@ def describe_call(
     else:
         row, last = weight.stride()
         layout = (row, last, weight.data_ptr() % 16)
-    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else ""
+    precision = float32_precision() if dtype is torch.float32 else ""
     named = backend != "auto"
     return Call(named, x.device, dtype, adapter_dtype, lora_A.dtype, N, K, r, mask is not None, layout, precision)
+
+
+def float32_precision() -> str:
+    """torch.get_float32_matmul_precision(), also where torch.backends' newer settings make that one raise."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 @cache

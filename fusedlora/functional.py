@@ -60,8 +60,7 @@ def lora_linear(
         return torch.ops.fusedlora.linear.default(
             x, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_dtype, backend, __version__
         )
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        raise RuntimeError("lora_linear supports neither torch.func transforms (vmap, grad, jvp) nor forward-mode AD")
+    _refuse_transforms()
     if torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
@@ -147,6 +146,11 @@ def admit(
     return x, weight, lora_A, lora_B, bias, adapter_dtype
 
 
+def _refuse_transforms() -> None:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError("lora_linear supports neither torch.func transforms (vmap, grad, jvp) nor forward-mode AD")
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: floating tensors, but not float64 ones."""
     own = tensor.dtype
@@ -219,7 +223,8 @@ class _LoRALinear(torch.autograd.Function):
             return _gradients(ctx, dy)
         with torch.no_grad():  # create_graph=True
             grads = _gradients(ctx, dy)
-        return _Once.apply(dy.new_empty(0).requires_grad_(), *grads)
+        read = (dy.new_empty(0).requires_grad_(), dy, *ctx.saved_tensors[:4])
+        return _Once.apply(len(read), *read, *grads)
 
 
 # Function.apply is a layer of Python for functorch, whose transforms lora_linear has ruled out
@@ -264,11 +269,15 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Once(torch.autograd.Function):
-    """Hands gradients on and raises where they are differentiated again."""
+    """Hands gradients on and raises where they are differentiated again.
+
+    The first `read` tensors are what the gradients were made of: a way from a gradient to one of those leads through
+    here, where autograd would otherwise take the dependence for zero. An anchor among them catches plain backward().
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
+    def forward(ctx: Any, read: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(grad if grad is None else grad.view_as(grad) for grad in tensors[read:])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -290,6 +299,7 @@ def _linear(*arguments: Any) -> Tensor:
 
 
 def _linear_autograd(*arguments: Any) -> Tensor:
+    _refuse_transforms()
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:5]):
         return _LoRALinear.apply(*arguments[:-1])
     with torch._C._AutoDispatchBelowAutograd():

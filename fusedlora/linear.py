@@ -191,7 +191,7 @@ class FusedLoRALinear(nn.Linear):
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.inference_mode(False), backends.without_autocast(weight):
             lora_A, lora_B = self.lora_A.to(wide), self.lora_B.to(wide)
-            if torch.get_float32_matmul_precision() == "highest":
+            if backends.float32_precision() == "highest":
                 merged = torch.addmm(weight.to(wide), lora_B, lora_A, alpha=self.scaling)
             else:  # a matmul might round its operands to tf32
                 merged = weight.to(wide, copy=True)
