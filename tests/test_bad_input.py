@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.autograd import forward_ad, functional
 
 import fusedlora
 from fusedlora.testing import make_inputs
@@ -11,8 +12,8 @@ from fusedlora.testing import make_inputs
 GOOD = make_inputs(4, 16, 24, 4)
 
 
-def call(settings=None, **changed):
-    i = dataclasses.replace(GOOD, **changed)
+def call(device, settings=None, **changed):
+    i = dataclasses.replace(GOOD, **changed).map(lambda t: t if t.is_meta else t.to(device))
     return fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, i.bias, **({"scaling": 1.0} | (settings or {})))
 
 
@@ -33,14 +34,26 @@ def call(settings=None, **changed):
         ({"lora_A": torch.ones(4, 16).half()}, TypeError, "lora_A has dtype torch.float16, must be x's torch.float32"),
         ({"lora_B": torch.ones(24, 4).half()}, TypeError, "lora_B has dtype torch.float16, lora_A has torch.float32"),
         ({"bias": torch.ones(24).half()}, TypeError, "bias has dtype torch.float16, x has torch.float32"),
-        ({"weight": torch.ones(24, 16, device="meta")}, ValueError, "x is on cpu, weight is on meta"),
-        ({"bias": torch.ones(24, device="meta")}, ValueError, "bias is on meta, x is on cpu"),
+        (
+            {"x": torch.ones(4, 16).to(torch.complex64)},
+            TypeError,
+            "x has dtype torch.complex64, must be floating point",
+        ),
+        ({"weight": torch.ones(24, 16).char()}, TypeError, "weight has dtype torch.int8, x has torch.float32"),
+        (
+            {"weight": torch.ones(24, 16, device="meta")},
+            ValueError,
+            r"x is on c\w+(:0)?, weight is on meta.* one device",
+        ),
+        ({"lora_A": torch.ones(4, 16, device="meta")}, ValueError, "lora_A on meta.* they must be on one device"),
+        ({"lora_B": torch.ones(24, 4, device="meta")}, ValueError, "lora_B on meta.* they must be on one device"),
+        ({"bias": torch.ones(24, device="meta")}, ValueError, r"bias is on meta, x is on c\w+.* one device"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_tensors(changed, error, message: str) -> None:
+def test_tensors(changed, error, message: str, device) -> None:
     with pytest.raises(error, match=message):
-        call(**changed)
+        call(device, **changed)
 
 
 @pytest.mark.parametrize(
@@ -48,37 +61,108 @@ def test_tensors(changed, error, message: str) -> None:
     [
         ({"dropout_p": 1.0}, ValueError, r"dropout_p is 1.0, must be in \[0, 1\)"),
         ({"dropout_p": -0.1}, ValueError, r"dropout_p is -0.1, must be in \[0, 1\)"),
+        ({"dropout_p": float("nan")}, ValueError, r"dropout_p is nan, must be in \[0, 1\)"),
+        ({"dropout_p": 1.0, "training": False}, ValueError, r"dropout_p is 1.0, must be in \[0, 1\)"),
+        ({"backend": None}, ValueError, "backend is None, must be one of auto, triton, reference"),
         ({"backend": "cutlass"}, ValueError, "backend is 'cutlass', must be one of auto, triton, reference"),
         ({"scaling": torch.tensor(2.0)}, TypeError, "scaling is a tensor, must be a number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_settings(settings, error, message: str) -> None:
+def test_settings(settings, error, message: str, device) -> None:
     with pytest.raises(error, match=message):
-        call(settings)
+        call(device, settings)
 
 
-def test_nothing_is_refused_by_accident() -> None:
-    assert call().shape == (4, 24)
+def test_nothing_is_refused_by_accident(device) -> None:
+    assert call(device).shape == (4, 24)
 
 
-def test_double_backward() -> None:
+def linear(x, lora_A=None):
+    """In x, and in lora_A where it is given; the rest is GOOD's."""
+    weight, own_A, lora_B = (t.to(x.device) for t in (GOOD.weight, GOOD.lora_A, GOOD.lora_B))
+    return fusedlora.lora_linear(x, weight, own_A if lora_A is None else lora_A, lora_B, scaling=1.0)
+
+
+ONCE = "lora_linear can be differentiated only once: it has no double backward"
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda dx, x, lora_A: dx.sum().backward(),
+        lambda dx, x, lora_A: torch.autograd.grad(dx.pow(2).sum(), lora_A),
+        lambda dx, x, lora_A: torch.autograd.grad(dx.pow(2).sum(), lora_A, allow_unused=True),
+        lambda dx, x, lora_A: torch.autograd.grad(dx.pow(2).sum(), x, allow_unused=True),
+    ],
+    ids=["backward", "grad-of-A", "unused-allowed", "grad-of-x"],
+)
+def test_double_backward(again, device) -> None:
+    """Raises, where autograd alone would take the dependence for zero."""
     i = GOOD.leaves()
-    y = fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0)
-    (dx,) = torch.autograd.grad(y.sum(), i.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated only once"):
-        dx.sum().backward()
+    x, lora_A = (t.detach().to(device).requires_grad_() for t in (i.x, i.lora_A))
+    (dx,) = torch.autograd.grad(linear(x, lora_A).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=ONCE):
+        again(dx, x, lora_A)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
-def test_functional_transforms(transform: str) -> None:
-    def f(x):
-        return fusedlora.lora_linear(x, GOOD.weight, GOOD.lora_A, GOOD.lora_B, scaling=1.0)
+@pytest.mark.parametrize("order", ["hvp", "vhp", "hessian"])
+def test_second_derivatives(order: str, device) -> None:
+    x = GOOD.x.to(device)
+    arguments = (lambda x: linear(x).pow(2).sum(), x, *([] if order == "hessian" else [x]))
+    with pytest.raises(RuntimeError, match=ONCE):
+        getattr(functional, order)(*arguments)
 
-    run = {
-        "vmap": lambda: torch.func.vmap(f)(GOOD.x),
-        "grad": lambda: torch.func.grad(lambda x: f(x).sum())(GOOD.x),
-        "jvp": lambda: torch.func.jvp(f, (GOOD.x,), (GOOD.x,)),
-    }[transform]
-    with pytest.raises(RuntimeError, match="neither torch.func transforms"):
-        run()
+
+@pytest.mark.parametrize("needed", ["x", "weight", "lora_A", "lora_B"])
+def test_a_graph_of_the_gradients_has_the_right_values(needed: str, device) -> None:
+    """create_graph alone is no second differentiation."""
+    i = GOOD.map(lambda t: t.to(device)).leaves()
+    i = dataclasses.replace(i, weight=i.weight.clone().requires_grad_())
+    grads = [
+        torch.autograd.grad(
+            fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0),
+            getattr(i, needed),
+            i.dy,
+            create_graph=graph,
+        )[0]
+        for graph in (True, False)
+    ]
+    assert torch.equal(*grads) and [grad.requires_grad for grad in grads] == [True, False]
+
+
+TRANSFORMS = {
+    "vmap": lambda x: torch.func.vmap(linear)(x),
+    "grad": lambda x: torch.func.grad(lambda z: linear(z).sum())(x),
+    "jvp": lambda x: torch.func.jvp(linear, (x,), (x,)),
+    "jacrev": lambda x: torch.func.jacrev(linear)(x),
+    "grad-of-A": lambda x: torch.func.grad(lambda a: linear(x, a).sum())(x[:4]),
+}
+REFUSED = r"lora_linear supports neither torch\.func transforms \(vmap, grad, jvp\) nor forward-mode AD"
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_functional_transforms(transform: str, device) -> None:
+    with pytest.raises(RuntimeError, match=REFUSED):
+        TRANSFORMS[transform](GOOD.x.to(device))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_compiled_functional_transforms(transform: str, device) -> None:
+    """Not a tangent lost without a word."""
+    torch._dynamo.reset()
+    compiled = torch.compile(TRANSFORMS[transform], backend="aot_eager")
+    with pytest.raises(Exception, match=REFUSED):
+        compiled(GOOD.x.to(device))
+
+
+def test_forward_mode(device) -> None:
+    x = GOOD.x.to(device)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=REFUSED):
+        linear(forward_ad.make_dual(x, x))
+
+
+def test_compiled_bad_shape(device) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="weight has in_features 16, x has 15"):
+        torch.compile(linear, backend="aot_eager")(torch.ones(4, 15, device=device))
