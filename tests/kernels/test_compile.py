@@ -83,7 +83,8 @@ def launches_of(capability: int, variant: str) -> list[Launch]:
 
 @pytest.mark.parametrize("capability, variant", list(cases()))
 def test_compiles_within_limits(capability: int, variant: str) -> None:
-    if capability == 100 and VARIANTS[variant][4] != VARIANTS[variant][2] and triton.__version__ < "3.9":
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if capability == 100 and VARIANTS[variant][4] != VARIANTS[variant][2] and version < (3, 9):
         pytest.skip("triton 3.6 compiles these to empty kernels; why_not says so")
     for launch in launches_of(capability, variant):
         report = inspect_launch(launch, capability)
