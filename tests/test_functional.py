@@ -1,6 +1,7 @@
 """lora_linear: gradients of every subset, what is saved and computed for them, dropout, checkpointing, compilation."""
 
 import itertools
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -68,8 +69,8 @@ def test_leading_dimensions(lead, device) -> None:
     assert x.grad.shape == x.shape
 
 
-def test_without_grad_saves_no_s() -> None:
-    i = make_inputs(9, 16, 24, 4)
+def test_without_grad_saves_no_s(device) -> None:
+    i = make_inputs(9, 16, 24, 4, device=device)
     plain, flags = ops.forward, []
     with mock.patch.object(ops, "forward", lambda *args: flags.append(args[-2]) or plain(*args)):
         fusedlora.lora_linear(*(getattr(i, name) for name in NAMES), scaling=1.0)
@@ -100,14 +101,32 @@ def test_dropout_uses_one_mask_for_all(device) -> None:
     assert abs(masks[0].double().mean().item() - (1 - p)) < 0.0115
 
 
-def test_no_dropout_in_eval_or_at_zero() -> None:
-    i = make_inputs(9, 16, 24, 4, dropout_p=0.5)
-    state = torch.get_rng_state()
-    outputs = [
-        fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0, **settings)
-        for settings in ({}, {"dropout_p": 0.5, "training": False})
-    ]
-    assert torch.equal(*outputs) and torch.equal(state, torch.get_rng_state())
+def random_state(device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+OFF = {
+    "none": {},
+    "p=0": {"dropout_p": 0.0, "training": True},
+    "eval": {"dropout_p": 0.5, "training": False},
+}
+
+
+@pytest.mark.parametrize("settings", OFF.values(), ids=OFF)
+def test_dropout_that_is_off_costs_nothing(settings, device) -> None:
+    """No mask is drawn, none reaches the op, none is saved, and the generator stays where it was."""
+    i = make_inputs(9, 16, 24, 4, device=device).leaves()
+    state, plain, masks, kept = random_state(device), ops.forward, [], []
+    with (
+        mock.patch.object(functional, "_draw_mask", side_effect=AssertionError("drawn")),
+        mock.patch.object(ops, "forward", lambda *args: masks.append(args[5]) or plain(*args)),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t),
+    ):
+        y = fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0, **settings)
+    assert masks == [None] and torch.bool not in kept
+    assert torch.equal(state, random_state(device))
+    want = eager_peft(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -152,11 +171,40 @@ def test_inductor_compiles_what_surrounds_it(device) -> None:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
 
 
-def test_autocast_on_a_float32_model(device) -> None:
-    i = make_inputs(20, 16, 24, 4, FP32, device=device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        leaves = i.leaves()
-        y = fusedlora.lora_linear(leaves.x, i.weight, leaves.lora_A, leaves.lora_B, i.bias, scaling=1.0)
-        assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert leaves.x.grad.dtype == leaves.lora_A.grad.dtype == leaves.lora_B.grad.dtype == FP32
+def test_one_compiled_graph_serves_every_number_of_rows(device) -> None:
+    """With M marked dynamic: one graph for the forward, one for the backward, whatever comes."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fusedlora.lora_linear, fullgraph=True, backend=counter)
+    torch._dynamo.utils.counters.clear()
+    for M in (16, 24, 5, 500):
+        i = make_inputs(M, 16, 24, 4, FP64, device=device).leaves()
+        torch._dynamo.mark_dynamic(i.x, 0)
+        y = compiled(i.x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=i.scaling)
+        dx, dA, dB = torch.autograd.grad(y, (i.x, i.lora_A, i.lora_B), i.dy)
+        want = exact(i.map(torch.detach))
+        for name, got in {"y": y, "dx": dx, "dA": dA, "dB": dB}.items():
+            assert relative_error(got, want[name]) < 1e-13, (M, name)
+    assert counter.frame_count == 1 and not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("adapter_dtype", [FP32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
+def test_autocast_gives_the_eager_path_s_dtypes(dtype, adapter_dtype, device) -> None:
+    """bf16 out, gradients in their tensors' dtypes; the weight, when it needs one, too."""
+    i = make_inputs(200, 128, 96, 16, dtype, adapter_dtype, device).leaves()
+    i = replace(i, weight=i.weight.clone().requires_grad_(), bias=i.bias.clone().requires_grad_())
+    tensors = [getattr(i, name) for name in NAMES]
+
+    def under_autocast(linear):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = linear(*tensors, scaling=i.scaling)
+        return y, *torch.autograd.grad(y, tensors, i.dy.to(y.dtype))
+
+    ours, theirs = under_autocast(fusedlora.lora_linear), under_autocast(eager_peft)
+    want = exact(i.map(torch.detach))
+    want = [want["y"], want["dx"], i.dy.double().t() @ i.x.double(), want["dA"], want["dB"], i.dy.double().sum(0)]
+    assert ours[0].dtype == torch.bfloat16
+    for name, got, eager, right in zip(("y", *NAMES), ours, theirs, want, strict=True):
+        assert got.dtype == eager.dtype, name
+        assert relative_error(got, right) < 2.0**-7, name  # two roundings to bf16

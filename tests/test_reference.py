@@ -1,6 +1,6 @@
 """The formulas in plain PyTorch: right to float64, and no worse than the eager path in every dtype."""
 
-import contextlib
+import statistics
 
 import pytest
 import torch
@@ -24,32 +24,39 @@ def test_float64_is_the_formula(shape, bias: bool, device) -> None:
     assert max(relative_errors(run(reference, i), exact(i)).values()) < 1e-14
 
 
+DRAWS = 24  # one draw's ratio of fp32 errors strays by 3 % with the order of the sums, the mean's by 0.6 %
+
+
+def mean_ratios(ours, theirs, shape, *dtypes, device, **settings) -> dict[str, float]:
+    """Each output's error over the eager path's, the geometric mean over draws; both are called with the inputs."""
+    draws = []
+    for seed in range(DRAWS):
+        i = make_inputs(*shape, *dtypes, device, seed=seed, **settings)
+        draws.append(error_ratios(ours(i), theirs(i), exact(i)))
+    return {name: statistics.geometric_mean(draw[name] for draw in draws) for name in draws[0]}
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize(
     "dtype, adapter_dtype", [(FP32, None), (BF16, None), (FP16, None), (BF16, FP32), (FP16, FP32)], ids=str
 )
-def test_errors_are_not_above_the_eager_path(dtype, adapter_dtype, autocast: bool, device) -> None:
-    i = make_inputs(200, 128, 96, 16, dtype, adapter_dtype, device)
-
-    def within(linear):
-        def call(*args, **kwargs):
-            with (
-                torch.autocast(device.type, dtype=dtype if dtype.itemsize == 2 else BF16)
-                if autocast
-                else contextlib.nullcontext()
-            ):
-                return linear(*args, **kwargs)
+@pytest.mark.parametrize("shape", [(200, 128, 96, 16), (250, 64, 96, 64), (63, 72, 40, 5)], ids=str)
+def test_errors_are_not_above_the_eager_path(shape, dtype, adapter_dtype, autocast: bool, device) -> None:
+    def through(linear):
+        def call(i):
+            with torch.autocast(device.type, dtype=dtype if dtype.itemsize == 2 else BF16, enabled=autocast):
+                return run(linear, i)
 
         return call
 
-    ratios = error_ratios(run(within(reference), i), run(within(eager_peft), i), exact(i))
+    ratios = mean_ratios(through(reference), through(eager_peft), shape, dtype, adapter_dtype, device=device)
     assert max(ratios.values()) <= 1.02, ratios
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("M", [1, 7])
-def test_gradcheck(M: int, dropout_p: float) -> None:
-    i = make_inputs(M, 6, 5, 3, FP64).leaves()
+def test_gradcheck(M: int, dropout_p: float, device) -> None:
+    i = make_inputs(M, 6, 5, 3, FP64, device=device).leaves()
     weight, bias = i.weight.requires_grad_(), i.bias.requires_grad_()
 
     def call(x, w, a, b, c):
@@ -62,14 +69,19 @@ def test_gradcheck(M: int, dropout_p: float) -> None:
 @pytest.mark.parametrize("dtype, adapter_dtype", [(FP32, None), (BF16, None), (FP16, None), (BF16, FP32)], ids=str)
 def test_errors_with_dropout_are_not_above_the_eager_path(dtype, adapter_dtype, device) -> None:
     p = 0.3
-    i = make_inputs(200, 128, 96, 16, dtype, adapter_dtype, device, dropout_p=p)
-    wide = torch.promote_types(dtype, i.lora_A.dtype)
-    settings = {"scaling": i.scaling, "dropout_p": p, "adapter_dtype": wide}
-    needs = {"need_dx": True, "need_dA": True, "need_dB": True}
-    y, s = module.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, save_s=True, **settings)
-    grads = module.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, i.mask, **needs, **settings)
-    ours = dict(zip(("y", "dx", "dA", "dB"), (y, *grads)))
-    ratios = error_ratios(ours, run(eager_peft, i, mask=i.mask, dropout_p=p), exact(i))
+    wide = torch.promote_types(dtype, adapter_dtype or dtype)
+
+    def ours(i):
+        settings = {"scaling": i.scaling, "dropout_p": p, "adapter_dtype": wide}
+        needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+        y, s = module.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, save_s=True, **settings)
+        grads = module.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, i.mask, **needs, **settings)
+        return dict(zip(("y", "dx", "dA", "dB"), (y, *grads)))
+
+    def theirs(i):
+        return run(eager_peft, i, mask=i.mask, dropout_p=p)
+
+    ratios = mean_ratios(ours, theirs, (200, 128, 96, 16), dtype, adapter_dtype, device=device, dropout_p=p)
     assert max(ratios.values()) <= 1.02, ratios
 
 
