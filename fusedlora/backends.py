@@ -126,17 +126,17 @@ def _triton_why_not(call: Call) -> str | None:
             return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
         if (missing := _triton_missing()) is not None:
             return missing
+        if capability[0] == 10 and _triton_version() < (3, 9):
+            return (
+                f"triton before 3.9 compiles some of the kernels to empty ones for compute capability "
+                f"{capability[0]}.{capability[1]}"
+            )
     elif call.named and (missing := _triton_missing()) is not None:
         return missing
     elif not (kind == "cpu" and call.named and _interpreted()):
         return f"x is on {kind}, the kernels run on cuda"
     if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype is {call.dtype}, the kernels take bfloat16, float16 and float32"
-    if kind == "cuda" and capability[0] == 10 and call.adapter_dtype != call.dtype and _triton_version() < (3, 9):
-        return (
-            f"lora_A is {call.param_dtype} outside autocast, and triton before 3.9 compiles an empty kernel of that "
-            f"for compute capability {capability[0]}.{capability[1]}"
-        )
     if call.dtype is torch.float16 and call.adapter_dtype is torch.float32:
         return (
             "lora_A is float32 beside a float16 x outside autocast: the kernels keep such adapters' precision over bf16"
