@@ -1,4 +1,4 @@
-"""Tile configurations of the Triton kernels: what is valid, what was measured, and a heuristic for the rest.
+"""Tile configurations of the Triton kernels: what is valid, and a heuristic for every shape and GPU.
 
 Nothing here imports triton, torch or a kernel, so configurations can be listed, checked and simulated anywhere.
 """

@@ -19,6 +19,7 @@ BYTES_PER_US, BYTES_PER_US_WIDE, BYTES_PER_US_FUSED, BYTES_PER_US_SPLIT = 65e3, 
 STEP_US = 1.5
 # More parts than this would write more partial sums than the balance is worth.
 MAX_PARTS = 16
+# Each shrink task has a synchronisation word; a power of two, as the kernels clear them in one store.
 MAX_TASKS = 256
 
 

@@ -23,7 +23,7 @@ from fusedlora.kernels.common import (
 from fusedlora.kernels.launch import (
     PRECISION,
     Launcher,
-    aligned,
+    alignment,
     current_stream,
     device_facts,
     rank_alignment,
@@ -271,7 +271,7 @@ def lora_backward(
         x, weight, lora_A, lora_B, scaling, adapter_dtype: as given to `lora_forward`; x only for dA.
         s: [M, r], as `lora_forward` returned it; only for dB.
         need_dx, need_dA, need_dB: which gradients to compute.
-        config: tile sizes; None takes the table's.
+        config: tile sizes; None takes the heuristic's.
         one_launch: False computes T in a launch of its own, and nothing waits for anything.
 
     Returns:
@@ -292,7 +292,7 @@ def lora_backward(
     x = row_major(x) if need_dA else dy
     s = s if need_dB else None
     stride_ym, stride_xm, stride_wn = dy.stride(0), x.stride(0), weight.stride(0)
-    specialised = (lora_A.dtype, stride_ym, stride_xm, stride_wn, aligned(lora_A, lora_B))
+    specialised = (lora_A.dtype, stride_ym, stride_xm, stride_wn, alignment(lora_A, lora_B, s))
     sizes = (M, N, K, r)
     needs = (need_dx, need_dA, need_dB)
     facts = device_facts(device)

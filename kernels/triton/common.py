@@ -22,6 +22,8 @@ publish it, however few programs are resident at a time.
 import triton
 import triton.language as tl
 
+from fusedlora import schedule
+
 INTERPRET: bool = triton.knobs.runtime.interpret
 
 TICKET = tl.constexpr(0)
@@ -29,8 +31,8 @@ DONE = tl.constexpr(1)
 EXIT = tl.constexpr(2)
 JOB = tl.constexpr(3)
 PROGRESS = tl.constexpr(4)
-MAX_TASKS = tl.constexpr(256)
-ARRIVED = tl.constexpr(4 + 256)
+MAX_TASKS = tl.constexpr(schedule.MAX_TASKS)
+ARRIVED = tl.constexpr(4 + schedule.MAX_TASKS)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from fusedlora.kernels.common import ARRIVED, leave, lora_tile, shrink_tasks, ti
 from fusedlora.kernels.launch import (
     PRECISION,
     Launcher,
-    aligned,
+    alignment,
     current_stream,
     device_facts,
     rank_alignment,
@@ -148,7 +148,7 @@ def lora_forward(
         scaling: multiplies S in fp32, before its one rounding.
         adapter_dtype: dtype of S and of the adapter's products: x's, or fp32 to keep fp32 adapters' precision.
         save_s: whether S is wanted back.
-        config: tile sizes; None takes the table's.
+        config: tile sizes; None takes the heuristic's.
         one_launch: False computes S in a launch of its own, and nothing waits for anything.
 
     Returns:
@@ -163,7 +163,7 @@ def lora_forward(
     if M > 0:
         x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
         stride_xm, stride_wn = x.stride(0), weight.stride(0)
-        specialised = (lora_A.dtype, stride_xm, stride_wn, aligned(lora_A, lora_B, bias))
+        specialised = (lora_A.dtype, stride_xm, stride_wn, alignment(lora_A, lora_B, bias))
         sizes = (M, N, K, r)
         facts = device_facts(device)
         plan = _plan(device, facts, sizes, dtype, adapter_dtype, bias is not None, config, one_launch, specialised)

@@ -190,3 +190,13 @@ def test_explain_tells_the_launch() -> None:
     assert told.backend == "triton", told.why_not
     assert "one launch" in str(told) and "BLOCK_M" in str(told) and "num_tasks" in str(told)
     assert [copy.split(",")[0] for copy in told.copies] == ["lora_A"]
+
+
+def test_each_address_counts_by_itself() -> None:
+    """One kernel is compiled for a misaligned lora_A, another for a misaligned lora_B."""
+    from fusedlora.kernels.launch import alignment
+
+    good = torch.zeros(16, dtype=HALF, device=DEVICE)
+    bad = good[1:]
+    assert alignment(good, good, None) == (True, True, True)
+    assert alignment(bad, good, None) != alignment(good, bad, None)
