@@ -49,11 +49,12 @@ def forward(
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, rounding the product by itself only where its dtype is not out's."""
+    """out += a b, rounding the product by itself only where its dtype is not out's; then a quarter of it at a time."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:
-        out.add_(a @ b)
+        for part, rows in zip(out.chunk(4), a.chunk(4)):
+            part.add_(rows @ b)
 
 
 def backward(

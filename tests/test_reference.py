@@ -31,7 +31,8 @@ def mean_ratios(ours, theirs, shape, *dtypes, device, **settings) -> dict[str, f
     """Each output's error over the eager path's, the geometric mean over draws; both are called with the inputs."""
     draws = []
     for seed in range(DRAWS):
-        i = make_inputs(*shape, *dtypes, device, seed=seed, **settings)
+        # 0.7: by 0.75 or a power of two the eager path would multiply a 16-bit dy exactly, to fp32, which is luck.
+        i = make_inputs(*shape, *dtypes, device, seed=seed, scaling=0.7, **settings)
         draws.append(error_ratios(ours(i), theirs(i), exact(i)))
     return {name: statistics.geometric_mean(draw[name] for draw in draws) for name in draws[0]}
 

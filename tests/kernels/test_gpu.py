@@ -1,6 +1,7 @@
 """What only a GPU can show: launch counts, repeatability, graphs, streams, races across programs, memory."""
 
 import contextlib
+import dataclasses
 import functools
 import random
 import threading
@@ -228,6 +229,27 @@ def test_backward_in_another_thread_beside_a_foreign_allocator() -> None:
     from triton.runtime import _allocation
 
     assert _allocation._allocator.get() is foreign and not used
+
+
+@pytest.mark.parametrize("moved", ["lora_A", "lora_B", "bias", "lora_A lora_B bias"])
+def test_parameters_at_any_address(moved: str) -> None:
+    """Each address has its own kernel; one compiled for multiples of 16 bytes would fault on another."""
+    i = make_inputs(300, 512, 512, 16, BF16, device="cuda")
+    expected = forward_backward(i)
+    copies = {}
+    for name in moved.split():
+        tensor = getattr(i, name)
+        copies[name] = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+        assert copies[name].data_ptr() % 16
+    j = dataclasses.replace(i, **copies)
+    y = fusedlora.lora_linear(j.x, j.weight, j.lora_A, j.lora_B, j.bias, scaling=j.scaling, backend="triton")
+    assert torch.equal(y, expected[0])
+    settings = {"scaling": j.scaling, "adapter_dtype": BF16, "need_dx": True, "need_dA": True, "need_dB": True}
+    _, s = forward.lora_forward(
+        j.x, j.weight, j.lora_A, j.lora_B, None, scaling=j.scaling, adapter_dtype=BF16, save_s=True
+    )
+    got = backward.lora_backward(j.dy, j.x, j.weight, j.lora_A, j.lora_B, s, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected[1:]))
 
 
 def test_sizes_and_scaling_do_not_recompile() -> None:
