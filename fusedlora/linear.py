@@ -181,13 +181,18 @@ class FusedLoRALinear(nn.Linear):
 
         Raises:
             ValueError: the result has a NaN or an infinity in the weight's dtype.
-            RuntimeError: the adapter is merged already, or the weight is on the meta device.
+            RuntimeError: the adapter is merged already, or the weight is on the meta device or sharded over ranks.
         """
         if self.merged:
             raise RuntimeError("the adapter is merged already: the weight holds it")
         weight = self.weight
         if weight.is_meta:
             raise RuntimeError("weight is on the meta device: it has no numbers to merge")
+        if hasattr(weight, "full_tensor"):  # fully_shard would put its own weight back, and the adapter would be lost
+            raise RuntimeError(
+                "weight is sharded over ranks (a DTensor): load the whole state, get_model_state_dict's with "
+                "full_state_dict=True, into a model that is not sharded and merge that one"
+            )
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.inference_mode(False), backends.without_autocast(weight):
             lora_A, lora_B = self.lora_A.to(wide), self.lora_B.to(wide)
@@ -216,6 +221,7 @@ class FusedLoRALinear(nn.Linear):
 
         Raises:
             ValueError: keep_base is something else, or the merged weight has a NaN or an infinity.
+            RuntimeError: the weight is on the meta device or sharded over ranks.
         """
         if keep_base is not False and keep_base not in ("cpu", "device"):
             raise ValueError(f'keep_base is {keep_base!r}, must be "cpu", "device" or False')
