@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -169,8 +169,7 @@ class RowwiseLoRA(_LoRAStyle):
 class ParallelLoRALinear(FusedLoRALinear):
     """A FusedLoRALinear after ColwiseLoRA or RowwiseLoRA: its parameters are DTensors, its kernels see local parts.
 
-    in_features and out_features stay those of the whole layer. It cannot be merged: merge a whole copy, which
-    torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True gives.
+    in_features and out_features stay those of the whole layer. merge() raises RuntimeError.
     """
 
     _style: _LoRAStyle
@@ -224,17 +223,6 @@ class ParallelLoRALinear(FusedLoRALinear):
         if name == self._style.summed and local.requires_grad:
             local = _SumGradient.apply(local, mesh)
         return local
-
-    def merged_weight(self) -> NoReturn:
-        """Raises RuntimeError: a rank has only a part of the weight."""
-        raise RuntimeError(
-            "the layer is sharded over a mesh and cannot be merged: load the whole state, by get_model_state_dict with "
-            "full_state_dict=True, into a model that is not, and merge that one"
-        )
-
-    def merge(self, keep_base: Literal["cpu", "device", False] = "cpu") -> NoReturn:
-        """Raises RuntimeError, as merged_weight."""
-        self.merged_weight()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {type(self._style).__name__} over {self.weight.device_mesh.size()} ranks"  # type: ignore[attr-defined]

@@ -1,7 +1,6 @@
 """Cases of tensor parallelism: ColwiseLoRA and RowwiseLoRA against one process with the whole layer."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from distributed_worker import (
     DEVICE,
     DTYPE,
     MLP,
+    PLAN,
     SIZE,
     adapted,
     assert_close,
@@ -18,46 +18,31 @@ from distributed_worker import (
     case,
     every_rank,
     layers,
+    mesh,
+    one_layer,
     optimizer_of,
+    sharded_pair,
+    tiny_llama,
     whole,
 )
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from fusedlora import FusedLoRALinear, merge_lora
+from fusedlora import merge_lora
 from fusedlora.parallel import ColwiseLoRA, ParallelLoRALinear, RowwiseLoRA
 
 FULL = StateDictOptions(full_state_dict=True)
-PLAN = {"*.up": ColwiseLoRA(), "*.down": RowwiseLoRA()}
-
-
-@functools.cache
-def mesh() -> DeviceMesh:
-    return init_device_mesh(DEVICE, (dist.get_world_size(),), mesh_dim_names=("tp",))
-
-
-def pair(**options: object) -> tuple[nn.Module, nn.Module]:
-    """(sharded, single): the same model twice."""
-    single = adapted(MLP(), **options)
-    return parallelize_module(copy.deepcopy(single), mesh(), PLAN), single
-
-
-def layer(in_features: int = 32, out_features: int = 48, **options: object) -> FusedLoRALinear:
-    made = FusedLoRALinear(in_features, out_features, device=DEVICE, dtype=DTYPE, r=4, adapter_dtype=DTYPE, **options)
-    nn.init.normal_(made.lora_B, std=0.3)
-    return made
 
 
 @case
 def training_equals_the_single_process() -> None:
-    sharded, single = pair()
+    sharded, single = sharded_pair()
     for model in (sharded, single):
         for adapter in layers(model).values():
             adapter.bias.requires_grad_(True)
@@ -83,7 +68,7 @@ def training_equals_the_single_process() -> None:
 
 @case
 def replicas_are_the_same_bits_on_every_rank() -> None:
-    sharded, _ = pair()
+    sharded, _ = sharded_pair()
     optimizer = optimizer_of(sharded)
     for x, target in batches():
         F.mse_loss(sharded(x), target).backward()
@@ -98,7 +83,7 @@ def replicas_are_the_same_bits_on_every_rank() -> None:
 
 @case
 def gradients_accumulate() -> None:
-    sharded, single = pair()
+    sharded, single = sharded_pair()
     for model in (sharded, single):
         for x, target in batches(2):
             F.mse_loss(model(x), target).backward()
@@ -107,10 +92,7 @@ def gradients_accumulate() -> None:
 
 @case
 def llama_trains_as_on_one_process() -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    single = adapted(transformers.LlamaForCausalLM(config))
+    single = adapted(tiny_llama())
     columns = {
         f"model.layers.*.{name}": ColwiseLoRA() for name in ("self_attn.[qkv]_proj", "mlp.gate_proj", "mlp.up_proj")
     }
@@ -134,7 +116,7 @@ def llama_trains_as_on_one_process() -> None:
 @case
 def every_layout() -> None:
     """x and y in each placement that they may come and leave in, as plain tensors and as DTensors."""
-    single = layer()
+    single = one_layer()
     x = torch.randn(SIZE, 6, 32, device=DEVICE, dtype=DTYPE)
     dy = torch.randn(SIZE, 6, 48, device=DEVICE, dtype=DTYPE)
     expected_x = x.clone().requires_grad_()
@@ -171,7 +153,7 @@ def cut(tensor: Tensor, placement: object) -> Tensor:
 
 @case
 def adapter_off_is_the_plain_linear() -> None:
-    single = layer()
+    single = one_layer()
     x = torch.randn(SIZE, 32, device=DEVICE, dtype=DTYPE)
     expected = F.linear(x, single.weight, single.bias)
     for style in (ColwiseLoRA(output_layouts=Replicate()), RowwiseLoRA(input_layouts=Replicate())):
@@ -181,120 +163,8 @@ def adapter_off_is_the_plain_linear() -> None:
 
 
 @case
-def columns_share_a_mask_and_it_is_the_single_process_one() -> None:
-    sharded, single = pair_of(ColwiseLoRA(output_layouts=Replicate()), lora_dropout=0.4)
-    results = []
-    for model in (sharded, single):
-        torch.manual_seed(3)
-        x = torch.ones(SIZE, 32, device=DEVICE, dtype=DTYPE, requires_grad=True)
-        y = [model(x), model(x)]
-        assert not torch.equal(*y), "two calls took one mask"
-        sum(y).square().sum().backward()
-        results.append([*y, x.grad, *(whole(model.get_parameter(f"lora_{name}").grad) for name in "AB")])
-    for name, found, expected in zip(("y", "second y", "dx", "dA", "dB"), *results):
-        assert_close(name, found.detach(), expected.detach())
-
-
-def pair_of(style: object, **options: object) -> tuple[FusedLoRALinear, FusedLoRALinear]:
-    single = layer(**options)
-    return parallelize_module(copy.deepcopy(single), mesh(), style), single
-
-
-def rows_mask(sharded: FusedLoRALinear, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """y, and the mask [M, K] over all ranks that a call of a RowwiseLoRA layer took, read off its dx."""
-    with torch.no_grad():
-        kept = [t.clone() for t in (sharded.weight, sharded.lora_A, sharded.lora_B)]
-        state = generator_state()
-        for tensor, value in zip((sharded.weight, sharded.lora_A, sharded.lora_B), (0.0, 1.0, 1.0)):
-            tensor.fill_(value)
-    probe = x.clone().requires_grad_()
-    sharded(probe).sum().backward()
-    sharded.zero_grad()
-    with torch.no_grad():
-        for tensor, value in zip((sharded.weight, sharded.lora_A, sharded.lora_B), kept):
-            tensor.copy_(value)
-    set_generator_state(state)
-    mask = torch.cat(every_rank((probe.grad != 0).to(torch.uint8)), dim=-1).bool()
-    return sharded(x), mask
-
-
-def generator_state() -> Tensor:
-    return torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.get_rng_state()
-
-
-def set_generator_state(state: Tensor) -> None:
-    (torch.cuda.set_rng_state if DEVICE == "cuda" else torch.set_rng_state)(state)
-
-
-@case
-def rows_have_masks_of_their_own() -> None:
-    p, M, K = 0.4, 256, 64
-    sharded = parallelize_module(layer(K, 32, lora_dropout=p, bias=False), mesh(), RowwiseLoRA())
-    x = torch.randn(M, K // dist.get_world_size(), device=DEVICE, dtype=DTYPE)
-    torch.manual_seed(3)
-    y, mask = rows_mask(sharded, x, p)
-    _, second = rows_mask(sharded, x, p)
-    torch.manual_seed(3)
-    _, again = rows_mask(sharded, x, p)
-    assert torch.equal(mask, again)
-    # any two parts, also one shifted along a row or by some rows, agree where independent ones do: p² + (1-p)²
-    parts = [*mask.chunk(dist.get_world_size(), -1), *second.chunk(dist.get_world_size(), -1)]
-    for i, one in enumerate(parts):
-        assert abs(one.double().mean() - (1 - p)) < 0.02
-        for other in parts[:i]:
-            for shift in range(-4, 5):
-                for dim in (0, 1):
-                    agreement = (one == other.roll(shift, dim)).double().mean()
-                    assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.03, (shift, dim)
-    full = torch.cat(every_rank(x), -1)
-    W, A, B = (whole(t.detach()) for t in (sharded.weight, sharded.lora_A, sharded.lora_B))
-    expected = full @ W.T + sharded.scaling * (full * mask / (1 - p)) @ A.T @ B.T
-    assert_close("y", y.detach(), expected)
-    first, *others = every_rank(generator_state().to(DEVICE))
-    assert all(torch.equal(first, other) for other in others), "the ranks' generators went apart"
-
-
-@case
-def checkpointed_blocks_drop_the_same_again() -> None:
-    for reentrant in (False, True):
-        sharded, _ = pair(lora_dropout=0.4)
-        reference = copy.deepcopy(sharded)
-        for model, run in ((sharded, checkpoint), (reference, lambda block, x, **_: block(x))):
-            torch.manual_seed(3)
-            x = next(batches())[0].requires_grad_()
-            for block in model:
-                x = run(block, x, use_reentrant=reentrant)
-            x.square().sum().backward()
-        assert_same_training(sharded, gathered(reference))
-
-
-def gathered(model: nn.Module) -> nn.Module:
-    """A plain copy of a sharded model, with its gradients."""
-    plain = adapted(MLP())
-    for name, parameter in model.named_parameters():
-        target = plain.get_parameter(name)
-        target.data.copy_(whole(parameter.detach()))
-        target.grad = None if parameter.grad is None else whole(parameter.grad)
-    return plain
-
-
-@case
-def generators_apart_are_refused() -> None:
-    sharded, _ = pair_of(ColwiseLoRA(), lora_dropout=0.4)
-    x = torch.ones(SIZE, 32, device=DEVICE, dtype=DTYPE)
-    torch.manual_seed(dist.get_rank())
-    with pytest.raises(RuntimeError, match="generators differ between the ranks"):
-        sharded(x)
-    sharded.eval()
-    sharded(x)
-    sharded.train()
-    torch.manual_seed(0)
-    sharded(x)
-
-
-@case
 def whole_state_dict_there_and_back() -> None:
-    sharded, single = pair()
+    sharded, single = sharded_pair()
     state = get_model_state_dict(sharded, options=FULL)
     assert state.keys() == single.state_dict().keys()
     for name, tensor in single.state_dict().items():
@@ -332,28 +202,27 @@ def misfits_are_refused() -> None:
     for style in styles:
         with pytest.raises(TypeError, match="module is a Linear, .*LoRA takes a FusedLoRALinear"):
             parallelize_module(nn.Linear(4, 4), mesh(), style)
-        merged = layer().merge()
+        merged = one_layer().merge()
         with pytest.raises(RuntimeError, match="merged into the weight: unmerge"):
             parallelize_module(merged, mesh(), style)
         with pytest.raises(ValueError, match=f"{width[type(style)]} is 33, must be a multiple of the mesh's 2 ranks"):
-            parallelize_module(layer(33, 33), mesh(), style)
+            parallelize_module(one_layer(33, 33), mesh(), style)
         with pytest.raises(ValueError, match="device_mesh has 2 dimensions"):
-            style._apply(layer(), init_device_mesh(DEVICE, (1, dist.get_world_size())))
-        odd = layer()
+            style._apply(one_layer(), init_device_mesh(DEVICE, (1, dist.get_world_size())))
+        odd = one_layer()
         odd.magnitude = nn.Parameter(torch.ones(48))
         with pytest.raises(TypeError, match="parameters magnitude, which"):
             parallelize_module(odd, mesh(), style)
-        hooked = layer()
+        hooked = one_layer()
         hooked.forward = hooked.forward
         with pytest.raises(TypeError, match="forward was replaced"):
             parallelize_module(hooked, mesh(), style)
-        sharded = parallelize_module(layer(), mesh(), style)
+        sharded = parallelize_module(one_layer(), mesh(), style)
         assert type(style).__name__ in repr(sharded) and "2 ranks" in repr(sharded)
         with pytest.raises(TypeError, match="takes exactly a FusedLoRALinear"):
             parallelize_module(sharded, mesh(), style)
-        for merge in (sharded.merge, sharded.merged_weight, lambda: merge_lora(nn.Sequential(sharded))):
-            with pytest.raises(RuntimeError, match="sharded over a mesh and cannot be merged"):
-                merge()
+        with pytest.raises(RuntimeError, match="weight is sharded over ranks"):
+            merge_lora(nn.Sequential(sharded))
         assert not sharded.merged
     x = torch.ones(3, 32, device=DEVICE, dtype=DTYPE)
     with pytest.raises(ValueError, match="x has 64 features over the mesh .* is input_layouts right"):

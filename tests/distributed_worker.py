@@ -5,7 +5,9 @@ FOLDER/RANK.json: None, or the traceback. Ends at the first failure, since the r
 with a GPU for each rank where there are enough, else gloo on the CPU.
 """
 
+import copy
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -17,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 
 from fusedlora import FusedLoRALinear, apply_lora
+from fusedlora.parallel import ColwiseLoRA, RowwiseLoRA
 
 SIZE = 16  # rows of the whole batch
 CASES: dict[str, Callable[[], None]] = {}
@@ -28,6 +33,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # The widest dtype that the kernels take by themselves, or one in which sums in another order agree to twelve digits.
 DTYPE = torch.bfloat16 if ON_GPU else torch.float64
 CLOSE = 2e-2 if ON_GPU else 1e-9
+PLAN = {"*.up": ColwiseLoRA(), "*.down": RowwiseLoRA()}
 
 
 def case(function: Callable[[], None]) -> Callable[[], None]:
@@ -53,6 +59,15 @@ class MLP(nn.Sequential):
         super().__init__(Block(width, hidden), Block(width, hidden))
 
 
+def tiny_llama() -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    )
+
+
 def adapted(model: nn.Module, dtype: torch.dtype = DTYPE, **options: object) -> nn.Module:
     """`model` on the device with adapters whose lora_B is not zero: at zero dA vanishes."""
     options = {"r": 4, "lora_alpha": 8, "adapter_dtype": dtype, **options}
@@ -65,6 +80,23 @@ def adapted(model: nn.Module, dtype: torch.dtype = DTYPE, **options: object) -> 
 
 def layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRALinear)}
+
+
+@functools.cache
+def mesh() -> DeviceMesh:
+    return init_device_mesh(DEVICE, (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+def sharded_pair(**options: object) -> tuple[nn.Module, nn.Module]:
+    """(sharded, single): an MLP whose blocks are cut by column and row, and the same one whole."""
+    single = adapted(MLP(), **options)
+    return parallelize_module(copy.deepcopy(single), mesh(), PLAN), single
+
+
+def one_layer(in_features: int = 32, out_features: int = 48, **options: object) -> FusedLoRALinear:
+    made = FusedLoRALinear(in_features, out_features, device=DEVICE, dtype=DTYPE, r=4, adapter_dtype=DTYPE, **options)
+    nn.init.normal_(made.lora_B, std=0.3)
+    return made
 
 
 def batches(steps: int = 3, dtype: torch.dtype = DTYPE) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,6 +175,8 @@ def main(family: str, rank: int, world_size: int, folder: Path) -> None:
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     results: dict[str, str | None] = {}
     for name, function in CASES.items():
+        if "llama" in name and importlib.util.find_spec("transformers") is None:
+            continue
         torch.manual_seed(0)
         try:
             function()

@@ -20,6 +20,18 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a 
 RANKS = 2
 SECONDS = 240
 CASES = {
+    "data": [
+        "ddp_trains_as_on_one_process",
+        "ddp_accumulates_without_sync",
+        "fsdp_trains_as_on_one_process",
+        "fsdp_in_mixed_precision",
+        "fsdp_over_parameters_of_two_dtypes",
+        "fsdp_keeps_no_weight_for_backward",
+        "fsdp_blocks_checkpointed_with_dropout",
+        "fsdp_whole_state_dict_there_and_back",
+        "fsdp_layers_are_not_merged",
+        "fsdp_llama_trains_as_on_one_process",
+    ],
     "tensor": [
         "training_equals_the_single_process",
         "replicas_are_the_same_bits_on_every_rank",
@@ -27,13 +39,15 @@ CASES = {
         "llama_trains_as_on_one_process",
         "every_layout",
         "adapter_off_is_the_plain_linear",
+        "whole_state_dict_there_and_back",
+        "under_fsdp_on_a_mesh_of_two_dimensions",
+        "misfits_are_refused",
+    ],
+    "dropout": [
         "columns_share_a_mask_and_it_is_the_single_process_one",
         "rows_have_masks_of_their_own",
         "checkpointed_blocks_drop_the_same_again",
         "generators_apart_are_refused",
-        "whole_state_dict_there_and_back",
-        "under_fsdp_on_a_mesh_of_two_dimensions",
-        "misfits_are_refused",
     ],
 }
 _done: dict[str, list[dict[str, str | None]]] = {}
@@ -78,6 +92,8 @@ def outcomes(family: str, folder: Path) -> list[dict[str, str | None]]:
 
 @pytest.mark.parametrize("family, name", [(family, name) for family, names in CASES.items() for name in names])
 def test_distributed(family: str, name: str, tmp_path: Path) -> None:
+    if "llama" in name:
+        pytest.importorskip("transformers")
     for rank, found in enumerate(outcomes(family, tmp_path)):
         assert name in found, f"did not run on rank {rank}\n{found.get('')}"
         assert found[name] is None, f"rank {rank}:\n{found[name]}"
@@ -86,7 +102,7 @@ def test_distributed(family: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", CASES)
 def test_every_case_has_a_test(family: str, tmp_path: Path) -> None:
     for found in outcomes(family, tmp_path):
-        assert list(found) == CASES[family]
+        assert list(found) == [name for name in CASES[family] if name in found or "llama" not in name]
 
 
 @pytest.mark.parametrize("style", [ColwiseLoRA, RowwiseLoRA])
