@@ -26,7 +26,7 @@ class Call(NamedTuple):
     N: int
     K: int
     r: int
-    masked: bool
+    dropout: str  # "", "seed" or "mask": what `dropout.draw` gave
     weight_layout: tuple[int, int, int]  # row stride, last stride, address % 16
     precision: str  # float32_matmul_precision, "" unless dtype is float32
 
@@ -61,7 +61,8 @@ def describe_call(
         layout = (row, last, weight.data_ptr() % 16)
     precision = float32_precision() if dtype is torch.float32 else ""
     named = backend != "auto"
-    return Call(named, x.device, dtype, adapter_dtype, lora_A.dtype, N, K, r, mask is not None, layout, precision)
+    noise = "" if mask is None else "mask" if mask.dtype is torch.bool else "seed"
+    return Call(named, x.device, dtype, adapter_dtype, lora_A.dtype, N, K, r, noise, layout, precision)
 
 
 def float32_precision() -> str:
@@ -141,8 +142,8 @@ def _triton_why_not(call: Call) -> str | None:
         return (
             "lora_A is float32 beside a float16 x outside autocast: the kernels keep such adapters' precision over bf16"
         )
-    if call.masked:
-        return "dropout is on, the kernels have none"
+    if call.dropout == "mask":
+        return "dropout comes as a mask, the kernels make theirs from a seed"
     size = call.dtype.itemsize
     for name, columns in (("in_features", call.K), ("out_features", call.N)):
         if columns * size % 16:
@@ -173,6 +174,8 @@ def _triton_forward(
     lora_B: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
+    gain: Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
@@ -187,7 +190,11 @@ def _triton_forward(
         lora_A,
         lora_B,
         bias,
+        scale=scale,
+        gain=gain,
+        seed=mask,
         scaling=scaling,
+        dropout_p=dropout_p,
         adapter_dtype=adapter_dtype,
         save_s=save_s,
         one_launch=_one_launch(x.device),
@@ -202,6 +209,7 @@ def _triton_backward(
     lora_B: Tensor,
     s: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
@@ -221,7 +229,10 @@ def _triton_backward(
         lora_A,
         lora_B,
         s,
+        scale=scale,
+        seed=mask,
         scaling=scaling,
+        dropout_p=dropout_p,
         adapter_dtype=adapter_dtype,
         need_dx=need_dx,
         need_dA=need_dA,

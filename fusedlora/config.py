@@ -60,6 +60,8 @@ class Problem:
     split: bool
     capability: int
     num_sms: int
+    # A mask on the adapter's x: forward on what the shrink tasks read, backward on dA's x and on the second product.
+    dropout: bool = False
 
 
 def block_r(r: int) -> int:
@@ -103,7 +105,7 @@ def backward_config(p: Problem) -> BackwardConfig:
         narrow = wide > 64 or p.split or p.itemsize == 4
         stripe = {"STRIPE_N": 32 if narrow else 64, "STRIPE_M": 32 if narrow else 64, "STRIPE_STAGES": 3}
     elif p.split and wide > 32:
-        rows = 64 if wide <= 64 else 32 if wide <= 128 else 16
+        rows = 16 if wide > 128 else 32 if wide > 64 or p.dropout else 64
         stripe = {"STRIPE_N": 64 if wide <= 64 else 32, "STRIPE_M": rows, "STRIPE_STAGES": 4}
     elif wide > 64:
         stripe = {"STRIPE_N": 64, "STRIPE_M": 32, "STRIPE_STAGES": 4}
@@ -119,6 +121,8 @@ def _large_shared(p: Problem) -> bool:
 
 def _heavy(p: Problem) -> bool:
     """Whether the skinny accumulators leave too few registers for the large tile."""
+    if p.dropout and block_r(p.r) > 64:
+        return True
     return block_r(p.r) > 128 or (p.split and (block_r(p.r) > 32 or not _large_shared(p)))
 
 
@@ -171,4 +175,6 @@ def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
         return shrink(rank_k, m=64, k=128, stages=3)
     if wide > 64:
         return shrink(rank_k, m=128, k=32, stages=4)
-    return shrink(rank_k, m=256, k=64, stages=4) if tall else shrink(rank_k, m=128, k=128, stages=4)
+    if tall:
+        return shrink(rank_k, m=256, k=64, stages=4)
+    return shrink(rank_k, m=128, k=64 if p.dropout and wide > 16 else 128, stages=4)

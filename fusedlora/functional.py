@@ -1,4 +1,4 @@
-"""lora_linear: the checks at the door, autocast, the dropout mask, and the autograd.Function over the two ops."""
+"""lora_linear: the checks at the door, autocast, dropout, and the autograd.Function over the two ops."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import __version__, ops
+from . import __version__, dropout, ops
 from .backends import NAMES, autocast_dtype, without_autocast
 
 # what matmul itself uses: the result is no view, so that callers may write into it
@@ -20,7 +20,7 @@ def lora_linear(
     lora_B: Tensor,
     bias: Tensor | None = None,
     *,
-    scaling: float,
+    scaling: float | Tensor,
     dropout_p: float = 0.0,
     training: bool = True,
     backend: str = "auto",
@@ -33,9 +33,10 @@ def lora_linear(
         lora_A: [r, in_features] in x's dtype or float32.
         lora_B: [out_features, r] in lora_A's dtype.
         bias: [out_features] in x's dtype, or None.
-        scaling: the factor on the adapter's product; lora_alpha / r as a rule.
-        dropout_p: rate of the dropout on the adapter's x, in [0, 1). It is on while `training` only, and its mask is
-            drawn from torch's generator of x's device.
+        scaling: the factor on the adapter's product; lora_alpha / r as a rule. A number, or a 0-d tensor on x's device,
+            which is read there, also at each replay of a CUDA graph. It gets no gradient.
+        dropout_p: rate of the dropout on the adapter's x, in [0, 1). It is on while `training` only, and its mask, or
+            on a GPU the seed of its mask, is drawn from torch's generator of x's device.
         backend: "auto", or the name of a backend, which then runs or raises.
 
     Returns:
@@ -43,7 +44,7 @@ def lora_linear(
         Under autocast x, weight and bias are cast to its dtype, as by nn.Linear, and the adapter's products run in it.
 
     Raises:
-        TypeError: dtypes that do not go together, or a tensor as scaling.
+        TypeError: dtypes that do not go together, or a scaling that requires a gradient.
         ValueError: shapes or devices that do not go together, dropout_p or backend out of range.
         RuntimeError: a backend asked for by name that does not take the call; torch.func transforms or forward-mode AD;
             and, out of backward, a second differentiation.
@@ -53,12 +54,14 @@ def lora_linear(
     x, weight, lora_A, lora_B, bias, adapter_dtype = admit(
         x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, backend=backend
     )
-    mask = None
+    mask = scale = None
     if training and dropout_p > 0.0:
-        mask = _draw_mask(x, dropout_p)
+        mask = dropout.draw(x, dropout_p, backend)
+    if isinstance(scaling, Tensor):
+        scale, scaling = scaling, 1.0
     if torch.compiler.is_compiling():
         return torch.ops.fusedlora.linear.default(
-            x, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_dtype, backend, __version__
+            x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend, __version__
         )
     _refuse_transforms()
     if torch.is_grad_enabled() and (
@@ -68,8 +71,8 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _apply(x, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_dtype, backend)
-    return _without_grad(x, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_dtype, backend)
+        return _apply(x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend)
+    return _without_grad(x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend)
 
 
 def admit(
@@ -79,7 +82,7 @@ def admit(
     lora_B: Tensor,
     bias: Tensor | None,
     *,
-    scaling: float,
+    scaling: float | Tensor,
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype]:
@@ -138,7 +141,13 @@ def admit(
         if bias.device != device:
             raise ValueError(f"bias is on {bias.device}, x is on {device}: they must be on one device")
     if isinstance(scaling, Tensor):
-        raise TypeError("scaling is a tensor, must be a number: no gradient would reach it")
+        if scaling.requires_grad:
+            raise TypeError("scaling requires a gradient, must not: none would reach it")
+        if scaling.dim() != 0 or not scaling.is_floating_point():
+            found = f"shape {tuple(scaling.shape)} and dtype {scaling.dtype}"
+            raise TypeError(f"scaling is a tensor with {found}, must be a number or a floating point tensor of 0-d")
+        if scaling.device != device:
+            raise ValueError(f"scaling is on {scaling.device}, x is on {device}: they must be on one device")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, must be in [0, 1)")
     if backend not in NAMES:
@@ -159,14 +168,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def _draw_mask(x: Tensor, dropout_p: float) -> Tensor:
-    """A bool mask [M, K] for x flattened, True with probability 1 - dropout_p."""
-    shape = (x.numel() // x.shape[-1], x.shape[-1])
-    if x.device.type == "cpu":  # half the time of bernoulli_ there, for a passing float32 of the mask's shape
-        return torch.rand(shape, dtype=torch.float32) >= dropout_p
-    return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
-
-
 def _without_grad(
     x: Tensor,
     weight: Tensor,
@@ -174,6 +175,7 @@ def _without_grad(
     lora_B: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
@@ -181,7 +183,8 @@ def _without_grad(
 ) -> Tensor:
     shape = x.shape
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y, _ = ops.forward(flat, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_dtype, False, backend)
+    given = (flat, weight, lora_A, lora_B, bias, mask, scale, None)
+    y, _ = ops.forward(*given, scaling, dropout_p, adapter_dtype, False, backend)
     return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], weight.shape[0]))
 
 
@@ -197,6 +200,7 @@ class _LoRALinear(torch.autograd.Function):
         lora_B: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
+        scale: Tensor | None,
         scaling: float,
         dropout_p: float,
         adapter_dtype: torch.dtype,
@@ -205,7 +209,8 @@ class _LoRALinear(torch.autograd.Function):
         need_x, need_W, need_A, need_B, *_ = ctx.needs_input_grad
         shape = x.shape
         flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-        y, s = ops.forward(flat, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, adapter_dtype, need_B, backend)
+        given = (flat, weight, lora_A, lora_B, bias, mask, scale, None)
+        y, s = ops.forward(*given, scaling, dropout_p, adapter_dtype, need_B, backend)
         ctx.save_for_backward(
             x if need_A or need_W else None,
             weight if need_x else None,
@@ -213,6 +218,7 @@ class _LoRALinear(torch.autograd.Function):
             lora_B,
             s if need_B else None,
             mask if need_x or need_A else None,
+            scale,
         )
         ctx.call = (shape, scaling, dropout_p, adapter_dtype, backend)
         return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], weight.shape[0]))
@@ -232,7 +238,7 @@ _apply: Any = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
+    x, weight, lora_A, lora_B, s, mask, scale = ctx.saved_tensors
     shape, scaling, dropout_p, adapter_dtype, backend = ctx.call
     need_x, need_W, need_A, need_B, need_b, *_ = ctx.needs_input_grad
     flat = len(shape) == 2
@@ -249,6 +255,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             lora_B,
             s,
             mask,
+            scale,
             scaling,
             dropout_p,
             adapter_dtype,
@@ -265,7 +272,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             dW = dy.t() @ x
     if need_b:
         db = dy.sum(0)
-    return dx, dW, dA, dB, db, None, None, None, None, None
+    return dx, dW, dA, dB, db, None, None, None, None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -288,8 +295,8 @@ class _Once(torch.autograd.Function):
 # the Function itself, so that no second implementation of autograd.Function stands between. The version is there for
 # the compiler's cache on disk: what the Function traces to may change between versions.
 ops.LIB.define(
-    "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mask, float scaling, "
-    "float dropout_p, ScalarType adapter_dtype, str backend, str version) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mask, Tensor? scale, "
+    "float scaling, float dropout_p, ScalarType adapter_dtype, str backend, str version) -> Tensor",
     tags=ops.TAGS,
 )
 

@@ -6,6 +6,9 @@ two dimensions, choose their backend by name and tensors, and write into none of
     forward   y [M, N] in x's dtype and S [M, r] in adapter_dtype, S empty unless save_s
     backward  dx [M, K] in dy's dtype, dA [r, K] and dB [N, r] in lora_A's; empty where not needed. x is read for dA,
               weight for dx, s for dB; each may be None where it is not.
+
+mask is what `dropout.draw` gave: a bool mask [M, K], or a seed int64 [1]. scale, 0-d, multiplies `scaling` where it is
+only known on the device. gain [N], float32, multiplies y before the bias.
 """
 
 import torch
@@ -17,14 +20,15 @@ LIB = torch.library.Library("fusedlora", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 LIB.define(
-    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mask, float scaling, "
-    "float dropout_p, ScalarType adapter_dtype, bool save_s, str backend) -> (Tensor y, Tensor s)",
+    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mask, "
+    "Tensor? scale, Tensor? gain, float scaling, float dropout_p, ScalarType adapter_dtype, bool save_s, "
+    "str backend) -> (Tensor y, Tensor s)",
     tags=TAGS,
 )
 LIB.define(
     "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? mask, "
-    "float scaling, float dropout_p, ScalarType adapter_dtype, bool need_dx, bool need_dA, bool need_dB, "
-    "str backend) -> (Tensor dx, Tensor dA, Tensor dB)",
+    "Tensor? scale, float scaling, float dropout_p, ScalarType adapter_dtype, bool need_dx, bool need_dA, "
+    "bool need_dB, str backend) -> (Tensor dx, Tensor dA, Tensor dB)",
     tags=TAGS,
 )
 
@@ -36,6 +40,8 @@ def _forward(
     lora_B: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
+    gain: Tensor | None,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
@@ -50,6 +56,8 @@ def _forward(
         lora_B,
         bias,
         mask,
+        scale,
+        gain,
         scaling=scaling,
         dropout_p=dropout_p,
         adapter_dtype=adapter_dtype,
@@ -65,6 +73,8 @@ def _forward_fake(
     lora_B: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
+    gain: Tensor | None,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
@@ -83,6 +93,7 @@ def _backward(
     lora_B: Tensor,
     s: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
@@ -100,6 +111,7 @@ def _backward(
         lora_B,
         s,
         mask,
+        scale,
         scaling=scaling,
         dropout_p=dropout_p,
         adapter_dtype=adapter_dtype,
@@ -122,6 +134,7 @@ def _backward_fake(
     lora_B: Tensor,
     s: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,

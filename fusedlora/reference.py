@@ -1,24 +1,27 @@
 """The LoRA linear written out in plain PyTorch: the path for CPUs and for whatever no kernel takes.
 
     S  = s/(1-p) * (m o x) A^T                 [M, r]
-    y  = x W^T + S B^T + bias                  [M, N]
+    y  = g o (x W^T + S B^T) + bias            [M, N]
     T  = s * dy B                              [M, r]
     dx = dy W + m o (T A)/(1-p)                [M, K]
     dA = T^T (m o x)/(1-p)                     [r, K]
     dB = dy^T S                                [N, r]
 
-x is [M, K], W [N, K], A [r, K], B [N, r], m a bool mask [M, K], s the scaling, p the dropout rate. The formulas are
-those of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), with the scale folded into S and T.
-Nothing here uses autograd. Any floating dtype works, float64 included.
+x is [M, K], W [N, K], A [r, K], B [N, r], m a bool mask [M, K], s the scaling, p the dropout rate, g [N] a factor on
+each column or absent. The formulas are those of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021),
+with the scale folded into S and T. Nothing here uses autograd. Any floating dtype works, float64 included.
 """
 
 import torch
 from torch import Tensor
 
+from . import dropout
 
-def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * a b, the scale applied to the accumulator, before the one rounding."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+def _scaled_mm(a: Tensor, b: Tensor, scaling: float, scale: Tensor | None = None) -> Tensor:
+    """scaling * a b, scaling applied to the accumulator, before the rounding; times `scale`, which rounds again."""
+    out = torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+    return out if scale is None else out.mul_(scale)
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -32,19 +35,25 @@ def forward(
     lora_B: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
+    gain: Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
     save_s: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] in x's dtype and, when save_s, S [M, r] in adapter_dtype."""
-    y = torch.nn.functional.linear(x, weight, bias)
+    """y [M, N] in x's dtype and, when save_s, S [M, r] in adapter_dtype; mask is what `dropout.draw` gave."""
+    y = torch.nn.functional.linear(x, weight, bias if gain is None else None)
     if mask is not None:
-        x = _masked(x, mask)
+        x = _masked(x, dropout.as_mask(mask, x.shape[0], x.shape[1], dropout_p, x.device))
         scaling = scaling / (1.0 - dropout_p)
-    s = _scaled_mm(x.to(adapter_dtype), lora_A.to(adapter_dtype).t(), scaling)
+    s = _scaled_mm(x.to(adapter_dtype), lora_A.to(adapter_dtype).t(), scaling, scale)
     _add_product(y, s, lora_B.to(adapter_dtype).t())
+    if gain is not None:
+        y.mul_(gain)
+        if bias is not None:
+            y.add_(bias)
     return y, s if save_s else None
 
 
@@ -65,6 +74,7 @@ def backward(
     lora_B: Tensor,
     s: Tensor | None,
     mask: Tensor | None,
+    scale: Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
@@ -78,10 +88,13 @@ def backward(
     weight is read for dx, x for dA, s for dB; each may be None where it is not.
     """
     dx = dA = dB = None
-    keep = 1.0 / (1.0 - dropout_p) if mask is not None else 1.0
+    keep = 1.0
+    if mask is not None and (need_dx or need_dA):
+        mask = dropout.as_mask(mask, dy.shape[0], lora_A.shape[1], dropout_p, dy.device)
+        keep = 1.0 / (1.0 - dropout_p)
     dy_a = dy.to(adapter_dtype)
     if need_dx or need_dA:
-        t = _scaled_mm(dy_a, lora_B.to(adapter_dtype), scaling)
+        t = _scaled_mm(dy_a, lora_B.to(adapter_dtype), scaling, scale)
     if need_dB:
         assert s is not None
         dB = (dy_a.t() @ s).to(lora_A.dtype)

@@ -63,10 +63,10 @@ def recorded(monkeypatch):
         calls.append(("forward", settings, None))
         return plain.forward(*args, **settings)
 
-    def backward(dy, x, weight, lora_A, lora_B, s, mask, **settings):
+    def backward(dy, x, weight, lora_A, lora_B, s, mask, scale, **settings):
         given = {"x": x, "weight": weight, "s": s, "mask": mask}
         calls.append(("backward", settings, {name for name, tensor in given.items() if tensor is not None}))
-        return plain.backward(dy, x, weight, lora_A, lora_B, s, mask, **settings)
+        return plain.backward(dy, x, weight, lora_A, lora_B, s, mask, scale, **settings)
 
     recording = backends.Backend("reference", plain.why_not, forward, backward)
     monkeypatch.setattr(backends, "BACKENDS", (recording,))

@@ -64,7 +64,7 @@ REFUSED = {
     "xpu": (also(device=torch.device("xpu")), "x is on xpu, the kernels run on cuda"),
     "meta": (also(device=torch.device("meta")), "x is on meta, the kernels run on cuda"),
     "fp64": (also(dtype=FP64), "dtype is torch.float64, the kernels take bfloat16, float16 and float32"),
-    "dropout": (also(masked=True), "dropout is on"),
+    "dropout": (also(dropout="mask"), "dropout comes as a mask"),
     "K": (also(K=129), "in_features 129 of torch.bfloat16 is not a multiple of 16 bytes"),
     "N": (also(N=60), "out_features 60 of torch.bfloat16 is not a multiple of 16 bytes"),
     "N, fp32": (
@@ -156,9 +156,9 @@ def test_a_call_is_described_by_its_tensors() -> None:
     weight = torch.zeros(24 * 20 + 1, dtype=BF16)[1:].view(24, 20)[:, :16]
     call = backends.describe_call("auto", i.x, weight, i.lora_A, i.lora_B, None, FP32)
     layout = (20, 1, weight.data_ptr() % 16)
-    assert call == backends.Call(False, i.x.device, BF16, FP32, FP32, 24, 16, 3, False, layout, "") and layout[2] % 8
+    assert call == backends.Call(False, i.x.device, BF16, FP32, FP32, 24, 16, 3, "", layout, "") and layout[2] % 8
     named = backends.describe_call("triton", i.x, None, i.lora_A, i.lora_B, i.x > 0, FP32)
-    assert named.named and named.masked and named.weight_layout == (16, 1, 0)
+    assert named.named and named.dropout == "mask" and named.weight_layout == (16, 1, 0)
 
 
 @pytest.mark.parametrize("setting, precision", [("tf32", "high"), ("ieee", "highest")])
@@ -189,8 +189,8 @@ def test_the_first_fallback_for_a_reason_warns_once(hopper) -> None:
         warnings.simplefilter("error")
         backends.select("auto", GOOD._replace(r=300, K=256, weight_layout=(256, 1, 0)))
         backends.select("auto", GOOD._replace(device=torch.device("cpu")))  # nobody expects kernels there
-    with pytest.warns(UserWarning, match="dropout is on"):
-        backends.select("auto", GOOD._replace(masked=True))
+    with pytest.warns(UserWarning, match="dropout comes as a mask"):
+        backends.select("auto", GOOD._replace(dropout="mask"))
 
 
 def test_one_launch_only_where_waiting_has_run(monkeypatch) -> None:

@@ -65,7 +65,10 @@ def test_tensors(changed, error, message: str, device) -> None:
         ({"dropout_p": 1.0, "training": False}, ValueError, r"dropout_p is 1.0, must be in \[0, 1\)"),
         ({"backend": None}, ValueError, "backend is None, must be one of auto, triton, reference"),
         ({"backend": "cutlass"}, ValueError, "backend is 'cutlass', must be one of auto, triton, reference"),
-        ({"scaling": torch.tensor(2.0)}, TypeError, "scaling is a tensor, must be a number"),
+        ({"scaling": torch.tensor(2.0, requires_grad=True)}, TypeError, "scaling requires a gradient"),
+        ({"scaling": torch.tensor([2.0])}, TypeError, r"scaling is a tensor with shape \(1,\) and dtype torch.float32"),
+        ({"scaling": torch.tensor(2)}, TypeError, r"scaling is a tensor with shape \(\) and dtype torch.int64"),
+        ({"scaling": torch.tensor(2.0, device="meta")}, ValueError, r"scaling is on meta, x is on c\w+"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 import fusedlora
-from fusedlora import functional, ops
+from fusedlora import dropout, ops
 from fusedlora.testing import eager_peft, exact, make_inputs, relative_error, run
 
 FP32, FP64 = torch.float32, torch.float64
@@ -86,19 +86,30 @@ def test_dropout_uses_one_mask_for_all(device) -> None:
     p = 0.3
     i = make_inputs(400, 64, 24, 4, FP64, device=device)
     masks = []
-    draw = functional._draw_mask
-    with mock.patch.object(functional, "_draw_mask", lambda *args: masks.append(draw(*args)) or masks[-1]):
+    draw = dropout.draw
+    with mock.patch.object(dropout, "draw", lambda *args: masks.append(draw(*args)) or masks[-1]):
         torch.manual_seed(11)
         got = run(fusedlora.lora_linear, i, dropout_p=p)
         torch.manual_seed(11)
         again = run(fusedlora.lora_linear, i, dropout_p=p)
         other = run(fusedlora.lora_linear, i, dropout_p=p)
-    want = run(eager_peft, i, dropout_p=p, mask=masks[0])
+    mask = dropout.as_mask(masks[0], 400, 64, p, i.x.device)
+    want = run(eager_peft, i, dropout_p=p, mask=mask)
     assert all(relative_error(got[name], want[name]) < 1e-13 for name in want)
     assert all(torch.equal(got[name], again[name]) for name in got)
     assert not torch.equal(got["y"], other["y"])
     # 25,600 draws: four standard deviations of the rate are 0.0115
-    assert abs(masks[0].double().mean().item() - (1 - p)) < 0.0115
+    assert abs(mask.double().mean().item() - (1 - p)) < 0.0115
+
+
+def test_scaling_in_a_tensor(device) -> None:
+    """As the number it holds, read when the call runs."""
+    i = make_inputs(9, 16, 24, 4, FP64, device=device)
+    scaling = torch.tensor(0.5, device=device)
+    for value in (0.5, -3.0):
+        scaling.fill_(value)
+        got, want = run(fusedlora.lora_linear, replace(i, scaling=scaling)), exact(replace(i, scaling=value))
+        assert all(relative_error(got[name], want[name]) < 1e-13 for name in want)
 
 
 def random_state(device) -> torch.Tensor:
@@ -118,7 +129,7 @@ def test_dropout_that_is_off_costs_nothing(settings, device) -> None:
     i = make_inputs(9, 16, 24, 4, device=device).leaves()
     state, plain, masks, kept = random_state(device), ops.forward, [], []
     with (
-        mock.patch.object(functional, "_draw_mask", side_effect=AssertionError("drawn")),
+        mock.patch.object(dropout, "draw", side_effect=AssertionError("drawn")),
         mock.patch.object(ops, "forward", lambda *args: masks.append(args[5]) or plain(*args)),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t),
     ):

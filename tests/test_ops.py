@@ -16,7 +16,7 @@ SHAPES = [(9, 16, 24, 4), (1, 8, 16, 1), (0, 16, 24, 4)]
 
 
 def forward_arguments(i: Inputs, save_s: bool = True) -> tuple:
-    tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask)
+    tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, None, None)
     return *tensors, i.scaling, i.dropout_p, i.lora_A.dtype, save_s, "auto"
 
 
@@ -32,6 +32,7 @@ def backward_arguments(i: Inputs, needs: tuple[bool, bool, bool] = (True, True, 
         i.lora_B,
         s if need_dB else None,
         i.mask if need_dx or need_dA else None,
+        None,
     )
     return *tensors, i.scaling, i.dropout_p, i.lora_A.dtype, *needs, "auto"
 
@@ -126,12 +127,12 @@ def test_fakes_carry_a_dynamic_number_of_rows() -> None:
     M = x.shape[0]
     weight, lora_A, lora_B = (mode.from_tensor(t, static_shapes=True) for t in (i.weight, i.lora_A, i.lora_B))
     with mode:
-        y, s = ops.forward(x, weight, lora_A, lora_B, None, None, 1.5, 0.0, FP32, True, "auto")
+        y, s = ops.forward(x, weight, lora_A, lora_B, None, None, None, None, 1.5, 0.0, FP32, True, "auto")
         needs = (True, True, True)
-        dx, dA, dB = ops.backward(y, x, weight, lora_A, lora_B, s, None, 1.5, 0.0, FP32, *needs, "auto")
+        dx, dA, dB = ops.backward(y, x, weight, lora_A, lora_B, s, None, None, 1.5, 0.0, FP32, *needs, "auto")
     linear = torch.ops.fusedlora.linear.default
     with mode:
-        z = linear(x, weight, lora_A, lora_B, None, None, 1.5, 0.0, FP32, "auto", "version")
+        z = linear(x, weight, lora_A, lora_B, None, None, None, 1.5, 0.0, FP32, "auto", "version")
     assert isinstance(M, torch.SymInt)
     for out, columns in ((y, 24), (s, 4), (dx, 16), (z, 24)):
         assert isinstance(out.shape[0], torch.SymInt) and str(out.shape[0]) == str(M)
@@ -157,6 +158,6 @@ def test_what_the_compiler_sees(settings, grads: bool, device) -> None:
     """Through every check of opcheck: AOTAutograd's gradients are eager ones, static and dynamic."""
     i = make_inputs(device=device, **({"M": 6, "K": 16, "N": 24, "r": 4} | settings))
     i = i.leaves() if grads else i
-    tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask)
+    tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, None)
     arguments = (*tensors, i.scaling, i.dropout_p, i.lora_A.dtype, "auto", "version")
     torch.library.opcheck(torch.ops.fusedlora.linear.default, arguments)

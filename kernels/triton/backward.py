@@ -13,7 +13,9 @@ from fusedlora.kernels.common import (
     DONE,
     JOB,
     dot_skinny,
+    kept,
     leave,
+    load_seed,
     load_skinny,
     lora_tile,
     shrink_tasks,
@@ -26,6 +28,7 @@ from fusedlora.kernels.launch import (
     alignment,
     current_stream,
     device_facts,
+    launch_dropout,
     rank_alignment,
     row_major,
     skinny_rows,
@@ -37,11 +40,13 @@ from fusedlora.schedule import Schedule, backward_schedule, cdiv
 @triton.jit
 def stripe_job(
     big_desc, small_ptr, out_ptr, partial_ptr, arrived_ptr,
-    stripe, part, parts, M, depth, r, stride_or, stride_od,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
+    stripe, part, parts, M, depth, r, stride_or, stride_od, seed, threshold,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_R: tl.constexpr, STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [r, depth] = smallᵀ [r, M] @ big [M, depth] for one column block and one of `parts` equal runs of rows.
+
+    With DROPOUT big lies under the mask.
 
     With PARTIALS each part stores its sum and the last to arrive adds all parts in index order, so the bits do not
     depend on who came last.
@@ -51,11 +56,15 @@ def stripe_job(
     m_offs = tl.arange(0, STRIPE_M)
     part_rows = tl.cdiv(tl.cdiv(M, STRIPE_M), parts) * STRIPE_M
     begin = part * part_rows
-    RANK_FIRST: tl.constexpr = SPLIT and BLOCK_R <= 32
+    RANK_FIRST: tl.constexpr = DROPOUT or (SPLIT and BLOCK_R <= 32)
+    if DROPOUT:
+        low, high = load_seed(seed)
     acc = tl.zeros((BLOCK_R, STRIPE_N) if RANK_FIRST else (STRIPE_N, BLOCK_R), tl.float32)
     for m in tl.range(begin, min(begin + part_rows, M), STRIPE_M, num_stages=STRIPE_STAGES):
         big = big_desc.load([m, stripe * STRIPE_N])  # [STRIPE_M, STRIPE_N]
         small = load_skinny(small_ptr + tl.cast(m, tl.int64) * r, 1, r, r_offs, m_offs, r, M - m)  # [BLOCK_R, STRIPE_M]
+        if DROPOUT:
+            big = tl.where(kept(low, high, threshold, m + m_offs[:, None], d_offs[None, :], depth), big, 0.0)
         acc = dot_skinny(big.T, small.T, acc, SPLIT, RANK_FIRST, PRECISION)
     if RANK_FIRST:
         acc = acc.T
@@ -90,12 +99,12 @@ def reduce_job(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
-@triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs", "parts"])
+@triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs", "parts", "seed", "threshold"])
 def backward_kernel(
     # gradient of the output: dy [M, N]
     dy_ptr,
-    # saved from forward: x [M, K], S [M, r]; parameters: W [N, K], A [r, K], B [N, r]
-    x_ptr, s_ptr, w_ptr, a_ptr, b_ptr,
+    # saved from forward: x [M, K], S [M, r]; parameters: W [N, K], A [r, K], B [N, r]; None or scale []
+    x_ptr, s_ptr, w_ptr, a_ptr, b_ptr, scale_ptr,
     # outputs: dX [M, K], dA [r, K], dB [N, r]
     dx_ptr, da_ptr, db_ptr,
     # workspaces: T [M, r]; partial sums of dA and dB: [parts, K · r] and [parts or row blocks, N · r]
@@ -103,6 +112,9 @@ def backward_kernel(
     M, N, K, r,
     stride_ym, stride_xm, stride_wn, stride_ar, stride_bn,
     scaling, num_tasks, tile_programs, parts,
+    # with DROPOUT: a number or an address, and the least hash that is kept
+    seed, threshold,
+    DROPOUT: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
     SHRINK: tl.constexpr, REST: tl.constexpr, FUSE_DB: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr,
@@ -111,7 +123,7 @@ def backward_kernel(
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
     STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
-    """T = scaling · dy B, rounded once; dX = dy W + T A in one fp32 accumulator; dA = Tᵀ x; dB = dyᵀ S.
+    """T = scaling · scale · dy B, rounded once; dX = dy W + T A in one fp32 accumulator; dA = Tᵀ x; dB = dyᵀ S.
 
     SHRINK computes T in `num_tasks` tasks, REST everything else; with both, tiles wait for their rows of T and the
     jobs of dA for all of it. A program computes its tiles, if its place is below `tile_programs`, and then takes jobs
@@ -121,11 +133,14 @@ def backward_kernel(
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
+    if scale_ptr is not None:
+        scaling *= tl.load(scale_ptr).to(tl.float32)
     if SHRINK:
         src_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [SHRINK_M, SHRINK_K])
         place = shrink_tasks(
-            src_desc, b_ptr, t_ptr, sync_ptr, s_ptr, db_partial_ptr, M, N, r, 1, stride_bn, scaling, num_tasks,
-            FUSE_DB, SPLIT, PRECISION, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
+            src_desc, b_ptr, t_ptr, sync_ptr, s_ptr, db_partial_ptr, M, N, r, 1, stride_bn,
+            scaling, num_tasks, None, None, FUSE_DB, False, SPLIT, PRECISION,
+            BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
     else:
         place = tl.program_id(0)
@@ -143,8 +158,8 @@ def backward_kernel(
                     col = tile_n * BLOCK_N
                     acc = lora_tile(
                         dy_desc, w_desc, t_ptr, a_ptr, sync_ptr,
-                        row, col, M, K, N, r, stride_ar, 1, num_tasks,
-                        dy_ptr.dtype.element_ty, False, SHRINK, SPLIT, PRECISION,
+                        row, col, M, K, N, r, stride_ar, 1, num_tasks, seed, threshold,
+                        dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, SPLIT, PRECISION,
                         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                     )  # fmt: skip
                     dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
@@ -168,8 +183,8 @@ def backward_kernel(
                 if job < da_jobs:
                     stripe_job(
                         x_stripes, t_ptr, da_ptr, da_partial_ptr, sync_ptr + ARRIVED + job // parts,
-                        job // parts, job % parts, parts, M, K, r, K, 1,
-                        SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                        job // parts, job % parts, parts, M, K, r, K, 1, seed, threshold,
+                        DROPOUT, SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                     )  # fmt: skip
             if NEED_DB:
                 if job >= da_jobs:
@@ -181,8 +196,8 @@ def backward_kernel(
                     else:
                         stripe_job(
                             dy_stripes, s_ptr, db_ptr, db_partial_ptr, sync_ptr + ARRIVED + job // parts,
-                            index // parts, index % parts, parts, M, N, r, 1, r,
-                            SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                            index // parts, index % parts, parts, M, N, r, 1, r, None, None,
+                            False, SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                         )  # fmt: skip
             job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
     leave(sync_ptr, num_tasks, DELAY)
@@ -207,15 +222,16 @@ def _plan(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
+    dropout: bool,
     config: BackwardConfig | None,
     one_launch: bool,
     specialised: object,
 ) -> _Plan:
-    """`specialised` is what else Triton compiles for: dtypes of the adapter, strides, alignment."""
+    """`specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are."""
     M, N, K, r = sizes
     need_dx, need_dA, need_dB = needs
     split = adapter_dtype != dtype
-    problem = Problem(M, K, N, r, dtype.itemsize, split, *facts)
+    problem = Problem(M, K, N, r, dtype.itemsize, split, *facts, dropout)
     config = config or backward_config(problem)
     schedule = backward_schedule(problem, config, *needs)
     parts = schedule.parts
@@ -223,6 +239,7 @@ def _plan(
     fuse_db = config.FUSE_DB and need_dB and needs_t and not split
     db_sums = cdiv(M, config.SHRINK_M) if fuse_db else parts if parts > 1 else 0
     constants = {
+        "DROPOUT": dropout,
         "NEED_DX": need_dx,
         "NEED_DA": need_dA,
         "NEED_DB": need_dB,
@@ -257,6 +274,9 @@ def lora_backward(
     s: torch.Tensor,
     *,
     scaling: float,
+    scale: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     adapter_dtype: torch.dtype,
     need_dx: bool,
     need_dA: bool,
@@ -268,7 +288,8 @@ def lora_backward(
 
     Args:
         dy: [M, N], gradient of y. Copied where a descriptor can't read it (see `row_major`).
-        x, weight, lora_A, lora_B, scaling, adapter_dtype: as given to `lora_forward`; x only for dA.
+        x, weight, lora_A, lora_B: as given to `lora_forward`; x only for dA.
+        scaling, scale, seed, dropout_p, adapter_dtype: as given to `lora_forward`.
         s: [M, r], as `lora_forward` returned it; only for dB.
         need_dx, need_dA, need_dB: which gradients to compute.
         config: tile sizes; None takes the heuristic's.
@@ -292,11 +313,13 @@ def lora_backward(
     x = row_major(x) if need_dA else dy
     s = s if need_dB else None
     stride_ym, stride_xm, stride_wn = dy.stride(0), x.stride(0), weight.stride(0)
-    specialised = (lora_A.dtype, stride_ym, stride_xm, stride_wn, alignment(lora_A, lora_B, s))
+    scaling, seed, threshold = launch_dropout(seed, dropout_p, scaling)
+    optional = (None if scale is None else scale.dtype, type(seed), alignment(lora_A, lora_B, s, scale))
+    specialised = (lora_A.dtype, stride_ym, stride_xm, stride_wn, optional)
     sizes = (M, N, K, r)
     needs = (need_dx, need_dA, need_dB)
     facts = device_facts(device)
-    plan = _plan(device, facts, sizes, dtype, adapter_dtype, needs, config, one_launch, specialised)
+    plan = _plan(device, facts, sizes, dtype, adapter_dtype, needs, seed is not None, config, one_launch, specialised)
     t = torch.empty((M, r), dtype=adapter_dtype, device=device) if need_dx or need_dA else None
     partial = torch.empty(plan.da_partials + plan.db_partials, dtype=torch.float32, device=device)
     db_partial = partial[plan.da_partials :] if plan.da_partials else partial
@@ -306,11 +329,12 @@ def lora_backward(
         launcher(
             stream,
             dy,
-            *(x, s, weight, lora_A, lora_B),
+            *(x, s, weight, lora_A, lora_B, scale),
             *(dx, da, db),
             *(t, partial, db_partial, words),
             *(M, N, K, r),
             *(stride_ym, stride_xm, stride_wn, K, r),
             *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs, plan.schedule.parts),
+            *(seed, threshold),
         )
     return dx, da, db

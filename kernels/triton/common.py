@@ -5,7 +5,9 @@ Both kernels multiply a tall matrix by a frozen one and add a product of rank r:
     forward     y  = x Wᵀ + S Bᵀ      S = scaling · x Aᵀ
     backward    dX = dy W + T A       T = scaling · dy B
 
-so both run *shrink tasks* (S or T, memory-bound, one row block after another) beside *tiles*, whose epilogue takes one
+With dropout a mask m(row, k) lies on the adapter's x: S = scaling · (m∘x) Aᵀ, dX = dy W + m∘(T A), dA = Tᵀ (m∘x).
+
+So both run *shrink tasks* (S or T, memory-bound, one row block after another) beside *tiles*, whose epilogue takes one
 more step of depth r once their row block is published. The backward ends with the *jobs* of dA and dB.
 
 Synchronisation words, int32, zero between launches:
@@ -22,7 +24,7 @@ publish it, however few programs are resident at a time.
 import triton
 import triton.language as tl
 
-from fusedlora import schedule
+from fusedlora import dropout, schedule
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 
@@ -87,6 +89,29 @@ def leave(sync_ptr, num_tasks, DELAY: tl.constexpr):
         tl.store(sync_ptr + EXIT, 0)
 
 
+C0 = tl.constexpr(dropout.C0)
+C1 = tl.constexpr(dropout.C1)
+C2 = tl.constexpr(dropout.C2)
+
+
+@triton.jit
+def load_seed(seed):
+    """The halves of a seed, which is given as a number or in memory."""
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+
+
+@triton.jit
+def kept(low, high, threshold, rows, cols, depth):
+    """Which elements of x [M, depth] the dropout keeps, as in fusedlora/dropout.py. rows and cols broadcast."""
+    # The first multiplication is done for rows and columns apart: what is left of it for an element is an addition.
+    h = (rows.to(tl.uint32) * depth.to(tl.uint32) + low) * C0 + cols.to(tl.uint32) * C0
+    h = (h ^ (h >> 16) ^ high) * C1
+    h = (h ^ (h >> 15)) * C2
+    return h >= threshold.to(tl.uint32, bitcast=True)
+
+
 @triton.jit
 def load_skinny(ptr, stride_r, stride_d, r_offs, d_offs, r, depth):
     """Tile [R, D] of a matrix with r rows of length depth, zero outside. One of the two strides is 1."""
@@ -97,6 +122,9 @@ def load_skinny(ptr, stride_r, stride_d, r_offs, d_offs, r, depth):
 @triton.jit
 def dot_skinny(big, skinny, acc, SPLIT: tl.constexpr, RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """acc [D, R] + big [D, K] @ skinny [K, R], with RANK_FIRST acc [R, D] + its transpose.
+
+    `big` may have come through registers (a dropout mask). wgmma takes such a first operand, but ptxas before 13.3
+    miscompiles that in a pipelined loop: it must be the second then, hence RANK_FIRST.
 
     With SPLIT the fp32 `skinny` keeps its precision beside the bf16 `big`: it goes in as the sum of three bf16 terms
     (3 × 8 bits of mantissa cover fp32's 24), small terms first. Tensor cores truncate where they add, which over a
@@ -119,6 +147,8 @@ def dot_skinny(big, skinny, acc, SPLIT: tl.constexpr, RANK_FIRST: tl.constexpr, 
             step = tl.dot(big, middle, step)
             step = tl.dot(big, high, step)
         return acc + step
+    elif RANK_FIRST:
+        return tl.dot(skinny.to(big.dtype).T, big.T, acc, input_precision=PRECISION)
     else:
         return tl.dot(big, skinny.to(big.dtype), acc, input_precision=PRECISION)
 
@@ -139,19 +169,21 @@ def shrink_tasks(
     small_ptr, partial_ptr,
     M, depth, r,
     stride_r, stride_d,
-    scaling, num_tasks,
-    FUSE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    scaling, num_tasks, seed, threshold,
+    FUSE: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
     DELAY: tl.constexpr,
 ):  # fmt: skip
     """Claims shrink tasks until none is left; returns this program's place in the order of finding none.
 
-    out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ. Task t takes the row blocks t, t + num_tasks, … and
-    publishes each. With FUSE the same read of src also gives partial[block] = src[block]ᵀ @ small[block].
+    out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. Task t takes the row
+    blocks t, t + num_tasks, … and publishes each. With FUSE the same read of src also gives partial[block] = src[block]ᵀ @ small[block].
     """
-    RANK_FIRST: tl.constexpr = SPLIT and BLOCK_R <= 32
+    RANK_FIRST: tl.constexpr = DROPOUT or (SPLIT and BLOCK_R <= 32)
     r_offs = tl.arange(0, BLOCK_R)
     m_offs = tl.arange(0, SHRINK_M)
+    if DROPOUT:
+        low, high = load_seed(seed)
     task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
     while task < num_tasks:
         for block in range(task, tl.cdiv(M, SHRINK_M), num_tasks):
@@ -164,6 +196,9 @@ def shrink_tasks(
                 src = src_desc.load([row, d])  # [SHRINK_M, SHRINK_K]
                 d_offs = d + tl.arange(0, SHRINK_K)
                 skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, d_offs, r, depth)
+                if DROPOUT:
+                    keep = kept(low, high, threshold, row + m_offs[:, None], d_offs[None, :], depth)
+                    src = tl.where(keep, src, 0.0)
                 acc = dot_skinny(src, skinny.T, acc, SPLIT, RANK_FIRST, PRECISION)
                 if FUSE:
                     other = tl.dot(src.T, small, input_precision=PRECISION)  # [SHRINK_K, BLOCK_R]
@@ -199,14 +234,70 @@ def dot_rank(small, skinny, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECI
 
 
 @triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns, as two tiles."""
+    rows: tl.constexpr = tile.shape[0]
+    cols: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, cols // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def beside(left, right):
+    """One tile of two halves."""
+    rows: tl.constexpr = left.shape[0]
+    cols: tl.constexpr = left.shape[1]
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (rows, 2 * cols))
+
+
+@triton.jit
+def masked_product(
+    acc, low, high, threshold, small_ptr, skinny_ptr, small, skinny, row, col, M, cols, r, stride_r, stride_d,
+    early: tl.constexpr, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + mask ∘ (small @ skinny). 64 columns at a time: a product as wide as acc would not fit the registers."""
+    width: tl.constexpr = acc.shape[1]
+    if width > 64:
+        acc_left, acc_right = halves(acc)
+        if early:
+            left, right = halves(skinny)
+        else:
+            left = skinny
+            right = skinny
+        acc_left = masked_product(
+            acc_left, low, high, threshold, small_ptr, skinny_ptr, small, left,
+            row, col, M, cols, r, stride_r, stride_d, early, dtype, SPLIT, PRECISION, BLOCK_R, RANK_K,
+        )  # fmt: skip
+        acc_right = masked_product(
+            acc_right, low, high, threshold, small_ptr, skinny_ptr, small, right,
+            row, col + width // 2, M, cols, r, stride_r, stride_d, early, dtype, SPLIT, PRECISION, BLOCK_R, RANK_K,
+        )  # fmt: skip
+        return beside(acc_left, acc_right)
+    n_offs = col + tl.arange(0, width)
+    m_offs = row + tl.arange(0, acc.shape[0])
+    product = tl.zeros_like(acc)
+    for first_r in tl.static_range(0, BLOCK_R, RANK_K):
+        if not early:
+            r_offs = first_r + tl.arange(0, RANK_K)
+            skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, n_offs, r, cols)
+            small = load_small(small_ptr, row, first_r, M, r, acc.shape[0], RANK_K)
+        product = dot_rank(small, skinny, product, dtype, SPLIT, PRECISION)
+    # A sum chosen, not a summand: that way ptxas keeps everything in registers.
+    return tl.where(kept(low, high, threshold, m_offs[:, None], n_offs[None, :], cols), acc + product, acc)
+
+
+@triton.jit
 def lora_tile(
     left_desc, right_desc, small_ptr, skinny_ptr, sync_ptr,
-    row, col, M, cols, depth, r, stride_r, stride_d, num_tasks,
-    dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    row, col, M, cols, depth, r, stride_r, stride_d, num_tasks, seed, threshold,
+    dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """left [M, depth] @ right + small [M, r] @ skinny [r, cols]: one [BLOCK_M, BLOCK_N] tile in one fp32 accumulator.
+
+    With DROPOUT the mask lies on the second product.
 
     right is [depth, cols], or [cols, depth] with TRANS_RIGHT. With WAIT, small comes from this launch's shrink tasks
     (SHRINK_M is a multiple of BLOCK_M, so from one row block). Operands of a rank up to RANK_K are loaded before the
@@ -240,10 +331,17 @@ def lora_tile(
             if not ready:
                 wait_for(progress_ptr, needed)
                 small = load_small(small_ptr, row, 0, M, r, BLOCK_M, RANK_K)
+    elif WAIT:
+        wait_for(progress_ptr, needed)
+    if DROPOUT:
+        low, high = load_seed(seed)
+        return masked_product(
+            acc, low, high, threshold, small_ptr, skinny_ptr, small if early else None, skinny if early else None,
+            row, col, M, cols, r, stride_r, stride_d, early, dtype, SPLIT, PRECISION, BLOCK_R, RANK_K,
+        )  # fmt: skip
+    if early:
         acc = dot_rank(small, skinny, acc, dtype, SPLIT, PRECISION)
     else:
-        if WAIT:
-            wait_for(progress_ptr, needed)
         # Unpipelined: pipelined wgmma with a register operand is miscompiled by ptxas before 13.3.
         for first_r in tl.static_range(0, BLOCK_R, RANK_K):
             r_offs = first_r + tl.arange(0, RANK_K)

@@ -1,4 +1,4 @@
-"""y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias in one launch."""
+"""y = gain ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias in one launch."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from fusedlora.kernels.launch import (
     alignment,
     current_stream,
     device_facts,
+    launch_dropout,
     rank_alignment,
     row_major,
     skinny_rows,
@@ -23,23 +24,25 @@ from fusedlora.kernels.launch import (
 from fusedlora.schedule import Schedule, forward_schedule
 
 
-@triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs"])
+@triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs", "seed", "threshold"])
 def forward_kernel(
-    # x [M, K], W [N, K], A [r, K], B [N, r], bias [N]
-    x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr,
+    # x [M, K], W [N, K], A [r, K], B [N, r]; each None or: bias [N], gain [N] fp32, scale []
+    x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, gain_ptr, scale_ptr,
     # outputs: y [M, N], S [M, r]
     y_ptr, s_ptr,
     sync_ptr,
     M, N, K, r,
     stride_xm, stride_wn, stride_ar, stride_bn,
     scaling, num_tasks, tile_programs,
-    HAS_BIAS: tl.constexpr, SHRINK: tl.constexpr, TILES: tl.constexpr,
+    # with DROPOUT: a number or an address, and the least hash that is kept
+    seed, threshold,
+    DROPOUT: tl.constexpr, SHRINK: tl.constexpr, TILES: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, R_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
-    """S = scaling · x Aᵀ, rounded once to S's dtype; y = x Wᵀ + S Bᵀ + bias, one fp32 accumulator.
+    """S = scaling · scale · x Aᵀ, rounded once to S's dtype; y = gain ∘ (x Wᵀ + S Bᵀ) + bias, one fp32 accumulator.
 
     SHRINK computes S in `num_tasks` tasks, TILES computes y on `tile_programs` programs; with both a tile waits for
     its rows of S. SPLIT: A is fp32 beside a 16-bit x and its products keep fp32 precision. R_ALIGN divides r and
@@ -47,11 +50,14 @@ def forward_kernel(
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
+    if scale_ptr is not None:
+        scaling *= tl.load(scale_ptr).to(tl.float32)
     if SHRINK:
         src_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [SHRINK_M, SHRINK_K])
         place = shrink_tasks(
-            src_desc, a_ptr, s_ptr, sync_ptr, None, None, M, K, r, stride_ar, 1, scaling, num_tasks,
-            False, SPLIT, PRECISION, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
+            src_desc, a_ptr, s_ptr, sync_ptr, None, None, M, K, r, stride_ar, 1,
+            scaling, num_tasks, seed, threshold, False, DROPOUT, SPLIT, PRECISION,
+            BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
     else:
         place = tl.program_id(0)
@@ -68,12 +74,14 @@ def forward_kernel(
                 col = tile_n * BLOCK_N
                 acc = lora_tile(
                     x_desc, w_desc, s_ptr, b_ptr, sync_ptr,
-                    row, col, M, N, K, r, 1, stride_bn, num_tasks,
-                    x_ptr.dtype.element_ty, True, SHRINK, SPLIT, PRECISION,
+                    row, col, M, N, K, r, 1, stride_bn, num_tasks, None, None,
+                    x_ptr.dtype.element_ty, True, SHRINK, False, SPLIT, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                 )  # fmt: skip
-                if HAS_BIAS:
-                    n_offs = col + tl.arange(0, BLOCK_N)
+                n_offs = col + tl.arange(0, BLOCK_N)
+                if gain_ptr is not None:
+                    acc *= tl.load(gain_ptr + n_offs, mask=n_offs < N, other=0.0)[None, :]
+                if bias_ptr is not None:
                     acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
                 y_desc.store([row, col], acc.to(y_ptr.dtype.element_ty))
     if SHRINK:
@@ -95,19 +103,19 @@ def _plan(
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
-    has_bias: bool,
+    dropout: bool,
     config: ForwardConfig | None,
     one_launch: bool,
     specialised: object,
 ) -> _Plan:
-    """`specialised` is what else Triton compiles for: dtypes of the adapter, strides, alignment."""
+    """`specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are."""
     M, N, K, r = sizes
     split = adapter_dtype != dtype
-    problem = Problem(M, N, K, r, dtype.itemsize, split, *facts)
+    problem = Problem(M, N, K, r, dtype.itemsize, split, *facts, dropout)
     config = config or forward_config(problem)
     schedule = forward_schedule(problem, config)
     constants = {
-        "HAS_BIAS": has_bias,
+        "DROPOUT": dropout,
         "SPLIT": split,
         "PRECISION": PRECISION,
         "R_ALIGN": rank_alignment(r),
@@ -133,6 +141,10 @@ def lora_forward(
     bias: torch.Tensor | None,
     *,
     scaling: float,
+    scale: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     adapter_dtype: torch.dtype,
     save_s: bool,
     config: ForwardConfig | None = None,
@@ -146,6 +158,10 @@ def lora_forward(
         lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 256.
         bias: [N] of x's dtype, or None.
         scaling: multiplies S in fp32, before its one rounding.
+        scale: [], multiplies scaling, read on the device; None is 1.
+        gain: [N] fp32, multiplies y before the bias; None is 1.
+        seed: [1] int64 on the CPU or on x's device: of the dropout mask on the adapter's x; None is no dropout.
+        dropout_p: its rate.
         adapter_dtype: dtype of S and of the adapter's products: x's, or fp32 to keep fp32 adapters' precision.
         save_s: whether S is wanted back.
         config: tile sizes; None takes the heuristic's.
@@ -163,19 +179,23 @@ def lora_forward(
     if M > 0:
         x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
         stride_xm, stride_wn = x.stride(0), weight.stride(0)
-        specialised = (lora_A.dtype, stride_xm, stride_wn, alignment(lora_A, lora_B, bias))
+        scaling, seed, threshold = launch_dropout(seed, dropout_p, scaling)
+        scale_dtype = None if scale is None else scale.dtype
+        optional = (scale_dtype, gain is None, type(seed), alignment(lora_A, lora_B, bias, gain, scale))
+        specialised = (lora_A.dtype, stride_xm, stride_wn, bias is None, optional)
         sizes = (M, N, K, r)
         facts = device_facts(device)
-        plan = _plan(device, facts, sizes, dtype, adapter_dtype, bias is not None, config, one_launch, specialised)
+        plan = _plan(device, facts, sizes, dtype, adapter_dtype, seed is not None, config, one_launch, specialised)
         stream = current_stream(device)
         words = sync_words(device, stream, ARRIVED.value)
         for launcher in plan.launchers:
             launcher(
                 stream,
-                *(x, weight, lora_A, lora_B, bias),
+                *(x, weight, lora_A, lora_B, bias, gain, scale),
                 *(y, s, words),
                 *(M, N, K, r),
                 *(stride_xm, stride_wn, K, r),
                 *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs),
+                *(seed, threshold),
             )
     return y, s if save_s else s.new_empty(0)

@@ -23,7 +23,8 @@ from fusedlora.kernels.launch import Launcher
 # SMs of a typical GPU of each compute capability: A100, A10, RTX 4090, H100, B200, RTX 5090.
 TYPICAL_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 _OPTIONS = ("num_warps", "num_stages")
-_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_POINTER |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTER[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
+            aligned = specialised and value.data_ptr() % 16 == 0
         elif type(value) is int:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned = specialised and value % 16 == 0

@@ -10,6 +10,7 @@ import torch
 import triton
 from triton.runtime import _allocation
 
+from fusedlora import dropout
 from fusedlora.kernels.common import INTERPRET
 
 # Words of one device's slab. A captured graph keeps the words of its launches for good, since it may be replayed at
@@ -187,6 +188,20 @@ def skinny_rows(tensor: torch.Tensor) -> torch.Tensor:
 def rank_alignment(r: int) -> int:
     """The largest power of two up to 16 that divides the rank: how many adjacent ranks one load may take."""
     return min(16, r & -r)
+
+
+def launch_dropout(
+    seed: torch.Tensor | None, dropout_p: float, scaling: float
+) -> tuple[float, torch.Tensor | int | None, int | None]:
+    """The kernels' scaling, seed and threshold: what dropout keeps is scaled up along with S and T.
+
+    A seed on the CPU goes along as a number; being 2⁶² or more it is always typed alike.
+    """
+    if seed is None:
+        return scaling, None, None
+    threshold = dropout.threshold(dropout_p)
+    number = seed if seed.is_cuda else seed.item()
+    return scaling / (1.0 - dropout_p), number, threshold - (1 << 32 if threshold >> 31 else 0)
 
 
 # How fp32 operands are multiplied: three tf32 products, near fp32's precision. Nothing is said of 16-bit operands.

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 import fusedlora
+from fusedlora import dropout
 from fusedlora.config import BackwardConfig, ForwardConfig
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.common import INTERPRET
@@ -31,6 +32,8 @@ SMALL_FORWARD = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "num
 SMALL_FORWARD |= {"RANK_K": 16, "SHRINK_M": 32, "SHRINK_K": 32, "SHRINK_STAGES": 2}
 SMALL_BACKWARD = SMALL_FORWARD | {"STRIPE_N": 32, "STRIPE_M": 32, "STRIPE_STAGES": 2, "stripe_rows": 64}
 
+SEED = torch.tensor([2**62 + 0x123456789ABCDEF])
+
 # Two right answers to the last bit of fp32 still differ by luck.
 LUCK = 1.02
 
@@ -47,6 +50,7 @@ class Case:
     bias: bool = False
     one_launch: bool = True
     fuse_db: bool = True
+    dropout_p: float = 0.0
 
     def __str__(self) -> str:
         words = [f"{self.M}x{self.K}x{self.N}r{self.r}", str(self.dtype).removeprefix("torch.")]
@@ -54,6 +58,7 @@ class Case:
         words += [name for name in ("autocast", "bias") if getattr(self, name)]
         words += ["two-launches"] if not self.one_launch else []
         words += ["db-stripes"] if not self.fuse_db else []
+        words += ["dropout"] if self.dropout_p else []
         return "-".join(words)
 
 
@@ -73,6 +78,14 @@ CASES = [
     Case(70, 64, 72, 20, adapter_dtype=torch.float32, autocast=True),
     Case(77, 40, 72, 5, dtype=torch.float32, bias=True),
     Case(96, 64, 64, 64, dtype=torch.float32, fuse_db=False),
+    Case(100, 136, 72, 16, bias=True, dropout_p=0.3),
+    Case(70, 144, 64, 3, dropout_p=0.9, one_launch=False),
+    Case(70, 64, 64, 64, dropout_p=0.1, fuse_db=False),
+    Case(129, 64, 64, 256, dropout_p=0.1, fuse_db=False),
+    Case(70, 64, 72, 16, adapter_dtype=torch.float32, dropout_p=0.1),
+    Case(70, 64, 72, 64, adapter_dtype=torch.float32, dropout_p=0.5, fuse_db=False),
+    Case(70, 64, 72, 20, adapter_dtype=torch.float32, autocast=True, dropout_p=0.1),
+    Case(77, 40, 72, 5, dtype=torch.float32, dropout_p=0.1),
 ]
 
 
@@ -89,6 +102,8 @@ def launch_both(case: Case, i: Inputs, small_tiles: bool) -> dict[str, torch.Ten
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     common = {"scaling": i.scaling, "adapter_dtype": adapter_dtype, "one_launch": case.one_launch}
+    if case.dropout_p:
+        common |= {"seed": SEED, "dropout_p": case.dropout_p}
     with mock.patch.object(torch, "empty", poisoned):
         y, s = lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, save_s=True, config=forward, **common)
         needs = {"need_dx": True, "need_dA": True, "need_dB": True}
@@ -99,14 +114,15 @@ def launch_both(case: Case, i: Inputs, small_tiles: bool) -> dict[str, torch.Ten
 
 def eager_answers(case: Case, i: Inputs) -> dict[str, torch.Tensor]:
     """What the eager path gives in the same dtypes and settings."""
+    settings = {"mask": i.mask, "dropout_p": i.dropout_p} if case.dropout_p else {}
     if not case.autocast:
-        return run(eager_peft, i)
+        return run(eager_peft, i, **settings)
 
     def under_autocast(*args, **kwargs):
         with torch.autocast(DEVICE, dtype=case.dtype):
             return eager_peft(*args, **kwargs)
 
-    return run(under_autocast, i)
+    return run(under_autocast, i, **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +136,9 @@ def _precision():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errors_are_not_above_the_eager_path(case: Case, small_tiles: bool) -> None:
     i = make_inputs(case.M, case.K, case.N, case.r, case.dtype, case.adapter_dtype, DEVICE, bias=case.bias, scaling=1.5)
+    if case.dropout_p:
+        mask = dropout.as_mask(SEED, case.M, case.K, case.dropout_p, i.x.device)
+        i = dataclasses.replace(i, mask=mask, dropout_p=case.dropout_p)
     ours = launch_both(case, i, small_tiles)
     if case.dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # where the kernels take fp32 at all

@@ -1,0 +1,88 @@
+"""The dropout masks of the adapter's input: drawn as a tensor on a CPU, made from a seed on a GPU.
+
+A seeded mask is a function of the seed and of the element's place alone, so that the kernels make it where they need it
+and store nothing: element (m, k) of x [M, K] has the index i = m · K + k, and is kept where
+
+    h = (i + low) · C0;  h = (h ^ h >> 16 ^ high) · C1;  h = (h ^ h >> 15) · C2;  h >= round(p · 2³²)
+
+in 32-bit unsigned arithmetic, low and high being the seed's halves. These are the multiply-xorshift rounds of integer
+hashes such as MurmurHash3's finaliser, with the constants of Wellons' "lowbias32" (hash-prospector, 2018) and the
+golden ratio for C0. The seed's upper half comes in between the rounds: two seeds, which are drawn at random, give
+shifted copies of one mask only where these halves are equal.
+"""
+
+import torch
+from torch import Tensor
+
+C0, C1, C2 = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
+# Elements whose hashes are formed at a time where torch does it: a few int32 tensors of this size are alive.
+_CHUNK = 1 << 22
+
+
+def threshold(dropout_p: float) -> int:
+    """What an element's hash must reach to be kept."""
+    return min(round(dropout_p * 2**32), 2**32 - 1)
+
+
+def draw(x: Tensor, dropout_p: float, backend: str) -> Tensor:
+    """What the dropout of one call needs, from torch's generator of x's device.
+
+    On a GPU a seed in [2⁶², 2⁶³), int64 [1], on the CPU, or on x's device inside a graph capture or torch.compile,
+    where every replay must draw anew. Elsewhere, unless the kernels are asked for by name, a bool mask [M, K] for x
+    flattened, True with probability 1 - dropout_p: that is faster there than the hash.
+    """
+    if x.device.type == "cuda":
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+        return torch.tensor([_next_seed(x.device)])
+    if backend == "triton":
+        return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64)
+    shape = (x.numel() // x.shape[-1], x.shape[-1])
+    if x.device.type == "cpu":  # half the time of bernoulli_ there, for a passing float32 of the mask's shape
+        return torch.rand(shape, dtype=torch.float32) >= dropout_p
+    return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
+
+
+def _next_seed(device: torch.device) -> int:
+    """The next seed of the CUDA generator, which moves on as after any other draw; nothing runs on the GPU."""
+    generator = torch.cuda.default_generators[device.index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)
+    return _mix(_mix(generator.initial_seed()) + offset) >> 1 | 1 << 62
+
+
+def _mix(z: int) -> int:
+    """One output of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
+    z = (z + 0x9E3779B97F4A7C15) & (2**64 - 1)
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
+    return z ^ z >> 31
+
+
+def as_mask(drawn: Tensor, M: int, K: int, dropout_p: float, device: torch.device) -> Tensor:
+    """The bool mask [M, K] of what `draw` gave: itself, or the kernels' mask of that seed."""
+    if drawn.dtype is torch.bool:
+        return drawn
+    seed = drawn.to(device)
+    low, high = _int32(seed), _int32(seed >> 32)
+    bound = threshold(dropout_p)
+    mask = torch.empty((M, K), dtype=torch.bool, device=device)
+    for first in range(0, M * K, _CHUNK):
+        part = mask.view(-1)[first : first + _CHUNK]
+        # int32 wraps as uint32 does; only shifts and the comparison tell them apart
+        h = _int32(torch.arange(first, first + len(part), device=device))
+        h.add_(low).mul_(_signed(C0))
+        h.bitwise_xor_(h >> 16 & 0xFFFF).bitwise_xor_(high).mul_(_signed(C1))
+        h.bitwise_xor_(h >> 15 & 0x1FFFF).mul_(_signed(C2))
+        torch.ge(h ^ -(2**31), bound - 2**31, out=part)
+    return mask
+
+
+def _signed(value: int) -> int:
+    """The int32 with these 32 bits."""
+    return value - 2**32 if value >= 2**31 else value
+
+
+def _int32(tensor: Tensor) -> Tensor:
+    """The low 32 bits of int64s."""
+    return tensor.to(torch.int32)
