@@ -18,14 +18,11 @@ rank masks of its own and leaves the generators as far advanced as each other.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -35,11 +32,9 @@ from torch.nn import functional as F
 from . import backends
 from .functional import lora_linear
 from .linear import FusedLoRALinear
+from .rank_masks import own_stream, require_one_generator
 
 __all__ = ["ColwiseLoRA", "ParallelLoRALinear", "RowwiseLoRA"]
-
-# 2^64 over the golden ratio, odd: seeds this far apart stay distinct in their low 32 bits, all that a CPU's uses.
-_SEED_STEP = 0x9E3779B97F4A7C15
 
 
 class _LoRAStyle(ParallelStyle):
@@ -96,6 +91,32 @@ class _LoRAStyle(ParallelStyle):
         module.__dict__["_style"] = self
         return module
 
+    def take(self, x: Tensor, in_features: int, mesh: DeviceMesh) -> Tensor:
+        """The local x to compute with; a replicated one's gradient, which each rank has a part of, is summed."""
+        replicated = self.x_layout == Replicate()
+        if not isinstance(x, DTensor) and self.input_layouts == (self.x_layout,):  # no need of DTensor's host time
+            features = x.shape[-1] * (1 if replicated else mesh.size())
+            local: Tensor = _SumGradient.apply(x, mesh) if replicated and x.requires_grad else x
+        else:
+            given = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, self.input_layouts, run_check=False)
+            features = given.shape[-1]
+            partial = (Partial(),) if replicated else None
+            local = given.redistribute(placements=(self.x_layout,)).to_local(grad_placements=partial)
+        if features != in_features:
+            raise ValueError(
+                f"x has {features} features over the mesh, must have in_features {in_features}: is input_layouts "
+                f"{self.input_layouts} right?"
+            )
+        return local
+
+    def give(self, y: Tensor, mesh: DeviceMesh) -> Tensor:
+        """The local y in output_layouts."""
+        if self.use_local_output and self.output_layouts == (self.default_output,):
+            return _Sum.apply(y, mesh) if self.y_layout == Partial() else y
+        whole = DTensor.from_local(y, mesh, (self.y_layout,), run_check=False)
+        whole = whole.redistribute(placements=self.output_layouts)
+        return whole.to_local() if self.use_local_output else whole
+
     def local_bias(self, bias: DTensor | None, mesh: DeviceMesh) -> Tensor | None:
         """The bias that this rank's kernel adds."""
         return None if bias is None else bias.to_local()
@@ -128,7 +149,7 @@ class ColwiseLoRA(_LoRAStyle):
 
     def masks(self, layer: ParallelLoRALinear, device: torch.device, mesh: DeviceMesh) -> Any:
         if not layer._generators_agree and not torch.compiler.is_compiling():
-            _require_one_generator(device, mesh)
+            require_one_generator(device, mesh)
             layer.__dict__["_generators_agree"] = True
         return nullcontext()
 
@@ -138,8 +159,9 @@ class RowwiseLoRA(_LoRAStyle):
 
     Each rank's y is partial: summed over the mesh, or by reduce-scatter into a sharded output_layouts; the bias is
     added once. The gradient of lora_B is summed over the mesh. Every rank drops other columns of x, so each has masks
-    of its own, the same again when activation checkpointing computes the layer a second time. Under torch.compile and
-    in a CUDA graph's capture these cannot be drawn, and a layer in training with lora_dropout raises RuntimeError.
+    of its own, the same again when activation checkpointing computes the layer a second time. They cannot be drawn
+    under torch.compile, which runs such a layer eagerly and with fullgraph=True raises, nor in a CUDA graph's capture,
+    where RuntimeError is raised.
 
     Args:
         input_layouts: placement of x; default Shard(-1), as torch's RowwiseParallel takes it.
@@ -163,7 +185,7 @@ class RowwiseLoRA(_LoRAStyle):
         return local - local.detach() if bias.requires_grad else None
 
     def masks(self, layer: ParallelLoRALinear, device: torch.device, mesh: DeviceMesh) -> Any:
-        return _own_stream(device, mesh.get_local_rank())
+        return own_stream(device, mesh.get_local_rank())
 
 
 class ParallelLoRALinear(FusedLoRALinear):
@@ -180,20 +202,9 @@ class ParallelLoRALinear(FusedLoRALinear):
 
         Raises ValueError where x does not have in_features over the mesh, and as lora_linear.
         """
-        style, weight = self._style, self.weight
-        mesh: DeviceMesh = weight.device_mesh  # type: ignore[attr-defined]
-        given = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, style.input_layouts, run_check=False)
-        if given.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x has {given.shape[-1]} features over the mesh in {given.placements}, must have in_features "
-                f"{self.in_features}: is input_layouts right?"
-            )
-        # Column by column each rank finds a part of dx, which is summed on the way back.
-        dx = (Partial(),) if style.x_layout == Replicate() else None
-        local = given.redistribute(placements=(style.x_layout,)).to_local(grad_placements=dx)
-        y = DTensor.from_local(self._local_forward(local, mesh), mesh, (style.y_layout,), run_check=False)
-        y = y.redistribute(placements=style.output_layouts)
-        return y.to_local() if style.use_local_output else y
+        style = self._style
+        mesh: DeviceMesh = self.weight.device_mesh  # type: ignore[attr-defined]
+        return style.give(self._local_forward(style.take(x, self.in_features, mesh), mesh), mesh)
 
     def _local_forward(self, x: Tensor, mesh: DeviceMesh) -> Tensor:
         style = self._style
@@ -220,16 +231,14 @@ class ParallelLoRALinear(FusedLoRALinear):
     def _local(self, name: str, mesh: DeviceMesh) -> Tensor:
         parameter: Any = self._parameters[name]
         local: Tensor = parameter.to_local()
-        if name == self._style.summed and local.requires_grad:
-            local = _SumGradient.apply(local, mesh)
-        return local
+        return _SumGradient.apply(local, mesh) if name == self._style.summed and local.requires_grad else local
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {type(self._style).__name__} over {self.weight.device_mesh.size()} ranks"  # type: ignore[attr-defined]
 
 
 class _SumGradient(torch.autograd.Function):
-    """A parameter's local copy as it is; its gradient summed over the mesh, so that every rank has the whole."""
+    """A tensor that all ranks have, as it is; its gradient, of which each finds a part, summed over the mesh."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -238,63 +247,21 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        partial = DTensor.from_local(gradient, ctx.mesh, (Partial(),), run_check=False)
-        return partial.redistribute(placements=(Replicate(),)).to_local(), None
+        return _sum(gradient, ctx.mesh), None
 
 
-def _require_one_generator(device: torch.device, mesh: DeviceMesh) -> None:
-    generator = _generator(device)
-    state: Any
-    if device.type == "cuda":
-        state = (generator.initial_seed(), generator.get_offset())
-    else:
-        state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
-    states: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(states, state, group=mesh.get_group())
-    if any(other != states[0] for other in states):
-        raise RuntimeError(
-            "torch's generators differ between the ranks of the mesh, so ColwiseLoRA's dropout would drop other "
-            "elements on each: call torch.manual_seed with one seed on all of them, after parallelize_module"
-        )
+class _Sum(torch.autograd.Function):
+    """The sum over the mesh; its gradient, which all ranks have, as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, mesh: DeviceMesh) -> Tensor:
+        return _sum(local, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
-@contextmanager
-def _own_stream(device: torch.device, rank: int) -> Iterator[None]:
-    """torch's generator of `device` on numbers that no other rank draws.
-
-    They follow from its state and the rank, so restoring the state gives them again. Ranks whose generators were in
-    one state find them in one state afterwards.
-    """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "RowwiseLoRA cannot draw a rank's own dropout mask under torch.compile: set lora_dropout to 0"
-        )
-    generator = _generator(device)
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("RowwiseLoRA cannot draw a rank's own dropout mask in a CUDA graph's capture")
-        seed, offset = generator.initial_seed(), generator.get_offset()
-        generator.manual_seed((seed + rank * _SEED_STEP) % 2**64)
-        generator.set_offset(offset)
-        try:
-            yield
-        finally:
-            offset = generator.get_offset()
-            generator.manual_seed(seed)
-            generator.set_offset(offset)
-    else:
-        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        state = generator.get_state()
-        generator.manual_seed((seed + rank * _SEED_STEP) % 2**64)
-        try:
-            yield
-        finally:
-            generator.set_state(state)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    if device.type == "cpu":
-        return torch.default_generator
-    raise RuntimeError(f"x is on {device.type}: dropout of a sharded layer knows the generators of cpu and cuda")
+def _sum(local: Tensor, mesh: DeviceMesh) -> Tensor:
+    partial = DTensor.from_local(local, mesh, (Partial(),), run_check=False)
+    return partial.redistribute(placements=(Replicate(),)).to_local()

@@ -225,5 +225,27 @@ def misfits_are_refused() -> None:
             merge_lora(nn.Sequential(sharded))
         assert not sharded.merged
     x = torch.ones(3, 32, device=DEVICE, dtype=DTYPE)
-    with pytest.raises(ValueError, match="x has 64 features over the mesh .* is input_layouts right"):
+    with pytest.raises(ValueError, match="x has 64 features over the mesh, must have in_features 32: is input_layouts"):
         sharded(x)
+
+
+@case
+def compiled_trains_as_eager() -> None:
+    compiled, _ = sharded_pair()
+    eager = copy.deepcopy(compiled)
+    x, target = next(batches())
+    results = []
+    for model in (torch.compile(compiled, backend="aot_eager", fullgraph=True), eager):
+        given = x.clone().requires_grad_()
+        y = model(given)
+        F.mse_loss(y, target).backward()
+        results.append([y.detach(), given.grad])
+    assert_close("y", *(y for y, _ in results))
+    assert_close("x.grad", *(grad for _, grad in results))
+    for name, parameter in eager.named_parameters():
+        if parameter.grad is not None:
+            assert_close(name, whole(compiled.get_parameter(name).grad), whole(parameter.grad))
+    dropping, _ = sharded_pair(lora_dropout=0.4)
+    with pytest.raises(Exception, match="RowwiseLoRA cannot draw a rank's own dropout mask"):
+        torch.compile(dropping, backend="aot_eager", fullgraph=True)(x)
+    torch.compile(dropping, backend="aot_eager")(x)  # that layer eagerly, the rest compiled

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedlora import FusedLoRALinear, rank_masks
 from fusedlora.parallel import ColwiseLoRA, RowwiseLoRA
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a torch without torch.distributed")
@@ -42,6 +43,7 @@ CASES = {
         "whole_state_dict_there_and_back",
         "under_fsdp_on_a_mesh_of_two_dimensions",
         "misfits_are_refused",
+        "compiled_trains_as_eager",
     ],
     "dropout": [
         "columns_share_a_mask_and_it_is_the_single_process_one",
@@ -53,11 +55,13 @@ CASES = {
 _done: dict[str, list[dict[str, str | None]]] = {}
 
 
-def outcomes(family: str, folder: Path) -> list[dict[str, str | None]]:
+def outcomes(family: str, folder: Path, config: pytest.Config) -> list[dict[str, str | None]]:
     """For each rank what came of each case; the processes run once, whatever tests are chosen."""
     if family not in _done:
         worker = str(Path(__file__).with_name("distributed_worker.py"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if config.getoption("--device") == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         logs = [(folder / f"{rank}.log").open("w") for rank in range(RANKS)]
         processes = [
             # -P: tests/kernels must not answer to `import kernels`
@@ -91,17 +95,17 @@ def outcomes(family: str, folder: Path) -> list[dict[str, str | None]]:
 
 
 @pytest.mark.parametrize("family, name", [(family, name) for family, names in CASES.items() for name in names])
-def test_distributed(family: str, name: str, tmp_path: Path) -> None:
+def test_distributed(family: str, name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     if "llama" in name:
         pytest.importorskip("transformers")
-    for rank, found in enumerate(outcomes(family, tmp_path)):
+    for rank, found in enumerate(outcomes(family, tmp_path, pytestconfig)):
         assert name in found, f"did not run on rank {rank}\n{found.get('')}"
         assert found[name] is None, f"rank {rank}:\n{found[name]}"
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_every_case_has_a_test(family: str, tmp_path: Path) -> None:
-    for found in outcomes(family, tmp_path):
+def test_every_case_has_a_test(family: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    for found in outcomes(family, tmp_path, pytestconfig):
         assert list(found) == [name for name in CASES[family] if name in found or "llama" not in name]
 
 
@@ -109,3 +113,73 @@ def test_every_case_has_a_test(family: str, tmp_path: Path) -> None:
 def test_style_names_its_options(style: type) -> None:
     assert repr(style(use_local_output=False)).startswith(f"{style.__name__}(input_layouts=(")
     assert "use_local_output=False" in repr(style(use_local_output=False))
+
+
+def test_parameters_taken_away_between_forward_and_backward(device: torch.device) -> None:
+    """As DeepSpeed's ZeRO-3 does: outside of a module's forward and backward its parameters hold no data."""
+    layer = FusedLoRALinear(32, 48, device=device, r=4)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(8, 32, device=device, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_A, layer.lora_B])
+    whole = {parameter: parameter.data for parameter in layer.parameters()}
+
+    def gather(*_: object) -> None:
+        for parameter, data in whole.items():
+            parameter.data = data
+
+    def partition(*_: object) -> None:
+        for parameter in whole:
+            parameter.data = parameter.new_empty(0)
+
+    partition()
+    with pytest.raises(ValueError, match=r"weight has shape \(0,\)"):
+        layer(x)
+    layer.register_forward_pre_hook(gather)
+    layer.register_forward_hook(partition)
+    layer.register_full_backward_pre_hook(gather)
+    found = torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_A, layer.lora_B])
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+    # so what is saved is the parameter itself, not its data of that moment
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert all(any(t is parameter for t in saved) for parameter in (layer.weight, layer.lora_A, layer.lora_B))
+
+
+class CudaGenerator:
+    """What of a CUDA generator counts: a seed, and an offset that seeding resets."""
+
+    def __init__(self, seed: int, offset: int) -> None:
+        self.seed, self.offset = seed, offset
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def manual_seed(self, seed: int) -> None:
+        assert 0 <= seed < 2**64
+        self.seed, self.offset = seed, 0
+
+    def set_offset(self, offset: int) -> None:
+        self.offset = offset
+
+
+def test_streams_of_a_gpu_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for rank in range(4):
+        generator = CudaGenerator(2**64 - 3, 40)
+        monkeypatch.setattr(rank_masks, "_generator", lambda device, generator=generator: generator)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        with pytest.raises(KeyError), rank_masks.own_stream(torch.device("cuda", 0), rank):
+            drawn.append((generator.seed, generator.offset))
+            generator.offset += 4
+            raise KeyError
+        assert (generator.seed, generator.offset) == (2**64 - 3, 44)
+    assert len({seed for seed, _ in drawn}) == 4 and {offset for _, offset in drawn} == {40}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="in a CUDA graph's capture"):
+        with rank_masks.own_stream(torch.device("cuda", 0), 0):
+            pass
