@@ -83,8 +83,6 @@ def check_config(config: ForwardConfig) -> None:
         tile_size = field.name.isupper() and field.name != "GROUP_M" and not field.name.endswith("STAGES")
         if tile_size and (value & (value - 1) or value > 256):
             raise ValueError(f"{field.name} is {value}; a tile size must be a power of two up to 256")
-    if config.SHRINK_M % config.BLOCK_M:
-        raise ValueError(f"SHRINK_M is {config.SHRINK_M}; it must be a multiple of BLOCK_M, {config.BLOCK_M}")
     if config.num_warps not in (4, 8):
         raise ValueError(f"num_warps is {config.num_warps}; it must be 4 or 8")
 

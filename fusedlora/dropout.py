@@ -1,11 +1,12 @@
 """The dropout masks of the adapter's input: drawn as a tensor on a CPU, made from a seed on a GPU.
 
 A seeded mask is a function of the seed and of the element's place alone, so that the kernels make it where they need it
-and store nothing: element (m, k) of x [M, K] has the index i = m · K + k, and is kept where
+and store nothing. The elements (m, k) and (m, k + 1) of x [M, K], K and k even, share one hash of i = (m · K + k) / 2,
 
-    h = (i + low) · C0;  h = (h ^ h >> 16 ^ high) · C1;  h = (h ^ h >> 15) · C2;  h >= round(p · 2³²)
+    h = (i + low) · C0;  h = (h ^ h >> 16 ^ high) · C1;  h = (h ^ h >> 15) · C2;  h = h ^ h >> 16
 
-in 32-bit unsigned arithmetic, low and high being the seed's halves. These are the multiply-xorshift rounds of integer
+in 32-bit unsigned arithmetic, low and high being the seed's halves. Bits 0 to 14 belong to the first, 16 to 30 to the
+second, and an element is kept where its bits are at least round(p · 2¹⁵): the rate is p to 1.5e-5. These are the multiply-xorshift rounds of integer
 hashes such as MurmurHash3's finaliser, with the constants of Wellons' "lowbias32" (hash-prospector, 2018) and the
 golden ratio for C0. The seed's upper half comes in between the rounds: two seeds, which are drawn at random, give
 shifted copies of one mask only where these halves are equal.
@@ -20,8 +21,8 @@ _CHUNK = 1 << 22
 
 
 def threshold(dropout_p: float) -> int:
-    """What an element's hash must reach to be kept."""
-    return min(round(dropout_p * 2**32), 2**32 - 1)
+    """What an element's 15 bits must reach for it to be kept."""
+    return min(round(dropout_p * 2**15), 2**15 - 1)
 
 
 def draw(x: Tensor, dropout_p: float, backend: str) -> Tensor:
@@ -66,16 +67,18 @@ def as_mask(drawn: Tensor, M: int, K: int, dropout_p: float, device: torch.devic
     seed = drawn.to(device)
     low, high = _int32(seed), _int32(seed >> 32)
     bound = threshold(dropout_p)
-    mask = torch.empty((M, K), dtype=torch.bool, device=device)
-    for first in range(0, M * K, _CHUNK):
-        part = mask.view(-1)[first : first + _CHUNK]
-        # int32 wraps as uint32 does; only shifts and the comparison tell them apart
+    mask = torch.empty((M * (K + K % 2) // 2, 2), dtype=torch.bool, device=device)
+    for first in range(0, len(mask), _CHUNK):
+        part = mask[first : first + _CHUNK]
+        # int32 wraps as uint32 does; only shifts tell them apart
         h = _int32(torch.arange(first, first + len(part), device=device))
         h.add_(low).mul_(_signed(C0))
         h.bitwise_xor_(h >> 16 & 0xFFFF).bitwise_xor_(high).mul_(_signed(C1))
         h.bitwise_xor_(h >> 15 & 0x1FFFF).mul_(_signed(C2))
-        torch.ge(h ^ -(2**31), bound - 2**31, out=part)
-    return mask
+        h.bitwise_xor_(h >> 16 & 0xFFFF)
+        part[:, 0] = (h & 0x7FFF) >= bound
+        part[:, 1] = (h >> 16 & 0x7FFF) >= bound
+    return mask.view(M, K + K % 2)[:, :K]
 
 
 def _signed(value: int) -> int:

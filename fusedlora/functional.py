@@ -109,7 +109,8 @@ def admit(
         name, shape = next(
             (n, s) for n, s in (("weight", shape_W), ("lora_A", shape_A), ("lora_B", shape_B)) if len(s) != 2
         )
-        raise ValueError(f"{name} has shape {tuple(shape)}, must have 2 dimensions")
+        hint = ": a partitioned parameter (ZeRO-3) is gathered by calling its module" if shape == (0,) else ""
+        raise ValueError(f"{name} has shape {tuple(shape)}, must have 2 dimensions{hint}")
     N, K = shape_W
     r = shape_A[0]
     if r < 1 or N < 1 or K < 1:

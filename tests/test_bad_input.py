@@ -22,6 +22,7 @@ def call(device, settings=None, **changed):
     [
         ({"x": torch.tensor(1.0)}, ValueError, r"x has 0 dimensions, must be \[\.\.\., in_features\]"),
         ({"weight": torch.ones(16)}, ValueError, r"weight has shape \(16,\), must have 2 dimensions"),
+        ({"weight": torch.ones(0)}, ValueError, r"weight has shape \(0,\).*gathered by calling its module"),
         ({"lora_A": torch.ones(4, 16, 1)}, ValueError, r"lora_A has shape \(4, 16, 1\), must have 2 dimensions"),
         ({"x": torch.ones(4, 15)}, ValueError, "weight has in_features 16, x has 15"),
         ({"lora_A": torch.ones(4, 17)}, ValueError, "lora_A has in_features 17, x has 16"),

@@ -13,11 +13,11 @@ from fusedlora.kernels.common import (
     DONE,
     JOB,
     dot_skinny,
-    kept,
     leave,
     load_seed,
     load_skinny,
     lora_tile,
+    masked,
     shrink_tasks,
     tile_coordinates,
     wait_for,
@@ -29,6 +29,7 @@ from fusedlora.kernels.launch import (
     current_stream,
     device_facts,
     launch_dropout,
+    mask_method,
     rank_alignment,
     row_major,
     skinny_rows,
@@ -56,7 +57,7 @@ def stripe_job(
     m_offs = tl.arange(0, STRIPE_M)
     part_rows = tl.cdiv(tl.cdiv(M, STRIPE_M), parts) * STRIPE_M
     begin = part * part_rows
-    RANK_FIRST: tl.constexpr = DROPOUT or (SPLIT and BLOCK_R <= 32)
+    RANK_FIRST: tl.constexpr = DROPOUT > 0 or (SPLIT and BLOCK_R <= 32)
     if DROPOUT:
         low, high = load_seed(seed)
     acc = tl.zeros((BLOCK_R, STRIPE_N) if RANK_FIRST else (STRIPE_N, BLOCK_R), tl.float32)
@@ -64,7 +65,7 @@ def stripe_job(
         big = big_desc.load([m, stripe * STRIPE_N])  # [STRIPE_M, STRIPE_N]
         small = load_skinny(small_ptr + tl.cast(m, tl.int64) * r, 1, r, r_offs, m_offs, r, M - m)  # [BLOCK_R, STRIPE_M]
         if DROPOUT:
-            big = tl.where(kept(low, high, threshold, m + m_offs[:, None], d_offs[None, :], depth), big, 0.0)
+            big = masked(big, low, high, threshold, m + m_offs[:, None], d_offs[None, :], depth, DROPOUT)
         acc = dot_skinny(big.T, small.T, acc, SPLIT, RANK_FIRST, PRECISION)
     if RANK_FIRST:
         acc = acc.T
@@ -139,8 +140,8 @@ def backward_kernel(
         src_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [SHRINK_M, SHRINK_K])
         place = shrink_tasks(
             src_desc, b_ptr, t_ptr, sync_ptr, s_ptr, db_partial_ptr, M, N, r, 1, stride_bn,
-            scaling, num_tasks, None, None, FUSE_DB, False, SPLIT, PRECISION,
-            BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
+            scaling, num_tasks, None, None, FUSE_DB, 0, SPLIT, PRECISION,
+            BLOCK_M, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
     else:
         place = tl.program_id(0)
@@ -197,10 +198,10 @@ def backward_kernel(
                         stripe_job(
                             dy_stripes, s_ptr, db_ptr, db_partial_ptr, sync_ptr + ARRIVED + job // parts,
                             index // parts, index % parts, parts, M, N, r, 1, r, None, None,
-                            False, SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                            0, SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                         )  # fmt: skip
             job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
-    leave(sync_ptr, num_tasks, DELAY)
+    leave(sync_ptr, DELAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _plan(
     fuse_db = config.FUSE_DB and need_dB and needs_t and not split
     db_sums = cdiv(M, config.SHRINK_M) if fuse_db else parts if parts > 1 else 0
     constants = {
-        "DROPOUT": dropout,
+        "DROPOUT": mask_method(facts[0]) if dropout else 0,
         "NEED_DX": need_dx,
         "NEED_DA": need_dA,
         "NEED_DB": need_dB,

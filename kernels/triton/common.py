@@ -13,7 +13,8 @@ more step of depth r once their row block is published. The backward ends with t
 Synchronisation words, int32, zero between launches:
     TICKET      next shrink task to claim         DONE    shrink tasks finished
     EXIT        programs that have left           JOB     next job of dA and dB to claim
-    PROGRESS    row blocks published, a word for each shrink task (MAX_TASKS of them)
+    PROGRESS    row blocks published, MAX_TASKS words: one for each shrink task where a row block holds whole tiles'
+                rows, else one for each BLOCK_M rows
     ARRIVED     parts of a stripe of dA or dB that are stored, a word for each stripe
 
 Why nothing can deadlock: a program claims shrink tasks until none is left before it computes its first tile, and a
@@ -77,12 +78,21 @@ def wait_for(word_ptr, count):
 
 
 @triton.jit
-def leave(sync_ptr, num_tasks, DELAY: tl.constexpr):
+def progress_of(row, M, num_tasks, BLOCK_M: tl.constexpr, SHRINK_M: tl.constexpr):
+    """Which PROGRESS word tells of a tile's rows, and the count that says they are there."""
+    block = row // SHRINK_M
+    if SHRINK_M >= BLOCK_M:
+        return block % num_tasks, block // num_tasks + 1
+    else:
+        return row // BLOCK_M, tl.cdiv(min(M - row, BLOCK_M), SHRINK_M)
+
+
+@triton.jit
+def leave(sync_ptr, DELAY: tl.constexpr):
     """The last program to leave zeroes the words for the next launch. No other program touches them any more."""
     linger(sync_ptr, DELAY)
     if tl.atomic_add(sync_ptr + EXIT, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tasks = tl.arange(0, MAX_TASKS)
-        tl.store(sync_ptr + PROGRESS + tasks, tl.zeros((MAX_TASKS,), tl.int32), mask=tasks < num_tasks)
+        tl.store(sync_ptr + PROGRESS + tl.arange(0, MAX_TASKS), tl.zeros((MAX_TASKS,), tl.int32))
         tl.store(sync_ptr + TICKET, 0)
         tl.store(sync_ptr + DONE, 0)
         tl.store(sync_ptr + JOB, 0)
@@ -102,14 +112,83 @@ def load_seed(seed):
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
+# How masks are made. Two neighbours share a hash, which plain Triton has to form for each of them, since what the layout
+# puts beside an element is not its business; PAIRED does it once, in PTX, where sm_90's comparison of packed bf16 also
+# gives both factors at once. Either way the mask is that of fusedlora/dropout.py.
+PLAIN = tl.constexpr(1)
+PAIRED = tl.constexpr(2)
+
+# $h from the start of a pair's hash; the registers of the second element hold the same.
+_FINISH_HASH = f"""
+    shr.u32 t, BASE, 16;    xor.b32 h, BASE, t;     xor.b32 h, h, HIGH;     mul.lo.u32 h, h, {dropout.C1};
+    shr.u32 t, h, 15;       xor.b32 h, h, t;        mul.lo.u32 h, h, {dropout.C2};
+    shr.u32 t, h, 16;       xor.b32 h, h, t;        and.b32 h, h, 0x7FFF7FFF;
+"""
+
+
+def _finish_hash(base: str, high: str) -> str:
+    return _FINISH_HASH.replace("BASE", base).replace("HIGH", high)
+
+
+# As bf16 or fp16 numbers, 15 random bits compare as they do as integers. NaNs are the largest, hence "unordered".
+_MASK_16 = tl.constexpr(
+    "{ .reg .b32 h, t;" + _finish_hash("$2", "$4") + "set.geu.TYPE.TYPE t, h, $6; mul.rn.TYPE $0, $1, t; }"
+)
+MASK_BF16 = tl.constexpr(_MASK_16.value.replace("TYPE", "bf16x2"))
+MASK_FP16 = tl.constexpr(_MASK_16.value.replace("TYPE", "f16x2"))
+ADD_KEPT = tl.constexpr(
+    "{ .reg .b32 h, t; .reg .pred p, q;" + _finish_hash("$6", "$8") + "and.b32 t, h, 0x7FFF; setp.ge.u32 p, t, $10;"
+    "shr.u32 t, h, 16; setp.ge.u32 q, t, $10; mov.b32 $0, $2; mov.b32 $1, $3;"
+    "@p add.rn.f32 $0, $0, $4; @q add.rn.f32 $1, $1, $5; }"
+)
+
+
 @triton.jit
-def kept(low, high, threshold, rows, cols, depth):
-    """Which elements of x [M, depth] the dropout keeps, as in fusedlora/dropout.py. rows and cols broadcast."""
-    # The first multiplication is done for rows and columns apart: what is left of it for an element is an addition.
-    h = (rows.to(tl.uint32) * depth.to(tl.uint32) + low) * C0 + cols.to(tl.uint32) * C0
-    h = (h ^ (h >> 16) ^ high) * C1
+def hash_base(low, rows, cols, depth):
+    """Where the hashes of x [M, depth] start. rows and cols broadcast."""
+    # The first multiplication is done for rows and columns apart: what is left of it for a pair is an addition.
+    return (rows.to(tl.uint32) * (depth // 2).to(tl.uint32) + low) * C0 + (cols // 2).to(tl.uint32) * C0
+
+
+@triton.jit
+def kept(base, high, threshold, cols):
+    """Which elements the dropout keeps."""
+    h = (base ^ (base >> 16) ^ high) * C1
     h = (h ^ (h >> 15)) * C2
-    return h >= threshold.to(tl.uint32, bitcast=True)
+    h = h ^ (h >> 16)
+    return (h >> (cols % 2 * 16).to(tl.uint32) & 0x7FFF) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def masked(x, low, high, threshold, rows, cols, depth, DROPOUT: tl.constexpr):
+    """The tile of x under the dropout's mask; rows [:, None] and cols [None, :]."""
+    base = hash_base(low, rows, cols, depth)
+    if DROPOUT == PAIRED and x.dtype.primitive_bitwidth == 16:
+        both = threshold.to(tl.uint32) * 0x10001
+        assembly: tl.constexpr = MASK_BF16 if x.dtype == tl.bfloat16 else MASK_FP16
+        return tl.inline_asm_elementwise(
+            assembly, "=r,r,r,r,r,r,r,r", [x, base, high, both], dtype=x.dtype, is_pure=True, pack=2
+        )
+    else:
+        return tl.where(kept(base, high, threshold, cols), x, 0.0)
+
+
+@triton.jit
+def add_kept(acc, product, low, high, threshold, rows, cols, depth, DROPOUT: tl.constexpr):
+    """acc + the tile of product under the dropout's mask, both fp32."""
+    base = hash_base(low, rows, cols, depth)
+    if DROPOUT == PAIRED:
+        return tl.inline_asm_elementwise(
+            ADD_KEPT,
+            "=&f,=&f,f,f,f,f,r,r,r,r,r,r",
+            [acc, product, base, high, threshold.to(tl.uint32)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        # A sum chosen, not a summand: that way ptxas keeps everything in registers.
+        return tl.where(kept(base, high, threshold, cols), acc + product, acc)
 
 
 @triton.jit
@@ -171,15 +250,15 @@ def shrink_tasks(
     stride_r, stride_d,
     scaling, num_tasks, seed, threshold,
     FUSE: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
-    DELAY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """Claims shrink tasks until none is left; returns this program's place in the order of finding none.
 
     out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. Task t takes the row
     blocks t, t + num_tasks, … and publishes each. With FUSE the same read of src also gives partial[block] = src[block]ᵀ @ small[block].
     """
-    RANK_FIRST: tl.constexpr = DROPOUT or (SPLIT and BLOCK_R <= 32)
+    RANK_FIRST: tl.constexpr = DROPOUT > 0 or (SPLIT and BLOCK_R <= 32)
     r_offs = tl.arange(0, BLOCK_R)
     m_offs = tl.arange(0, SHRINK_M)
     if DROPOUT:
@@ -197,8 +276,7 @@ def shrink_tasks(
                 d_offs = d + tl.arange(0, SHRINK_K)
                 skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, d_offs, r, depth)
                 if DROPOUT:
-                    keep = kept(low, high, threshold, row + m_offs[:, None], d_offs[None, :], depth)
-                    src = tl.where(keep, src, 0.0)
+                    src = masked(src, low, high, threshold, row + m_offs[:, None], d_offs[None, :], depth, DROPOUT)
                 acc = dot_skinny(src, skinny.T, acc, SPLIT, RANK_FIRST, PRECISION)
                 if FUSE:
                     other = tl.dot(src.T, small, input_precision=PRECISION)  # [SHRINK_K, BLOCK_R]
@@ -210,7 +288,7 @@ def shrink_tasks(
             mask = (row + m_offs < M)[:, None] & (r_offs < r)[None, :]
             tl.store(out_ptr + tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :], out, mask=mask)
             linger(sync_ptr, DELAY)
-            publish(sync_ptr + PROGRESS + task)
+            publish(sync_ptr + PROGRESS + (task if SHRINK_M >= BLOCK_M else row // BLOCK_M))
         publish(sync_ptr + DONE)
         task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
     return task - num_tasks
@@ -252,7 +330,7 @@ def beside(left, right):
 @triton.jit
 def masked_product(
     acc, low, high, threshold, small_ptr, skinny_ptr, small, skinny, row, col, M, cols, r, stride_r, stride_d,
-    early: tl.constexpr, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    early: tl.constexpr, dtype: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + mask ∘ (small @ skinny). 64 columns at a time: a product as wide as acc would not fit the registers."""
@@ -266,11 +344,11 @@ def masked_product(
             right = skinny
         acc_left = masked_product(
             acc_left, low, high, threshold, small_ptr, skinny_ptr, small, left,
-            row, col, M, cols, r, stride_r, stride_d, early, dtype, SPLIT, PRECISION, BLOCK_R, RANK_K,
+            row, col, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
         acc_right = masked_product(
             acc_right, low, high, threshold, small_ptr, skinny_ptr, small, right,
-            row, col + width // 2, M, cols, r, stride_r, stride_d, early, dtype, SPLIT, PRECISION, BLOCK_R, RANK_K,
+            row, col + width // 2, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
         return beside(acc_left, acc_right)
     n_offs = col + tl.arange(0, width)
@@ -282,8 +360,7 @@ def masked_product(
             skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, n_offs, r, cols)
             small = load_small(small_ptr, row, first_r, M, r, acc.shape[0], RANK_K)
         product = dot_rank(small, skinny, product, dtype, SPLIT, PRECISION)
-    # A sum chosen, not a summand: that way ptxas keeps everything in registers.
-    return tl.where(kept(low, high, threshold, m_offs[:, None], n_offs[None, :], cols), acc + product, acc)
+    return add_kept(acc, product, low, high, threshold, m_offs[:, None], n_offs[None, :], cols, DROPOUT)
 
 
 @triton.jit
@@ -299,17 +376,16 @@ def lora_tile(
 
     With DROPOUT the mask lies on the second product.
 
-    right is [depth, cols], or [cols, depth] with TRANS_RIGHT. With WAIT, small comes from this launch's shrink tasks
-    (SHRINK_M is a multiple of BLOCK_M, so from one row block). Operands of a rank up to RANK_K are loaded before the
+    right is [depth, cols], or [cols, depth] with TRANS_RIGHT. With WAIT, small comes from this launch's shrink tasks;
+    SHRINK_M and BLOCK_M are powers of two, so from one row block or a few whole ones. Operands of a rank up to RANK_K are loaded before the
     main loop where they are ready, which hides their latency; higher ranks would leave it too few registers.
     """
     n_offs = col + tl.arange(0, BLOCK_N)
     early: tl.constexpr = BLOCK_R == RANK_K
     ready = True
     if WAIT:
-        block = row // SHRINK_M
-        progress_ptr = sync_ptr + PROGRESS + block % num_tasks
-        needed = block // num_tasks + 1
+        word, needed = progress_of(row, M, num_tasks, BLOCK_M, SHRINK_M)
+        progress_ptr = sync_ptr + PROGRESS + word
     if early:
         skinny = load_skinny(skinny_ptr, stride_r, stride_d, tl.arange(0, BLOCK_R), n_offs, r, cols)
         if WAIT:
@@ -337,7 +413,7 @@ def lora_tile(
         low, high = load_seed(seed)
         return masked_product(
             acc, low, high, threshold, small_ptr, skinny_ptr, small if early else None, skinny if early else None,
-            row, col, M, cols, r, stride_r, stride_d, early, dtype, SPLIT, PRECISION, BLOCK_R, RANK_K,
+            row, col, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
     if early:
         acc = dot_rank(small, skinny, acc, dtype, SPLIT, PRECISION)

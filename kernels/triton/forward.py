@@ -16,6 +16,7 @@ from fusedlora.kernels.launch import (
     current_stream,
     device_facts,
     launch_dropout,
+    mask_method,
     rank_alignment,
     row_major,
     skinny_rows,
@@ -57,7 +58,7 @@ def forward_kernel(
         place = shrink_tasks(
             src_desc, a_ptr, s_ptr, sync_ptr, None, None, M, K, r, stride_ar, 1,
             scaling, num_tasks, seed, threshold, False, DROPOUT, SPLIT, PRECISION,
-            BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
+            BLOCK_M, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
     else:
         place = tl.program_id(0)
@@ -75,7 +76,7 @@ def forward_kernel(
                 acc = lora_tile(
                     x_desc, w_desc, s_ptr, b_ptr, sync_ptr,
                     row, col, M, N, K, r, 1, stride_bn, num_tasks, None, None,
-                    x_ptr.dtype.element_ty, True, SHRINK, False, SPLIT, PRECISION,
+                    x_ptr.dtype.element_ty, True, SHRINK, 0, SPLIT, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                 )  # fmt: skip
                 n_offs = col + tl.arange(0, BLOCK_N)
@@ -85,7 +86,7 @@ def forward_kernel(
                     acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
                 y_desc.store([row, col], acc.to(y_ptr.dtype.element_ty))
     if SHRINK:
-        leave(sync_ptr, num_tasks, DELAY)
+        leave(sync_ptr, DELAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _plan(
     config = config or forward_config(problem)
     schedule = forward_schedule(problem, config)
     constants = {
-        "DROPOUT": dropout,
+        "DROPOUT": mask_method(facts[0]) if dropout else 0,
         "SPLIT": split,
         "PRECISION": PRECISION,
         "R_ALIGN": rank_alignment(r),

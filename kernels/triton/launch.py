@@ -11,7 +11,7 @@ import triton
 from triton.runtime import _allocation
 
 from fusedlora import dropout
-from fusedlora.kernels.common import INTERPRET
+from fusedlora.kernels.common import INTERPRET, PAIRED, PLAIN
 
 # Words of one device's slab. A captured graph keeps the words of its launches for good, since it may be replayed at
 # any time: a layer's forward and backward take some 600 words.
@@ -199,9 +199,13 @@ def launch_dropout(
     """
     if seed is None:
         return scaling, None, None
-    threshold = dropout.threshold(dropout_p)
     number = seed if seed.is_cuda else seed.item()
-    return scaling / (1.0 - dropout_p), number, threshold - (1 << 32 if threshold >> 31 else 0)
+    return scaling / (1.0 - dropout_p), number, dropout.threshold(dropout_p)
+
+
+def mask_method(capability: int) -> int:
+    """The kernels' DROPOUT where there is one: how they make its mask."""
+    return (PAIRED if capability >= 90 and not INTERPRET else PLAIN).value
 
 
 # How fp32 operands are multiplied: three tf32 products, near fp32's precision. Nothing is said of 16-bit operands.
