@@ -98,7 +98,7 @@ def backward_config(p: Problem) -> BackwardConfig:
     """As `forward_config`, for the backward kernel."""
     wide = block_r(p.r)
     # One read of dy for T and dB. Wider ranks write partial sums as large as dy itself.
-    fuse = p.itemsize == 2 and not p.split and wide <= 32
+    fuse = p.itemsize == 2 and not p.split and wide <= 32 and _rows(p) >= 128
     if not _large_shared(p) or p.itemsize == 4:
         narrow = wide > 64 or p.split or p.itemsize == 4
         stripe = {"STRIPE_N": 32 if narrow else 64, "STRIPE_M": 32 if narrow else 64, "STRIPE_STAGES": 3}
@@ -155,6 +155,11 @@ def _tile(p: Problem) -> dict[str, int]:
     return tile(64, 128, 64, warps=4, stages=4)
 
 
+def _rows(p: Problem) -> int:
+    """Rows of a shrink task that leave a quarter of the SMs without one: few where M is small."""
+    return 1 << max(4, (4 * p.M // p.num_sms).bit_length() - 1)
+
+
 def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
     def shrink(rank_k: int, m: int, k: int, stages: int) -> dict[str, int]:
         return {"RANK_K": rank_k, "SHRINK_M": m, "SHRINK_K": k, "SHRINK_STAGES": stages}
@@ -169,8 +174,8 @@ def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
         return shrink(rank_k, m=64, k=16 if p.split and wide > 128 else 32, stages=3)
     if not _large_shared(p):
         return shrink(rank_k, m=128, k=32, stages=3)
-    if p.M <= 64:
-        return shrink(rank_k, m=64, k=128, stages=3)
+    if (rows := _rows(p)) < 128:
+        return shrink(rank_k, m=rows, k=128 if rows > 32 or wide > 32 else 256, stages=3)
     if wide > 64:
         return shrink(rank_k, m=128, k=32, stages=4)
     if tall:

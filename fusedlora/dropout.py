@@ -6,10 +6,11 @@ and store nothing. The elements (m, k) and (m, k + 1) of x [M, K], K and k even,
     h = (i + low) · C0;  h = (h ^ h >> 16 ^ high) · C1;  h = (h ^ h >> 15) · C2;  h = h ^ h >> 16
 
 in 32-bit unsigned arithmetic, low and high being the seed's halves. Bits 0 to 14 belong to the first, 16 to 30 to the
-second, and an element is kept where its bits are at least round(p · 2¹⁵): the rate is p to 1.5e-5. These are the multiply-xorshift rounds of integer
-hashes such as MurmurHash3's finaliser, with the constants of Wellons' "lowbias32" (hash-prospector, 2018) and the
-golden ratio for C0. The seed's upper half comes in between the rounds: two seeds, which are drawn at random, give
-shifted copies of one mask only where these halves are equal.
+second, and an element is kept where its bits are at least round(p · 2¹⁵): the rate is p to 1.5e-5.
+
+These are the multiply-xorshift rounds of integer hashes such as MurmurHash3's finaliser, with the constants of Wellons'
+"lowbias32" (hash-prospector, 2018) and the golden ratio for C0. The seed's upper half comes in between the rounds: two
+seeds, which are drawn at random, give shifted copies of one mask only where these halves are equal.
 """
 
 import torch

@@ -140,12 +140,18 @@ def merge_lora(model: nn.Module, *, keep_base: Literal["cpu", "device", False] =
         model: a model with FusedLoRALinear layers.
         keep_base: where the base weights wait for `unmerge_lora`, as in FusedLoRALinear.merge; False drops them.
 
-    Raises ValueError, with no layer merged, where there is no adapter, where a merged weight would not be finite, or
-    where a weight is tied to another module's: merging would untie them in memory, and a checkpoint loads them tied.
+    Raises ValueError, with no layer merged, where there is no adapter, where a merged weight would not be finite, where
+    the model is sharded by fully_shard, or where a weight is tied to another module's: merging would untie them in
+    memory, and a checkpoint loads them tied.
     """
     layers = _layers(model)
     if not layers:
         raise ValueError(f"model {type(model).__name__} has no FusedLoRALinear; call apply_lora first")
+    if any(hasattr(module, "unshard") and hasattr(module, "reshard") for module in model.modules()):
+        raise ValueError(
+            "model is sharded by fully_shard, which would put the unmerged weights back: load its full state_dict into "
+            "a plain model and merge that one"
+        )
     layers = {name: layer for name, layer in layers.items() if not layer.merged}
     modules = dict(model.named_modules())
     if tied := tied_weights(modules, layers) or tied_by_config(modules, layers):

@@ -63,6 +63,10 @@ def _place(p: Problem, c: ForwardConfig, num_tiles: int, num_programs: int) -> t
     to finish within the first round, or else on all.
     """
     blocks = cdiv(p.M, c.SHRINK_M)
+    if c.SHRINK_M < c.BLOCK_M and cdiv(p.M, c.BLOCK_M) > MAX_TASKS:
+        raise ValueError(
+            f"SHRINK_M is {c.SHRINK_M}, below BLOCK_M, {c.BLOCK_M}: that goes up to {MAX_TASKS} blocks, M is {p.M}"
+        )
     if num_tiles == 0:
         return min(blocks, num_programs, MAX_TASKS), 0
     waves = cdiv(num_tiles, num_programs)

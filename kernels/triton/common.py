@@ -112,8 +112,8 @@ def load_seed(seed):
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
-# How masks are made. Two neighbours share a hash, which plain Triton has to form for each of them, since what the layout
-# puts beside an element is not its business; PAIRED does it once, in PTX, where sm_90's comparison of packed bf16 also
+# How masks are made. Two neighbours share a hash, which plain Triton has to form for each of them, as it does not see
+# which elements a thread holds together; PAIRED does it once, in PTX, where sm_90's comparison of packed bf16 also
 # gives both factors at once. Either way the mask is that of fusedlora/dropout.py.
 PLAIN = tl.constexpr(1)
 PAIRED = tl.constexpr(2)
@@ -256,7 +256,8 @@ def shrink_tasks(
     """Claims shrink tasks until none is left; returns this program's place in the order of finding none.
 
     out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. Task t takes the row
-    blocks t, t + num_tasks, … and publishes each. With FUSE the same read of src also gives partial[block] = src[block]ᵀ @ small[block].
+    blocks t, t + num_tasks, … and publishes each. With FUSE the same read of src also gives
+    partial[block] = src[block]ᵀ @ small[block].
     """
     RANK_FIRST: tl.constexpr = DROPOUT > 0 or (SPLIT and BLOCK_R <= 32)
     r_offs = tl.arange(0, BLOCK_R)
@@ -343,12 +344,12 @@ def masked_product(
             left = skinny
             right = skinny
         acc_left = masked_product(
-            acc_left, low, high, threshold, small_ptr, skinny_ptr, small, left,
-            row, col, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
+            acc_left, low, high, threshold, small_ptr, skinny_ptr, small, left, row, col,
+            M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
         acc_right = masked_product(
-            acc_right, low, high, threshold, small_ptr, skinny_ptr, small, right,
-            row, col + width // 2, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
+            acc_right, low, high, threshold, small_ptr, skinny_ptr, small, right, row, col + width // 2,
+            M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
         return beside(acc_left, acc_right)
     n_offs = col + tl.arange(0, width)
@@ -377,8 +378,9 @@ def lora_tile(
     With DROPOUT the mask lies on the second product.
 
     right is [depth, cols], or [cols, depth] with TRANS_RIGHT. With WAIT, small comes from this launch's shrink tasks;
-    SHRINK_M and BLOCK_M are powers of two, so from one row block or a few whole ones. Operands of a rank up to RANK_K are loaded before the
-    main loop where they are ready, which hides their latency; higher ranks would leave it too few registers.
+    SHRINK_M and BLOCK_M are powers of two, so from one row block or a few whole ones. Operands of a rank up to RANK_K
+    are loaded before the main loop where they are ready, which hides their latency; higher ranks would leave it too few
+    registers.
     """
     n_offs = col + tl.arange(0, BLOCK_N)
     early: tl.constexpr = BLOCK_R == RANK_K

@@ -37,7 +37,6 @@ def test_a_config_breaks_a_rule() -> None:
     for field, value, rule in (
         ("BLOCK_M", 48, "power of two"),
         ("BLOCK_N", 8, "at least 16"),
-        ("SHRINK_M", good.BLOCK_M // 2, "multiple of BLOCK_M"),
         ("num_warps", 3, "4 or 8"),
         ("STRIPE_N", 512, "up to 256"),
     ):

@@ -39,20 +39,29 @@ class Launch:
         self.tiles_m, self.tiles_n = cdiv(p.M, config.BLOCK_M), cdiv(p.out, config.BLOCK_N)
         self.finished: Counter[tuple[str, int]] = Counter()
 
-    def row_block(self, tile: int) -> int:
+    def row(self, tile: int) -> int:
         group = self.config.GROUP_M * self.tiles_n
         first = tile // group * self.config.GROUP_M
         rows = min(self.tiles_m - first, self.config.GROUP_M)
-        return (first + tile % group % rows) * self.config.BLOCK_M // self.config.SHRINK_M
+        return (first + tile % group % rows) * self.config.BLOCK_M
+
+    def awaited(self, row: int) -> tuple[int, int]:
+        """The progress word of a tile's rows and the count to wait for, as the kernels' progress_of."""
+        c = self.config
+        if c.SHRINK_M < c.BLOCK_M:
+            return row // c.BLOCK_M, cdiv(min(self.p.M - row, c.BLOCK_M), c.SHRINK_M)
+        block = row // c.SHRINK_M
+        return block % self.schedule.num_tasks, block // self.schedule.num_tasks + 1
 
     def program(self) -> Iterator[float | tuple[int, int]]:
-        """Yields microseconds to be busy for, or (task, count) of published row blocks to wait for (task −1: all)."""
+        """Yields microseconds to be busy for, or (word, count) of published row blocks to wait for (word −1: all)."""
         tasks = self.schedule.num_tasks
         ticket, self.ticket = self.ticket, self.ticket + 1
         while ticket < tasks:
             for block in range(ticket, self.blocks, tasks):
                 yield shrink_us(self.p, self.config)
-                self.progress[ticket] += 1
+                row = block * self.config.SHRINK_M
+                self.progress[self.awaited(row)[0]] += 1
                 self.finished["block", block] += 1
             self.done += 1
             ticket, self.ticket = self.ticket, self.ticket + 1
@@ -60,8 +69,7 @@ class Launch:
         if place < self.schedule.tile_programs:
             for tile in range(place, self.tiles_m * self.tiles_n, self.schedule.tile_programs):
                 yield tile_us(self.p, self.config)
-                block = self.row_block(tile)
-                yield block % tasks, block // tasks + 1
+                yield self.awaited(self.row(tile))
                 self.finished["tile", tile] += 1
         if self.jobs:
             yield -1, tasks
@@ -71,8 +79,8 @@ class Launch:
             self.finished["job", job] += 1
 
     def ready(self, wait: tuple[int, int]) -> bool:
-        task, count = wait
-        return (self.done if task < 0 else self.progress[task]) >= count
+        word, count = wait
+        return (self.done if word < 0 else self.progress[word]) >= count
 
 
 def play(launch: Launch, resident: int, seed: int) -> float:
