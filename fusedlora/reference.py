@@ -49,11 +49,12 @@ def forward(
         x = _masked(x, dropout.as_mask(mask, x.shape[0], x.shape[1], dropout_p, x.device))
         scaling = scaling / (1.0 - dropout_p)
     s = _scaled_mm(x.to(adapter_dtype), lora_A.to(adapter_dtype).t(), scaling, scale)
-    _add_product(y, s, lora_B.to(adapter_dtype).t())
-    if gain is not None:
-        y.mul_(gain)
-        if bias is not None:
-            y.add_(bias)
+    if gain is None:
+        _add_product(y, s, lora_B.to(adapter_dtype).t())
+    else:
+        for part, rows in zip(y.chunk(4), s.chunk(4)):  # in gain's precision, rounded once
+            total = (part + (rows @ lora_B.to(adapter_dtype).t()).to(gain.dtype)).mul_(gain)
+            part.copy_(total if bias is None else total.add_(bias))
     return y, s if save_s else None
 
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fusedlora.kernels import backward, forward
+from fusedlora.kernels import backward, dora, forward
 from fusedlora.kernels.launch import Launcher
 
 # SMs of a typical GPU of each compute capability: A100, A10, RTX 4090, H100, B200, RTX 5090.
@@ -61,7 +61,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
 
     facts = (capability, TYPICAL_SMS[capability])
     with contextlib.ExitStack() as stack:
-        for module in (forward, backward):
+        for module in (forward, backward, dora):
             for name, stand_in in (
                 ("Launcher", Recorder),
                 ("_plan", module._plan.__wrapped__),  # a plan made here must not be kept

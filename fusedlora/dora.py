@@ -1,0 +1,272 @@
+"""dora_linear: DoRA's linear layer over lora_linear's two ops and two of its own.
+
+    norm = ‖W + s · B A‖ per row, a constant in backward      g = magnitude / norm
+    y    = g ∘ u + bias,  u = x Wᵀ + s · (x Aᵀ) Bᵀ            dy' = g ∘ dy,  dm = Σ_m dy ∘ u / norm
+
+All other gradients are lora_linear's of dy'. The formulas are those of Liu et al., "DoRA: Weight-Decomposed Low-Rank
+Adaptation" (2024), in PEFT's reading: the norm is rounded to the magnitude's dtype.
+
+With dropout in training the product with W is taken of the dropped x too. No kernel does that: there the arithmetic
+runs as PEFT has it, operation by operation.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import __version__, backends, functional, ops
+from .backends import without_autocast
+from .dora_ops import dora_gain, dora_scale
+from .functional import _unsafe_view, admit
+
+WITH_DROPOUT = "with dropout in training DoRA takes the product with the weight of the dropped x too"
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """y = g ∘ (x Wᵀ + scaling · x Aᵀ Bᵀ) + bias with g = magnitude / ‖W + scaling · B A‖, differentiable once.
+
+    For the gradient of the magnitude y itself is saved, beside what lora_linear saves: a y that is written to in place
+    before backward makes it raise. A magnitude that requires no gradient saves neither y nor, for its sake, x.
+
+    Args:
+        x, weight, lora_A, lora_B, bias, scaling, backend: as for lora_linear.
+        magnitude: [out_features], in lora_A's dtype or float32. A row of zeros in W + scaling · B A has no direction,
+            and gives NaN, as in PEFT.
+        dropout_p: rate of the dropout on x, in [0, 1). While `training` it lies on the product with the weight too,
+            except for that part of y that a g of one would give, as in PEFT; no kernel takes such a call.
+
+    Returns:
+        y [..., out_features] in x's dtype; under autocast as lora_linear.
+
+    Raises:
+        TypeError, ValueError: as lora_linear, and for a magnitude outside these rules.
+        RuntimeError: as lora_linear.
+    """
+    given = x, weight, lora_A, lora_B, bias
+    param_dtype = lora_A.dtype
+    x, weight, lora_A, lora_B, bias, adapter_dtype = admit(
+        *given, scaling=scaling, dropout_p=dropout_p, backend=backend
+    )
+    if magnitude.shape != (weight.shape[0],):
+        raise ValueError(f"magnitude has shape {tuple(magnitude.shape)}, must be ({weight.shape[0]},)")
+    if magnitude.dtype is not param_dtype and magnitude.dtype is not torch.float32:
+        raise TypeError(f"magnitude has dtype {magnitude.dtype}, must be lora_A's {param_dtype} or torch.float32")
+    if magnitude.device != x.device:
+        raise ValueError(f"magnitude is on {magnitude.device}, x is on {x.device}: they must be on one device")
+    if training and dropout_p > 0.0:
+        return _stock(*given, magnitude, scaling=scaling, dropout_p=dropout_p, backend=backend)
+    scale = None
+    if isinstance(scaling, Tensor):
+        scale, scaling = scaling, 1.0
+    arguments = x, weight, lora_A, lora_B, magnitude, bias, scale, scaling, adapter_dtype, backend
+    if torch.compiler.is_compiling():
+        return torch.ops.fusedlora.dora_linear.default(*arguments, __version__)
+    functional._refuse_transforms()
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:6]):
+        return _apply(*arguments)
+    return _without_grad(*arguments)
+
+
+def _stock(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    *,
+    scaling: float | Tensor,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    """PEFT's operations in PEFT's order and dtypes, differentiated by autograd."""
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(f"backend {backend!r} does not take this call: {WITH_DROPOUT}")
+    if not torch.compiler.is_compiling():
+        backends.last_used = "reference"
+        if x.device.type == "cuda" and backend == "auto" and WITH_DROPOUT not in backends._warned:
+            backends._warned.add(WITH_DROPOUT)
+            warnings.warn(
+                f"fusedlora takes its reference path, not triton: {WITH_DROPOUT}. "
+                "fusedlora.explain() says so for any call; this reason is not repeated.",
+                stacklevel=3,
+            )
+    plain = F.linear(x, weight, bias)
+    dropped = F.dropout(x.to(lora_A.dtype), dropout_p)
+    weight = weight.to(dropped.dtype)
+    with torch.no_grad():
+        adapted = weight + scaling * F.linear(lora_A.t(), lora_B).t().to(dropped.dtype)
+        norm = torch.linalg.vector_norm(adapted, dim=1)
+        del adapted
+    gain = magnitude / norm
+    adapter = F.linear(F.linear(dropped, lora_A), lora_B)
+    return (plain + ((gain - 1) * F.linear(dropped, weight) + gain * adapter * scaling)).to(plain.dtype)
+
+
+def _without_grad(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scaling: float,
+    adapter_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    shape = x.shape
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    gain, _ = dora_gain(weight, lora_A, lora_B, magnitude, scale, scaling, adapter_dtype, backend)
+    given = (flat, weight, lora_A, lora_B, bias, None, scale, gain)
+    y, _ = ops.forward(*given, scaling, 0.0, adapter_dtype, False, backend)
+    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], weight.shape[0]))
+
+
+class _DoRALinear(torch.autograd.Function):
+    """dora_linear's gradients, any of them; saves what the needed ones read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        scaling: float,
+        adapter_dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        need_x, need_W, need_A, need_B, need_m, *_ = ctx.needs_input_grad
+        shape = x.shape
+        flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        gain, norm = dora_gain(weight, lora_A, lora_B, magnitude, scale, scaling, adapter_dtype, backend)
+        given = (flat, weight, lora_A, lora_B, bias, None, scale, gain)
+        y, s = ops.forward(*given, scaling, 0.0, adapter_dtype, need_B or need_m, backend)
+        if len(shape) != 2:
+            y = _unsafe_view(y, (*shape[:-1], weight.shape[0]))
+        ctx.save_for_backward(
+            x if need_A or need_W or need_m else None,
+            weight if need_x or need_m else None,
+            lora_A,
+            lora_B,
+            s if need_B or need_m else None,
+            gain,
+            scale,
+            # of these the gradient of the magnitude is made
+            *((y, norm, bias) if need_m else (None, None, None)),
+        )
+        ctx.call = (shape, scaling, adapter_dtype, magnitude.dtype, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, dy)
+        with torch.no_grad():  # create_graph=True
+            grads = _gradients(ctx, dy)
+        read = (dy.new_empty(0).requires_grad_(), dy, *ctx.saved_tensors[:4])
+        return _Once.apply(len(read), *read, *grads)
+
+
+_apply: Any = super(torch.autograd.Function, _DoRALinear).apply  # as functional's
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, s, gain, scale, y, norm, bias = ctx.saved_tensors
+    shape, scaling, adapter_dtype, magnitude_dtype, backend = ctx.call
+    need_x, need_W, need_A, need_B, need_m, need_b, *_ = ctx.needs_input_grad
+    flat = len(shape) == 2
+    if not flat:
+        dy = dy.reshape(-1, dy.shape[-1])
+        x = None if x is None else x.reshape(-1, shape[-1])
+        y = None if y is None else y.reshape(-1, y.shape[-1])
+    # A dy' of 16 bits is good enough for dx and dW, which are 16-bit themselves. fp32 adapters' gradients are not, so
+    # there the gain goes to the sides of the products: T = s · dy (g∘B), dB = g ∘ (dyᵀ S).
+    split = adapter_dtype != dy.dtype
+    need_AB = need_A or need_B
+    need_dy = need_x or need_W or (need_AB and not split)
+    db = dy.sum(0) if need_b else None
+    dm = scaled = dx = dW = dA = dB = None
+    if need_dy or need_m:
+        given = (dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B)
+        scaled, dm = dora_scale(*given, adapter_dtype, magnitude_dtype, need_dy, need_m, backend)
+        dm = dm if need_m else None
+
+    def backward(dy: Tensor, B: Tensor, need_dx: bool, need_dA: bool, need_dB: bool) -> tuple[Tensor, Tensor, Tensor]:
+        given = (dy, x if need_dA else None, weight if need_dx else None, lora_A, B, s if need_dB else None, None)
+        return ops.backward(*given, scale, scaling, 0.0, adapter_dtype, need_dx, need_dA, need_dB, backend)
+
+    if split and need_AB:
+        rows = gain.unsqueeze(1)
+        _, dA, dB = backward(dy, lora_B * rows, False, need_A, need_B)
+        if need_B:
+            dB = dB * rows
+        if need_x:
+            assert scaled is not None
+            dx = backward(scaled, lora_B, True, False, False)[0]
+    elif need_x or need_AB:
+        assert scaled is not None
+        dx, dA, dB = backward(scaled, lora_B, need_x, need_A, need_B)
+    if need_x:
+        assert dx is not None
+        dx = dx if flat else dx.view(shape)
+    if need_W:
+        assert scaled is not None
+        with without_autocast(dy):
+            dW = scaled.t() @ x
+    grads = (dx if need_x else None, dW, dA if need_A else None, dB if need_B else None, dm, db)
+    return *grads, None, None, None, None
+
+
+class _Once(functional._Once):
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("dora_linear can be differentiated only once: it has no double backward")
+
+
+# What torch.compile sees in place of the Function, as functional's linear.
+ops.LIB.define(
+    "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor? scale, "
+    "float scaling, ScalarType adapter_dtype, str backend, str version) -> Tensor",
+    tags=ops.TAGS,
+)
+
+
+def _linear(*arguments: Any) -> Tensor:
+    return _without_grad(*arguments[:-1])
+
+
+def _linear_autograd(*arguments: Any) -> Tensor:
+    functional._refuse_transforms()
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:6]):
+        return _DoRALinear.apply(*arguments[:-1])
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fusedlora.dora_linear.default(*arguments)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+ops.LIB.impl("dora_linear", _linear, "CompositeExplicitAutograd")
+ops.LIB.impl("dora_linear", _linear_autograd, "Autograd")
+torch.library.register_fake("fusedlora::dora_linear", _linear_fake, lib=ops.LIB)

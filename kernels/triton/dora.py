@@ -1,0 +1,358 @@
+"""DoRA's two launches beside the main ones: the gain on the columns of y, and backward's pass over dy and y.
+
+    norm = ‖W + scaling · B A‖ per row            gain = magnitude / norm       (before the forward kernel)
+    dy'  = gain ∘ dy                              dm = Σ_m dy ∘ u / norm        (before the backward kernel)
+
+u = x Wᵀ + S Bᵀ is the output before gain and bias. Formulas: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation"
+(2024), the norm taken as a constant in backward, as their section 4.3 has it.
+
+The norm needs one pass over W in any form. Expanded into ‖W‖² + 2s·ΣB∘(W Aᵀ) + s²·Σ(B A Aᵀ)∘B that pass is W Aᵀ, which
+multiplies as often as B A does; so each tile of W + s·BA is formed where it is squared, in registers. That has nothing
+to cancel, however the two compare, and no ‖W‖² to be kept and to go stale.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedlora.config import block_r
+from fusedlora.kernels.common import load_skinny, load_small
+from fusedlora.kernels.launch import (
+    PRECISION,
+    Launcher,
+    alignment,
+    current_stream,
+    device_facts,
+    skinny_rows,
+    sync_words,
+)
+from fusedlora.schedule import cdiv
+
+# Where |gain| is below this, u is computed again rather than taken as (y - bias) / gain: y's rounding, divided by a
+# small gain, would be large beside u where the bias is what y mostly holds, or where y has left its dtype's range.
+LEAST_GAIN = 2.0**-6
+LEAST_GAIN_BESIDE_BIAS = 0.5
+
+
+@triton.jit
+def add_product(left, right, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + left @ right, both cast to dtype; with SPLIT fp32 ones go in as two 16-bit terms each."""
+    left_high = left.to(dtype)
+    right_high = right.to(dtype)
+    if SPLIT:
+        acc = tl.dot((left - left_high.to(tl.float32)).to(dtype), right_high, acc)
+        acc = tl.dot(left_high, (right - right_high.to(tl.float32)).to(dtype), acc)
+    return tl.dot(left_high, right_high, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["scaling"])
+def gain_kernel(
+    # W [N, K], A [r, K], B [N, r], magnitude [N]; None or scale []
+    w_ptr, a_ptr, b_ptr, magnitude_ptr, scale_ptr,
+    # outputs, fp32: gain [N], norm [N]
+    gain_ptr, norm_ptr,
+    N, K, r, stride_wn,
+    scaling,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """norm = ‖W + scaling · scale · B A‖ per row, rounded to the magnitude's dtype; gain = magnitude / norm.
+
+    With SPLIT A and B are fp32 beside a 16-bit W. What their two 16-bit terms leave out is 2⁻¹⁶ of each element of
+    B A, with either sign, and the norm averages it over K.
+    """
+    if scale_ptr is not None:
+        scaling *= tl.load(scale_ptr).to(tl.float32)
+    n_offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r_offs = tl.arange(0, RANK_K)
+    b = load_skinny(b_ptr, 1, r, r_offs, n_offs, r, N).T  # [BLOCK_N, RANK_K]
+    rows_ptr = w_ptr + n_offs[:, None].to(tl.int64) * stride_wn
+    squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k_offs = k + tl.arange(0, BLOCK_K)
+        mask = (n_offs < N)[:, None] & (k_offs < K)[None, :]
+        w = tl.load(rows_ptr + k_offs[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_K]
+        product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for first_r in tl.static_range(0, BLOCK_R, RANK_K):
+            if BLOCK_R > RANK_K:
+                b = load_skinny(b_ptr, 1, r, first_r + r_offs, n_offs, r, N).T
+            a = load_skinny(a_ptr, K, 1, first_r + r_offs, k_offs, r, K)  # [RANK_K, BLOCK_K]
+            product = add_product(b, a, product, w_ptr.dtype.element_ty, SPLIT, PRECISION)
+        adapted = w.to(tl.float32) + scaling * product
+        squares += adapted * adapted
+    norm = tl.sqrt_rn(tl.sum(squares, 1)).to(magnitude_ptr.dtype.element_ty).to(tl.float32)
+    norm = tl.where(n_offs < N, norm, 1.0)
+    magnitude = tl.load(magnitude_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)
+    tl.store(norm_ptr + n_offs, norm, mask=n_offs < N)
+    tl.store(gain_ptr + n_offs, tl.div_rn(magnitude, norm), mask=n_offs < N)
+
+
+@triton.jit
+def unscaled_tile(
+    x_ptr, w_ptr, s_ptr, b_ptr, row, n_offs, M, N, K, r, stride_xm, stride_xk, stride_wn,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
+):  # fmt: skip
+    """x Wᵀ + S Bᵀ for one tile [BLOCK_M, BLOCK_N], in fp32."""
+    m_offs = tl.arange(0, BLOCK_M)
+    k_offs = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + tl.cast(row, tl.int64) * stride_xm + m_offs[:, None] * stride_xm + k_offs[None, :] * stride_xk
+    w_ptrs = w_ptr + n_offs[None, :].to(tl.int64) * stride_wn + k_offs[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=1):
+        x = tl.load(x_ptrs + k * stride_xk, mask=(row + m_offs < M)[:, None] & (k + k_offs < K)[None, :], other=0.0)
+        w = tl.load(w_ptrs + k, mask=(n_offs < N)[None, :] & (k + k_offs < K)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    for first_r in tl.range(0, r, RANK_K, num_stages=1):
+        small = load_small(s_ptr, row, first_r, M, r, BLOCK_M, RANK_K)
+        skinny = load_skinny(b_ptr, 1, r, first_r + tl.arange(0, RANK_K), n_offs, r, N)
+        acc = add_product(small, skinny, acc, x_ptr.dtype.element_ty, SPLIT, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "rows", "parts", "least"])
+def scale_kernel(
+    # gradient of the output: dy [M, N]; saved from forward: y [M, N], gain [N], norm [N]; None or bias [N]
+    dy_ptr, y_ptr, gain_ptr, norm_ptr, bias_ptr,
+    # what u is made of: x [M, K], W [N, K], S [M, r], B [N, r]
+    x_ptr, w_ptr, s_ptr, b_ptr,
+    # outputs: dy' [M, N], dm [N]
+    out_ptr, dm_ptr,
+    # workspaces: partial sums [parts, N]; a zeroed word for each column block
+    partial_ptr, arrived_ptr,
+    M, N, K, r,
+    stride_ym, stride_yn, stride_xm, stride_xk, stride_wn,
+    rows, parts, least,
+    NEED_DY: tl.constexpr, NEED_DM: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AGAIN_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
+):  # fmt: skip
+    """dy' = gain ∘ dy and dm = Σ_m dy ∘ u / norm, for one column block and one of `parts` runs of `rows` rows.
+
+    u is (y - bias) / gain, and x Wᵀ + S Bᵀ again, AGAIN_N columns at a time, where a |gain| is below `least`. Each part
+    stores its sum of dm and the last to arrive adds all parts in index order, so the bits do not depend on who came
+    last.
+    """
+    num_blocks = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0) % num_blocks
+    part = tl.program_id(0) // num_blocks
+    m_offs = tl.arange(0, BLOCK_M)
+    n_offs = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n_offs < N
+    begin = part * rows
+    end = min(begin + rows, M)
+    gain = tl.load(gain_ptr + n_offs, mask=inside, other=1.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n_offs, mask=inside, other=0.0).to(tl.float32)
+    offs = m_offs[:, None] * N + n_offs[None, :]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for row in range(begin, end, BLOCK_M):
+        start = tl.cast(row, tl.int64)
+        mask = (row + m_offs < M)[:, None] & inside[None, :]
+        dy_ptrs = dy_ptr + start * stride_ym + m_offs[:, None] * stride_ym + n_offs[None, :] * stride_yn
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if NEED_DM:
+            y = tl.load(y_ptr + start * N + offs, mask=mask, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                y -= bias[None, :]
+            sums += dy * y
+        if NEED_DY:
+            tl.store(out_ptr + start * N + offs, (dy * gain[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+    if NEED_DM:
+        small = tl.abs(gain) < least
+        partial_ptrs = partial_ptr + part * N + n_offs
+        tl.store(partial_ptrs, tl.sum(sums, 0) / tl.where(small, 1.0, gain), mask=inside)
+        if tl.max(small.to(tl.int32), 0) > 0:
+            tl.debug_barrier()
+            for first in range(0, BLOCK_N, AGAIN_N):
+                a_offs = block * BLOCK_N + first + tl.arange(0, AGAIN_N)
+                bad = tl.abs(tl.load(gain_ptr + a_offs, mask=a_offs < N, other=1.0)) < least
+                if tl.max(bad.to(tl.int32), 0) > 0:
+                    again = tl.zeros((BLOCK_M, AGAIN_N), tl.float32)
+                    for row in range(begin, end, BLOCK_M):
+                        u = unscaled_tile(
+                            x_ptr, w_ptr, s_ptr, b_ptr, row, a_offs, M, N, K, r, stride_xm, stride_xk, stride_wn,
+                            SPLIT, PRECISION, BLOCK_M, AGAIN_N, BLOCK_K, RANK_K,
+                        )  # fmt: skip
+                        row_ptr = dy_ptr + tl.cast(row, tl.int64) * stride_ym
+                        ptrs = row_ptr + m_offs[:, None] * stride_ym + a_offs[None, :] * stride_yn
+                        a_mask = (row + m_offs < M)[:, None] & bad[None, :]
+                        again += tl.load(ptrs, mask=a_mask, other=0.0).to(tl.float32) * u
+                    tl.store(partial_ptr + part * N + a_offs, tl.sum(again, 0), mask=bad)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == parts - 1:
+            total = tl.zeros((BLOCK_N,), tl.float32)
+            p_offs = tl.arange(0, 16)
+            for first in range(0, parts, 16):
+                p_ptrs = partial_ptr + (first + p_offs)[:, None] * N + n_offs[None, :]
+                p_mask = (first + p_offs < parts)[:, None] & inside[None, :]
+                total += tl.sum(tl.load(p_ptrs, mask=p_mask, other=0.0), 0)
+            norm = tl.load(norm_ptr + n_offs, mask=inside, other=1.0)
+            tl.store(dm_ptr + n_offs, tl.div_rn(total, norm).to(dm_ptr.dtype.element_ty), mask=inside)
+            tl.store(arrived_ptr + block, 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    kind: str,
+    device: torch.device,
+    facts: tuple[int, int],
+    sizes: tuple[int, ...],
+    itemsizes: tuple[int, int],
+    split: bool,
+    needs: tuple[bool, bool],
+    specialised: object,
+) -> tuple[Launcher, int, int]:
+    """The launcher and, for the pass over dy, rows of a part and their number.
+
+    `specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are.
+    """
+    M, N, K, r = sizes
+    wide = block_r(r)
+    constants = {"SPLIT": split, "PRECISION": PRECISION, "num_warps": 4}
+    if kind == "gain":
+        # One step of A takes 8 KB, of a wide rank 16 KB: two or more programs on an SM hide each other's waits.
+        size = 8192 if wide <= 64 else 16384
+        block_k = max(16, min(128, size // (wide * itemsizes[1])))
+        block_n = 16 if split and wide > 64 else 32  # the terms of B stay in registers
+        constants |= {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": wide, "RANK_K": wide if wide <= 128 else 64}
+        constants |= {"STAGES": 3 if wide > 64 else 4, "num_stages": 3}
+        return Launcher(gain_kernel, cdiv(N, block_n), device, constants), 0, 0
+    block_m, block_n = 32, 128 if itemsizes[0] == 2 else 64
+    blocks = cdiv(N, block_n)
+    # About eight programs for each SM, so that the last ones to finish are short.
+    rows = cdiv(max(block_m, min(512, cdiv(M * blocks, 8 * facts[1]))), block_m) * block_m
+    parts = cdiv(M, rows)
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants |= {"AGAIN_N": 32, "BLOCK_K": 64 if itemsizes[0] == 2 else 16, "RANK_K": 16}
+    constants |= {"NEED_DY": needs[0], "NEED_DM": needs[1], "num_stages": 1, "num_warps": 8}
+    return Launcher(scale_kernel, blocks * parts, device, constants), rows, parts
+
+
+def dora_gain(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    *,
+    scaling: float,
+    scale: torch.Tensor | None = None,
+    adapter_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the gain kernel.
+
+    Args:
+        weight: [N, K], bf16, fp16 or fp32, rows as `lora_forward` takes them.
+        lora_A, lora_B: [r, K] and [N, r], weight's dtype or fp32.
+        magnitude: [N], any floating dtype.
+        scaling, scale, adapter_dtype: as given to `lora_forward`.
+
+    Returns:
+        gain and norm, [N] fp32 each; the norm rounded to the magnitude's dtype.
+    """
+    N, K = weight.shape
+    r = lora_A.shape[0]
+    device = weight.device
+    gain = torch.empty(N, dtype=torch.float32, device=device)
+    norm = torch.empty(N, dtype=torch.float32, device=device)
+    lora_A, lora_B = skinny_rows(lora_A), skinny_rows(lora_B)
+    stride_wn = weight.stride(0)
+    tensors = (weight, lora_A, lora_B, magnitude, scale, gain, norm)
+    specialised = (
+        (weight.dtype, lora_A.dtype, magnitude.dtype, stride_wn, None if scale is None else scale.dtype),
+        alignment(*tensors),
+    )
+    itemsizes = weight.element_size(), lora_A.element_size()
+    launcher, _, _ = _plan(
+        "gain",
+        device,
+        device_facts(device),
+        (0, N, K, r),
+        itemsizes,
+        adapter_dtype != weight.dtype,
+        (False, False),
+        specialised,
+    )
+    launcher(
+        current_stream(device),
+        *(weight, lora_A, lora_B, magnitude, scale),
+        *(gain, norm),
+        *(N, K, r, stride_wn),
+        scaling,
+    )
+    return gain, norm
+
+
+def dora_scale(
+    dy: torch.Tensor,
+    y: torch.Tensor | None,
+    gain: torch.Tensor,
+    norm: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    s: torch.Tensor | None,
+    lora_B: torch.Tensor,
+    *,
+    adapter_dtype: torch.dtype,
+    magnitude_dtype: torch.dtype,
+    need_dy: bool,
+    need_dm: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Launches the pass over dy and y.
+
+    Args:
+        dy: [M, N], in any strides.
+        y: [M, N] of dy's dtype, what the forward kernel gave; as bias, x, weight and s only for dm.
+        gain, norm: as `dora_gain` returned them.
+        bias, x, weight, s, lora_B, adapter_dtype: as `lora_forward` took and returned them.
+        magnitude_dtype: the dtype of dm.
+        need_dy, need_dm: which of the two to compute.
+
+    Returns:
+        dy' [M, N] of dy's dtype and dm [N], None where not needed.
+    """
+    M, N = dy.shape
+    device, dtype = dy.device, dy.dtype
+    out = torch.empty((M, N), dtype=dtype, device=device) if need_dy else None
+    dm = torch.empty(N, dtype=magnitude_dtype, device=device) if need_dm else None
+    if M == 0 or not (need_dy or need_dm):
+        return out, dm if dm is None else dm.zero_()
+    r = lora_B.shape[1]
+    if need_dm:
+        assert y is not None and x is not None and weight is not None and s is not None
+        y, s, lora_B = y.contiguous(), s.contiguous(), skinny_rows(lora_B)
+        K, strides = x.shape[1], (*x.stride(), weight.stride(0))
+    else:
+        y = bias = x = weight = s = None
+        K, strides = 0, (0, 0, 0)
+    strides = (*dy.stride(), *strides)
+    tensors = (dy, y, gain, norm, bias, x, weight, s, lora_B)
+    dtypes = (dtype, lora_B.dtype, adapter_dtype, magnitude_dtype)
+    launcher, rows, parts = _plan(
+        "scale",
+        device,
+        device_facts(device),
+        (M, N, K, r),
+        (dy.element_size(), lora_B.element_size()),
+        adapter_dtype != dtype,
+        (need_dy, need_dm),
+        (dtypes, strides, bias is None, alignment(*tensors)),
+    )
+    stream = current_stream(device)
+    partial = words = None
+    if need_dm:
+        partial = torch.empty((parts, N), dtype=torch.float32, device=device)
+        words = sync_words(device, stream, cdiv(N, launcher.constants["BLOCK_N"]))
+    launcher(
+        stream,
+        *(dy, y, gain, norm, bias),
+        *(x, weight, s, lora_B),
+        *(out, dm),
+        *(partial, words),
+        *(M, N, K, r),
+        *strides,
+        *(rows, parts, LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS),
+    )
+    return out, dm
