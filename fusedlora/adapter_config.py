@@ -23,6 +23,7 @@ HONOURED = frozenset(
         "lora_alpha",
         "lora_dropout",
         "use_rslora",
+        "use_dora",
         "target_modules",
         "exclude_modules",
         "modules_to_save",
@@ -54,7 +55,6 @@ INERT = {
 OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (),
-    "use_dora": (),
     "use_qalora": (),
     "lora_bias": (),
     "ensure_weight_tying": (),
@@ -86,6 +86,7 @@ class AdapterConfig:
     lora_alpha: float
     lora_dropout: float
     use_rslora: bool
+    use_dora: bool
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None
     modules_to_save: list[str]
@@ -214,11 +215,12 @@ def parse_config(fields: Mapping[str, Any]) -> AdapterConfig:
             _regex(name, text, texts)
 
     r, alpha, dropout = fields.get("r", 8), fields.get("lora_alpha", 8), fields.get("lora_dropout", 0.0)
-    rslora = fields.get("use_rslora") or False
+    rslora, dora = fields.get("use_rslora") or False, fields.get("use_dora") or False
     _require(_int(r) and r >= 1, "r", r, "an integer of at least 1")
     _require(_number(alpha), "lora_alpha", alpha, "a finite number")
     _require(_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "in [0, 1)")
     _require(isinstance(rslora, bool), "use_rslora", rslora, "true or false")
+    _require(isinstance(dora, bool), "use_dora", dora, "true or false")
     ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
     for name, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         _require(isinstance(patterns, dict), name, patterns, "an object")
@@ -231,6 +233,7 @@ def parse_config(fields: Mapping[str, Any]) -> AdapterConfig:
         lora_alpha=alpha,
         lora_dropout=float(dropout),
         use_rslora=rslora,
+        use_dora=dora,
         target_modules=target,
         exclude_modules=exclude,
         modules_to_save=list(dict.fromkeys(saved)),

@@ -50,6 +50,8 @@ def planned_state(model: nn.Module, config: AdapterConfig) -> dict[str, torch.Te
         r = config.rank(name)
         state[f"{PREFIX}{name}.lora_A.weight"] = torch.empty(r, linear.in_features, device="meta")
         state[f"{PREFIX}{name}.lora_B.weight"] = torch.empty(linear.out_features, r, device="meta")
+        if config.use_dora:
+            state[f"{PREFIX}{name}.lora_magnitude_vector"] = torch.empty(linear.out_features, device="meta")
     saved = set(selection.saved.values())
     return state | _saved_state({name: module for name, module in named_modules(model).items() if module in saved})
 
@@ -61,6 +63,8 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in lora_layers(modules).items():
         state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         state[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if layer.lora_magnitude_vector is not None:
+            state[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
     state |= _saved_state({name: modules[name] for name in saved_names(modules)})
     for key, tensor in state.items():
         _require_plain(key, tensor)

@@ -54,9 +54,9 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model`, and its modules_to_save, to the folder `path` in PEFT's format.
 
-    lora_A [r, in_features] and lora_B [out_features, r] are written in their own dtypes, whether merged or not; the
-    base weights are not written. Each file is complete on disk before it takes its name (os.replace), so a crash leaves
-    the old file. Files of other names in the folder are kept.
+    lora_A [r, in_features], lora_B [out_features, r] and lora_magnitude_vector [out_features] are written in their own
+    dtypes, whether merged or not; the base weights are not written. Each file is complete on disk before it takes its
+    name (os.replace), so a crash leaves the old file. Files of other names in the folder are kept.
 
     Args:
         model: a model that went through `apply_lora` or `load_adapter`.
@@ -65,7 +65,8 @@ def save_adapter(
         base_model_name_or_path: written for PEFT's AutoPeftModel; None takes the model's own `name_or_path`.
 
     Raises:
-        ValueError: `model` has no FusedLoRALinear below it, or a tensor to write is sharded or has no values (meta).
+        ValueError: `model` has no FusedLoRALinear below it, only some of its layers have use_dora, or a tensor to write
+            is sharded or has no values (meta).
         NotADirectoryError: `path` is a file.
         ImportError: safetensors is missing.
     """
@@ -90,6 +91,7 @@ def save_adapter(
         {name: (layer.r, _alpha(layer, use_rslora)) for name, layer in layers.items()},
         modules,
         use_rslora=use_rslora,
+        use_dora=_one_kind(layers),
         lora_dropout=_uniform(layers, "lora_dropout"),
         modules_to_save=saved,
         task_type=task_type,
@@ -150,6 +152,7 @@ def load_adapter(
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
             adapter_dtype=adapter_dtype,
@@ -177,6 +180,8 @@ def _check_layers(model: nn.Module, config: AdapterConfig) -> None:
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged: call unmerge_lora before loading")
+        if layer.use_dora != config.use_dora:
+            raise ValueError(f"use_dora of {name} is {config.use_dora} in {CONFIG_NAME}, {layer.use_dora} in the model")
         pairs = {
             "r": (config.rank(name), layer.r),
             "scaling (lora_alpha, use_rslora)": (config.scaling(name), layer.scaling),
@@ -257,6 +262,16 @@ def _alpha(layer: FusedLoRALinear, use_rslora: bool) -> float:
     """The lora_alpha that gives the layer's scaling in a file with this use_rslora."""
     root = math.sqrt(layer.r) if use_rslora else layer.r
     return layer.lora_alpha if layer.lora_alpha / root == layer.scaling else layer.scaling * root
+
+
+def _one_kind(layers: Mapping[str, FusedLoRALinear]) -> bool:
+    """use_dora of the layers, of which the file has one for all."""
+    kinds = {use_dora: [n for n, layer in layers.items() if layer.use_dora is use_dora] for use_dora in (True, False)}
+    if kinds[True] and kinds[False]:
+        raise ValueError(
+            f"use_dora is True on {kinds[True][0]} and False on {kinds[False][0]}: PEFT's format holds one for all"
+        )
+    return bool(kinds[True])
 
 
 def _uniform(layers: Mapping[str, FusedLoRALinear], attribute: str) -> Any:

@@ -1,10 +1,32 @@
-"""Where a merged layer's base weight waits for unmerge()."""
+"""The weight with the adapter in it, and where a merged layer's base weight waits for unmerge()."""
 
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+
+from . import backends
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:
+    """W + scaling · lora_B lora_A in W's dtype, accumulated in float32 or wider; with a magnitude [N] DoRA's.
+
+    That is g ∘ (W + scaling · lora_B lora_A), g = magnitude / norm of each row, the norm rounded as in forward.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+    if backends.float32_precision() == "highest":
+        merged = torch.addmm(weight.to(wide), lora_B, lora_A, alpha=scaling)
+    else:  # a matmul might round its operands to tf32
+        merged = weight.to(wide, copy=True)
+        for column, row in zip(lora_B.t(), lora_A):
+            merged.addr_(column, row, alpha=scaling)
+    if magnitude is not None:
+        norm = torch.linalg.vector_norm(merged, dim=1).to(magnitude.dtype)
+        merged.mul_((magnitude.to(wide) / norm.to(wide)).unsqueeze(1))
+    return merged.to(weight.dtype)
 
 
 class KeptWeight:

@@ -1,6 +1,7 @@
 """FusedLoRALinear: an nn.Linear with a LoRA adapter, its merging and its state_dict."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, Self
 
@@ -9,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
+from .dora import dora_linear
 from .functional import lora_linear
-from .kept_weight import KeptWeight
-
-_ADAPTER = ("lora_A", "lora_B")
+from .kept_weight import KeptWeight, merged_weight
 
 
 class FusedLoRALinear(nn.Linear):
@@ -22,19 +22,26 @@ class FusedLoRALinear(nn.Linear):
     for Fine-Tuning with LoRA", 2023). As in PEFT lora_A starts Kaiming uniform with a = √5 and lora_B as zeros, so that
     the layer starts as its linear.
 
+    With use_dora y = g ∘ (x Wᵀ + scaling · x lora_Aᵀ lora_Bᵀ) + bias, where g = lora_magnitude_vector / ‖W + scaling ·
+    lora_B lora_A‖ for each output (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024); see dora_linear.
+
     Args:
         in_features, out_features, bias, device, dtype: as for nn.Linear, in its order.
         r: rank, at least 1.
         lora_alpha: numerator of scaling.
         lora_dropout: rate of the dropout on the adapter's x while training, in [0, 1).
         use_rslora: divide lora_alpha by √r.
-        adapter_dtype: dtype of lora_A and lora_B, the weight's or float32. None is float32 over a 16-bit weight, as in
+        use_dora: train the norms of the weight's rows by themselves.
+        adapter_dtype: dtype of the adapter, the weight's or float32. None is float32 over a 16-bit weight, as in
             PEFT, and the weight's dtype over any other.
 
     Attributes:
         weight [out_features, in_features], bias [out_features] or None: frozen here; where one is made to require a
             gradient again, it gets it.
         lora_A [r, in_features], lora_B [out_features, r]: the adapter.
+        lora_magnitude_vector [out_features]: belongs to it with use_dora, else None. It starts as the norms of the rows
+            that the weight has then: where the weight comes later, as from the meta device or from a plain linear's
+            state dict, call reset_lora_parameters() after it.
         scaling: the factor itself, free to set.
         backend: "auto", or the name of the backend to insist on.
         last_backend: the one that the latest call took, None before it and under torch.compile.
@@ -45,6 +52,7 @@ class FusedLoRALinear(nn.Linear):
     """
 
     weight: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
     _base: KeptWeight | None
 
     def __init__(
@@ -59,12 +67,13 @@ class FusedLoRALinear(nn.Linear):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(bias, bool):
             raise TypeError(f"bias is {bias!r}, must be True or False: whether the layer has one")
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -75,6 +84,7 @@ class FusedLoRALinear(nn.Linear):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
         """A layer over the very weight and bias of `linear`: nothing is copied, and both are frozen, there too.
@@ -91,11 +101,17 @@ class FusedLoRALinear(nn.Linear):
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)
-        layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype)
         return layer.train(linear.training)
 
     def _add_adapter(
-        self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, adapter_dtype: torch.dtype | None
+        self,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        use_dora: bool,
+        adapter_dtype: torch.dtype | None,
     ) -> None:
         weight = self.weight
         if not isinstance(r, int) or isinstance(r, bool):
@@ -109,8 +125,9 @@ class FusedLoRALinear(nn.Linear):
             raise ValueError(f"lora_alpha is {lora_alpha}, must be finite")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout is {lora_dropout}, must be in [0, 1)")
-        if not isinstance(use_rslora, bool):
-            raise TypeError(f"use_rslora is {use_rslora!r}, must be True or False")
+        for name, flag in (("use_rslora", use_rslora), ("use_dora", use_dora)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} is {flag!r}, must be True or False")
         if not weight.is_floating_point():
             raise TypeError(f"weight has dtype {weight.dtype}, must be floating point")
         if adapter_dtype is None:
@@ -121,6 +138,7 @@ class FusedLoRALinear(nn.Linear):
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
+        self.use_dora = use_dora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.backend = "auto"
         self.last_backend: str | None = None
@@ -132,12 +150,26 @@ class FusedLoRALinear(nn.Linear):
             self.bias.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=weight.device, dtype=adapter_dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=weight.device, dtype=adapter_dtype))
+        magnitude = torch.empty(self.out_features, device=weight.device, dtype=adapter_dtype) if use_dora else None
+        self.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """Start the adapter anew: lora_A Kaiming uniform with a = √5, lora_B zeros."""
+        """Start the adapter anew: lora_A Kaiming uniform with a = √5, lora_B zeros, the magnitude from the weight."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.lora_magnitude_vector is not None:
+            with torch.no_grad():
+                wide = torch.promote_types(self.weight.dtype, torch.float32)
+                self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(self.weight, dim=1, dtype=wide))
+
+    @property
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name: lora_A, lora_B and, with use_dora, lora_magnitude_vector."""
+        named = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        if self.lora_magnitude_vector is not None:
+            named["lora_magnitude_vector"] = self.lora_magnitude_vector
+        return named
 
     def reset_parameters(self) -> None:
         """Start weight, bias and adapter anew, as after to_empty() from the meta device."""
@@ -158,11 +190,13 @@ class FusedLoRALinear(nn.Linear):
                     "adapters_enabled is False, but the adapter is merged into the weight: unmerge() first"
                 )
             return F.linear(x, self.weight, self.bias)
-        y = lora_linear(
+        linear: Callable[..., Tensor] = dora_linear if self.use_dora else lora_linear
+        y = linear(
             x,
             self.weight,
             self.lora_A,
             self.lora_B,
+            *((self.lora_magnitude_vector,) if self.use_dora else ()),
             self.bias,
             scaling=self.scaling,
             dropout_p=self.lora_dropout,
@@ -176,6 +210,8 @@ class FusedLoRALinear(nn.Linear):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W + scaling · lora_B lora_A as a new tensor of W's dtype, accumulated in float32 (float64 over a float64 W).
+
+        With use_dora its rows are scaled to the norms that lora_magnitude_vector has.
 
         Takes one more [out_features, in_features] in that precision while it runs.
 
@@ -193,16 +229,8 @@ class FusedLoRALinear(nn.Linear):
                 "weight is sharded over ranks (a DTensor): load the whole state, get_model_state_dict's with "
                 "full_state_dict=True, into a model that is not sharded and merge that one"
             )
-        wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.inference_mode(False), backends.without_autocast(weight):
-            lora_A, lora_B = self.lora_A.to(wide), self.lora_B.to(wide)
-            if backends.float32_precision() == "highest":
-                merged = torch.addmm(weight.to(wide), lora_B, lora_A, alpha=self.scaling)
-            else:  # a matmul might round its operands to tf32
-                merged = weight.to(wide, copy=True)
-                for column, row in zip(lora_B.t(), lora_A):
-                    merged.addr_(column, row, alpha=self.scaling)
-            merged = merged.to(weight.dtype)
+            merged = merged_weight(weight, self.lora_A, self.lora_B, self.scaling, self.lora_magnitude_vector)
         if not torch.isfinite(merged).all():
             raise ValueError(f"the merged weight is not finite in {weight.dtype}: not merged")
         return merged
@@ -266,7 +294,7 @@ class FusedLoRALinear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """weight, bias, lora_A, lora_B. Merged makes no difference where the base was kept: the weight is the base's.
+        """weight, bias and the adapter. Merged makes no difference where the base was kept: the weight is the base's.
 
         Where it was not kept the adapter cannot be told from the weight any more, so only weight and bias are there.
         """
@@ -277,7 +305,7 @@ class FusedLoRALinear(nn.Linear):
             base = self._base.weight.to(self.weight.dtype)
             destination[f"{prefix}weight"] = base if keep_vars else base.detach()
         else:
-            for name in _ADAPTER:
+            for name in self.adapter_parameters:
                 del destination[prefix + name]
 
     def _load_from_state_dict(
@@ -290,8 +318,8 @@ class FusedLoRALinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Also takes a plain nn.Linear's: with neither lora_A nor lora_B there, the adapter stays as it is."""
-        adapter = [prefix + name for name in _ADAPTER]
+        """Also takes a plain nn.Linear's: with nothing of the adapter there, it stays as it is."""
+        adapter = [prefix + name for name in self.adapter_parameters]
         plain = not any(key in state_dict for key in adapter)
         if self.merged and not (plain and self._base is None):
             remedy = "unmerge() first" if self.can_unmerge else "its base was not kept, so only a plain linear's loads"
@@ -307,6 +335,8 @@ class FusedLoRALinear(nn.Linear):
             parts.append(f"lora_dropout={self.lora_dropout}")
         if self.use_rslora:
             parts.append("use_rslora=True")
+        if self.use_dora:
+            parts.append("use_dora=True")
         if self.lora_A.dtype != self.weight.dtype:
             parts.append(f"adapter_dtype={self.lora_A.dtype}")
         if self.backend != "auto":

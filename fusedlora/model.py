@@ -51,6 +51,7 @@ def apply_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Swap the nn.Linear modules of `model` for FusedLoRALinear, in place, freeze the rest, and return the model.
@@ -77,7 +78,8 @@ def apply_lora(
         exclude_modules: a list or a regular expression as above; these are passed over.
         modules_to_save: names or endings of modules to train in full, such as a new head; not swapped.
         rank_pattern, alpha_pattern: {pattern: value}; the first pattern that matches the end of a name, from a dot on.
-        adapter_dtype: dtype of lora_A and lora_B; None means float32 over a 16-bit weight.
+        use_dora: DoRA, as in FusedLoRALinear.
+        adapter_dtype: dtype of the adapters; None means float32 over a 16-bit weight.
 
     Raises:
         TypeError: a named module can't be swapped (the message has its type and the remedy), or a misfit argument.
@@ -106,6 +108,7 @@ def apply_lora(
                 lora_alpha=alphas[name],
                 lora_dropout=lora_dropout,
                 use_rslora=use_rslora,
+                use_dora=use_dora,
                 adapter_dtype=adapter_dtype,
             )
             layer.train(linear.training)
@@ -113,7 +116,12 @@ def apply_lora(
             new[linear] = layer
         undo.append(lambda: carry.drop_hooks(model))
         _replace(model, new, undo)
-        trained = {id(p) for layer in new.values() for p in (layer.lora_A, layer.lora_B)}
+        trained = {
+            id(p)
+            for layer in new.values()
+            if isinstance(layer, FusedLoRALinear)
+            for p in layer.adapter_parameters.values()
+        }
         trained |= {id(p) for m in selection.saved.values() for p in m.parameters() if p.is_floating_point()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -129,8 +137,8 @@ def apply_lora(
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """lora_A and lora_B of every layer, each once; not the parameters of modules_to_save."""
-    return [p for layer in _layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    """The adapter's parameters of every layer, each once; not the parameters of modules_to_save."""
+    return [p for layer in _layers(model).values() for p in layer.adapter_parameters.values()]
 
 
 def merge_lora(model: nn.Module, *, keep_base: Literal["cpu", "device", False] = "cpu") -> nn.Module:

@@ -18,7 +18,6 @@ MINIMAL = {"peft_type": "LORA", "target_modules": ["q"]}
 ON = {
     "bias": ["all", "lora_only"],
     "fan_in_fan_out": [True],
-    "use_dora": [True],
     "use_qalora": [True],
     "lora_bias": [True],
     "ensure_weight_tying": [True],
@@ -90,6 +89,7 @@ def test_a_field_of_a_later_peft_is_refused_unless_it_is_off() -> None:
         ("lora_dropout", 1.0),
         ("lora_dropout", -0.1),
         ("use_rslora", "yes"),
+        ("use_dora", "yes"),
         ("target_modules", None),
         ("target_modules", []),
         ("target_modules", ""),
@@ -238,6 +238,7 @@ def _built(layers: dict[str, tuple[int, float]]) -> dict:
         layers,
         ["", *NAMES],
         use_rslora=False,
+        use_dora=False,
         lora_dropout=0.0,
         modules_to_save=[],
         task_type=None,

@@ -98,7 +98,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "config not JSON": (cut(CONFIG, 40), ValueError, f"{CONFIG}: not JSON"),
     "config not UTF-8": (write(CONFIG, b"\xff\xfe{"), ValueError, f"{CONFIG}: not JSON"),
     "config a list": (write(CONFIG, b"[]"), ValueError, f"{CONFIG}: holds a JSON list, not an object"),
-    "config refused": (edit_config(use_dora=True), ValueError, f"{CONFIG}: use_dora is True"),
+    "config refused": (edit_config(lora_bias=True), ValueError, f"{CONFIG}: lora_bias is True"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, f"{WEIGHTS}: no such file"),
     "weights empty": (cut(WEIGHTS, 0), ValueError, f"{WEIGHTS} is damaged"),
     "header cut": (cut(WEIGHTS, 100), ValueError, f"{WEIGHTS} is damaged"),
@@ -164,6 +164,7 @@ def test_what_the_model_has_must_be_what_the_file_says(tmp_path: Path) -> None:
             r"scaling \(lora_alpha, use_rslora\) of 0 is 3.0 in adapter_config\.json, 1.5 in the model",
         ),
         ({"lora_dropout": 0.5}, r"lora_dropout of 0 is 0.0 in adapter_config\.json, 0.5 in the model"),
+        ({"use_dora": True}, r"use_dora of 0 is False in adapter_config\.json, True in the model"),
         ({"target_modules": ["0"]}, r"target_modules is .* but the model has no adapter on \['2'\]"),
         ({"modules_to_save": None}, r"modules_to_save is \['3'\], \['3'\] of this model, but it was given \[\]"),
     ):

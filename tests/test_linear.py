@@ -78,6 +78,7 @@ def test_parameters(bias: bool, device) -> None:
         ({"lora_dropout": -0.1}, ValueError, "lora_dropout is -0.1"),
         ({"lora_dropout": float("nan")}, ValueError, "lora_dropout is nan"),
         ({"use_rslora": "no"}, TypeError, "use_rslora is 'no'"),
+        ({"use_dora": 1}, TypeError, "use_dora is 1, must be True or False"),
         ({"adapter_dtype": FP64}, TypeError, "adapter_dtype is torch.float64"),
         ({"adapter_dtype": BF16}, TypeError, "adapter_dtype is torch.bfloat16"),
         ({"adapter_dtype": FP16, "dtype": BF16}, TypeError, "adapter_dtype is torch.float16"),
