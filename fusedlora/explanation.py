@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, dora
 from .functional import admit
 from .linear import FusedLoRALinear
 
@@ -50,6 +50,7 @@ def explain(
     is answered with its reason in why_not and "none" as the backend.
     """
     weight: Tensor
+    stock = False
     if isinstance(layer_or_weight, FusedLoRALinear):
         layer = layer_or_weight
         if not layer.adapter_in_use:
@@ -58,6 +59,7 @@ def explain(
             return Explanation("plain linear", reasons, None, ())
         weight, lora_A, lora_B, bias = layer.weight, layer.lora_A, layer.lora_B, layer.bias
         dropout_p, training, backend = layer.lora_dropout, layer.training, layer.backend
+        stock = layer.use_dora and training and dropout_p > 0.0
     else:
         weight = layer_or_weight
     if lora_A is None or lora_B is None:
@@ -73,6 +75,10 @@ def explain(
         for name, tensor in now.items()
         if tensor is not None and tensor is not given[name]
     ]
+    if stock:
+        copies.append("W + scaling · B A, x under the mask, and the result of each operation")
+        chosen = "none" if backend == "triton" else "reference"
+        return Explanation(chosen, {"triton": dora.WITH_DROPOUT}, None, tuple(copies))
     mask = torch.empty(0, dtype=torch.bool) if training and dropout_p > 0.0 else None
     if mask is not None:
         copies.append("dropout mask, one byte an element of x; x under the mask")
