@@ -98,18 +98,17 @@ def backward_config(p: Problem) -> BackwardConfig:
     """As `forward_config`, for the backward kernel."""
     wide = block_r(p.r)
     # One read of dy for T and dB. Wider ranks write partial sums as large as dy itself.
-    fuse = p.itemsize == 2 and not p.split and wide <= 32 and _rows(p) >= 128
+    fuse = p.itemsize == 2 and wide <= 32 and _rows(p) >= 128 and not (p.split and p.dropout)
     if not _large_shared(p) or p.itemsize == 4:
         narrow = wide > 64 or p.split or p.itemsize == 4
         stripe = {"STRIPE_N": 32 if narrow else 64, "STRIPE_M": 32 if narrow else 64, "STRIPE_STAGES": 3}
-    elif p.split and wide > 32:
-        rows = 16 if wide > 128 else 32 if wide > 64 or p.dropout else 64
-        stripe = {"STRIPE_N": 64 if wide <= 64 else 32, "STRIPE_M": rows, "STRIPE_STAGES": 4}
+    elif p.split and wide > 64:
+        stripe = {"STRIPE_N": 64 if wide <= 128 else 32, "STRIPE_M": 32 if wide <= 128 else 16, "STRIPE_STAGES": 3}
     elif wide > 64:
         stripe = {"STRIPE_N": 64, "STRIPE_M": 32, "STRIPE_STAGES": 4}
     else:
-        columns = 64 if p.split and wide > 16 else 128
-        stripe = {"STRIPE_N": columns, "STRIPE_M": 64 if p.split or wide > 32 else 128, "STRIPE_STAGES": 4}
+        rows = 64 if wide > 32 or p.split and wide > 16 else 128
+        stripe = {"STRIPE_N": 128, "STRIPE_M": rows, "STRIPE_STAGES": 3 if p.split and wide > 32 else 4}
     return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not fuse), **stripe, FUSE_DB=fuse)
 
 
@@ -119,9 +118,9 @@ def _large_shared(p: Problem) -> bool:
 
 def _heavy(p: Problem) -> bool:
     """Whether the skinny accumulators leave too few registers for the large tile."""
-    if p.dropout and block_r(p.r) > 64:
-        return True
-    return block_r(p.r) > 128 or (p.split and (block_r(p.r) > 32 or not _large_shared(p)))
+    if not _large_shared(p):
+        return block_r(p.r) > 128 or p.split
+    return block_r(p.r) > (128 if not p.dropout else 16 if p.split else 64)
 
 
 def _tile(p: Problem) -> dict[str, int]:
@@ -144,7 +143,7 @@ def _tile(p: Problem) -> dict[str, int]:
     tiles_large = -(-p.M // 128) * -(-p.out // 256)
     if p.M <= 64:
         return tile(64, 64, 128, warps=4, stages=4)
-    if p.split and 32 < block_r(p.r) <= 128:
+    if p.split and not p.dropout and block_r(p.r) == 128:
         return tile(128, 128, 64, warps=8, stages=3)
     if _heavy(p):
         return tile(64, 256, 64, warps=8, stages=3)
@@ -168,16 +167,16 @@ def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
     if p.itemsize == 4:
         return shrink(16, m=64, k=32, stages=2)
     rank_k = 16 if p.split else min(wide, 32)
-    if p.split and _large_shared(p) and p.M > 64 and wide <= 128:
-        return shrink(rank_k, m=128, k=64 if wide <= 64 else 32, stages=4 if wide <= 32 else 3)
-    if _heavy(p):
+    if _heavy(p) or (p.split and wide > 64):
         return shrink(rank_k, m=64, k=16 if p.split and wide > 128 else 32, stages=3)
     if not _large_shared(p):
         return shrink(rank_k, m=128, k=32, stages=3)
     if (rows := _rows(p)) < 128:
-        return shrink(rank_k, m=rows, k=128 if rows > 32 or wide > 32 else 256, stages=3)
+        return shrink(rank_k, m=rows, k=128 if rows > 32 or wide > 32 or p.split else 256, stages=3)
+    if p.split and wide > 32:
+        return shrink(rank_k, m=128, k=64, stages=3)
     if wide > 64:
         return shrink(rank_k, m=128, k=32, stages=4)
     if tall:
         return shrink(rank_k, m=256, k=64, stages=4)
-    return shrink(rank_k, m=128, k=64 if p.dropout and wide > 16 else 128, stages=4)
+    return shrink(rank_k, m=128, k=64 if (p.dropout or p.split) and wide > 16 else 128, stages=4)

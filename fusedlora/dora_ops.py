@@ -41,11 +41,11 @@ def _gain(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     call = describe_call(backend, weight, weight, lora_A, lora_B, None, adapter_dtype)
-    settings: dict[str, Any] = {"scaling": scaling, "scale": scale}
+    settings: dict[str, Any] = {"scaling": scaling, "scale": scale, "adapter_dtype": adapter_dtype}
     if select(backend, call).name == "triton":
         from fusedlora.kernels import dora
 
-        return dora.dora_gain(weight, lora_A, lora_B, magnitude, **settings, adapter_dtype=adapter_dtype)
+        return dora.dora_gain(weight, lora_A, lora_B, magnitude, **settings)
     with without_autocast(weight):
         return gain_of(weight, lora_A, lora_B, magnitude, **settings)
 
@@ -66,10 +66,14 @@ def gain_of(
     *,
     scaling: float,
     scale: Tensor | None = None,
+    adapter_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """gain and norm in plain PyTorch, in float32 or wider, some rows of W + scaling · scale · B A at a time."""
+    """gain and norm in plain PyTorch, in float32 or wider, some rows of W + scaling · scale · B A at a time.
+
+    A and B are rounded to adapter_dtype first: the norm of what is multiplied makes up for part of that rounding.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    A, B = lora_A.to(wide), lora_B.to(wide)
+    A, B = lora_A.to(adapter_dtype).to(wide), lora_B.to(adapter_dtype).to(wide)
     if scale is not None:
         B = B * scale.to(wide)
     rows = max(1, _CHUNK // weight.shape[1])
@@ -132,19 +136,15 @@ def _scale(
 
 
 def _magnitude_gradient(dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, lora_B: Tensor, norm: Tensor) -> Tensor:
-    """dm [N] with u computed again, a part of its rows at a time: no worse than PEFT's, and right for a gain of 0.
-
-    Σ_m dy ∘ (S Bᵀ) is Σ_r (dyᵀ S) ∘ B, which needs no further product of y's size.
-    """
+    """dm [N] with u computed again, a part of its rows at a time: no worse than PEFT's, and right for a gain of 0."""
     wide = norm.dtype
     total = torch.zeros_like(norm)
-    product = norm.new_zeros(lora_B.shape)
+    B = lora_B.to(wide).t()
     rows = max(1, _CHUNK // dy.shape[1])
     for part, x_part, s_part in zip(dy.split(rows), x.split(rows), s.split(rows)):
-        part = part.to(wide)
-        total += (part * F.linear(x_part, weight)).sum(0)
-        product += part.t() @ s_part.to(wide)
-    return (total + (product * lora_B.to(wide)).sum(1)) / norm
+        u = F.linear(x_part, weight).to(wide).addmm_(s_part.to(wide), B)
+        total += u.mul_(part).sum(0)
+    return total / norm
 
 
 def _scale_fake(

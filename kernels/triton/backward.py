@@ -12,10 +12,12 @@ from fusedlora.kernels.common import (
     ARRIVED,
     DONE,
     JOB,
+    TICKET,
+    conversions,
     dot_skinny,
     leave,
     load_seed,
-    load_skinny,
+    load_terms,
     lora_tile,
     masked,
     shrink_tasks,
@@ -30,8 +32,10 @@ from fusedlora.kernels.launch import (
     device_facts,
     launch_dropout,
     mask_method,
+    num_terms,
     rank_alignment,
     row_major,
+    separate,
     skinny_rows,
     sync_words,
 )
@@ -42,12 +46,12 @@ from fusedlora.schedule import Schedule, backward_schedule, cdiv
 def stripe_job(
     big_desc, small_ptr, out_ptr, partial_ptr, arrived_ptr,
     stripe, part, parts, M, depth, r, stride_or, stride_od, seed, threshold,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
+    DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_R: tl.constexpr, STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [r, depth] = smallᵀ [r, M] @ big [M, depth] for one column block and one of `parts` equal runs of rows.
 
-    With DROPOUT big lies under the mask.
+    With DROPOUT big lies under the mask. small may be TERMS planes [TERMS, M, r].
 
     With PARTIALS each part stores its sum and the last to arrive adds all parts in index order, so the bits do not
     depend on who came last.
@@ -57,16 +61,20 @@ def stripe_job(
     m_offs = tl.arange(0, STRIPE_M)
     part_rows = tl.cdiv(tl.cdiv(M, STRIPE_M), parts) * STRIPE_M
     begin = part * part_rows
-    RANK_FIRST: tl.constexpr = DROPOUT > 0 or (SPLIT and BLOCK_R <= 32)
+    RANK_FIRST: tl.constexpr = DROPOUT > 0
     if DROPOUT:
-        low, high = load_seed(seed)
+        seed_low, seed_high = load_seed(seed)
     acc = tl.zeros((BLOCK_R, STRIPE_N) if RANK_FIRST else (STRIPE_N, BLOCK_R), tl.float32)
     for m in tl.range(begin, min(begin + part_rows, M), STRIPE_M, num_stages=STRIPE_STAGES):
         big = big_desc.load([m, stripe * STRIPE_N])  # [STRIPE_M, STRIPE_N]
-        small = load_skinny(small_ptr + tl.cast(m, tl.int64) * r, 1, r, r_offs, m_offs, r, M - m)  # [BLOCK_R, STRIPE_M]
+        # [BLOCK_R, STRIPE_M]
+        high, middle, low = load_terms(
+            small_ptr + tl.cast(m, tl.int64) * r, tl.cast(M, tl.int64) * r, 1, r, r_offs, m_offs, r, M - m, TERMS
+        )
         if DROPOUT:
-            big = masked(big, low, high, threshold, m + m_offs[:, None], d_offs[None, :], depth, DROPOUT)
-        acc = dot_skinny(big.T, small.T, acc, SPLIT, RANK_FIRST, PRECISION)
+            rows = m + m_offs[:, None]
+            big = masked(big, seed_low, seed_high, threshold, rows, d_offs[None, :], depth, DROPOUT)
+        acc = dot_skinny(big.T, high, middle, low, acc, TERMS, RANK_FIRST, PRECISION)
     if RANK_FIRST:
         acc = acc.T
     mask = (d_offs < depth)[:, None] & (r_offs < r)[None, :]
@@ -108,8 +116,9 @@ def backward_kernel(
     x_ptr, s_ptr, w_ptr, a_ptr, b_ptr, scale_ptr,
     # outputs: dX [M, K], dA [r, K], dB [N, r]
     dx_ptr, da_ptr, db_ptr,
-    # workspaces: T [M, r]; partial sums of dA and dB: [parts, K · r] and [parts or row blocks, N · r]
-    t_ptr, da_partial_ptr, db_partial_ptr, sync_ptr,
+    # workspaces: T [M, r]; partial sums of dA and dB: [parts, K · r] and [parts or row blocks, N · r]; with TERMS terms
+    # of A and B, then with more than one of T (in place of t_ptr's) and S, in dy's dtype; synchronisation words
+    t_ptr, da_partial_ptr, db_partial_ptr, terms_ptr, sync_ptr,
     M, N, K, r,
     stride_ym, stride_xm, stride_wn, stride_ar, stride_bn,
     scaling, num_tasks, tile_programs, parts,
@@ -117,8 +126,8 @@ def backward_kernel(
     seed, threshold,
     DROPOUT: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
-    SHRINK: tl.constexpr, REST: tl.constexpr, FUSE_DB: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr,
+    CONVERT: tl.constexpr, SHRINK: tl.constexpr, REST: tl.constexpr, FUSE_DB: tl.constexpr,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
@@ -130,19 +139,46 @@ def backward_kernel(
     jobs of dA for all of it. A program computes its tiles, if its place is below `tile_programs`, and then takes jobs
     until none is left. Programs without tiles so work on jobs while the others compute: tiles leave the memory idle.
     With FUSE_DB the shrink tasks form dB from the same read of dy, a partial sum for each row block, and the jobs of
-    dB only add these up; without, they are stripes like dA's.
+    dB only add these up; without, they are stripes like dA's. TERMS: A and B are fp32 beside a 16-bit dy, and CONVERT
+    writes their terms.
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
     if scale_ptr is not None:
         scaling *= tl.load(scale_ptr).to(tl.float32)
+    planes_ptr = t_ptr
+    if TERMS > 0:
+        a_terms_ptr = terms_ptr
+        b_terms_ptr = terms_ptr + TERMS * r * K
+        s_terms_ptr = None
+        s_size = 0
+        if TERMS > 1:
+            planes_ptr = b_terms_ptr + TERMS * r * N
+            if NEED_DB:
+                s_terms_ptr = planes_ptr + TERMS * tl.cast(M, tl.int64) * r
+                s_size = M * r
+        if CONVERT:
+            ticket, first_ticket = conversions(
+                sync_ptr, a_ptr, b_ptr, s_ptr, a_terms_ptr, b_terms_ptr, s_terms_ptr, r * K, r * N, s_size, TERMS, DELAY
+            )
+        a_ptr = a_terms_ptr
+        b_ptr = b_terms_ptr
+        if TERMS > 1:
+            t_ptr = None
+            if NEED_DB:
+                s_ptr = s_terms_ptr
     if SHRINK:
+        if not CONVERT:
+            ticket = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+            first_ticket = 0
         src_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [SHRINK_M, SHRINK_K])
         place = shrink_tasks(
-            src_desc, b_ptr, t_ptr, sync_ptr, s_ptr, db_partial_ptr, M, N, r, 1, stride_bn,
-            scaling, num_tasks, None, None, FUSE_DB, 0, SPLIT, PRECISION,
+            ticket, first_ticket, src_desc, b_ptr, t_ptr, planes_ptr, sync_ptr, s_ptr, db_partial_ptr,
+            M, N, r, 1, stride_bn, scaling, num_tasks, None, None, FUSE_DB, 0, TERMS, PRECISION,
             BLOCK_M, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
+    elif CONVERT:
+        place = ticket - first_ticket
     else:
         place = tl.program_id(0)
     if REST:
@@ -158,9 +194,9 @@ def backward_kernel(
                     row = tile_m * BLOCK_M
                     col = tile_n * BLOCK_N
                     acc = lora_tile(
-                        dy_desc, w_desc, t_ptr, a_ptr, sync_ptr,
+                        dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
                         row, col, M, K, N, r, stride_ar, 1, num_tasks, seed, threshold,
-                        dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, SPLIT, PRECISION,
+                        dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
                         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                     )  # fmt: skip
                     dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
@@ -183,9 +219,9 @@ def backward_kernel(
             if NEED_DA:
                 if job < da_jobs:
                     stripe_job(
-                        x_stripes, t_ptr, da_ptr, da_partial_ptr, sync_ptr + ARRIVED + job // parts,
+                        x_stripes, planes_ptr, da_ptr, da_partial_ptr, sync_ptr + ARRIVED + job // parts,
                         job // parts, job % parts, parts, M, K, r, K, 1, seed, threshold,
-                        DROPOUT, SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                        DROPOUT, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                     )  # fmt: skip
             if NEED_DB:
                 if job >= da_jobs:
@@ -198,7 +234,7 @@ def backward_kernel(
                         stripe_job(
                             dy_stripes, s_ptr, db_ptr, db_partial_ptr, sync_ptr + ARRIVED + job // parts,
                             index // parts, index % parts, parts, M, N, r, 1, r, None, None,
-                            0, SPLIT, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                            0, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                         )  # fmt: skip
             job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
     leave(sync_ptr, DELAY)
@@ -213,6 +249,8 @@ class _Plan:
     num_words: int
     da_partials: int
     db_partials: int
+    # Elements of the workspace for terms.
+    terms: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -221,6 +259,7 @@ def _plan(
     facts: tuple[int, int],
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
+    param_dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     dropout: bool,
@@ -231,20 +270,20 @@ def _plan(
     """`specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are."""
     M, N, K, r = sizes
     need_dx, need_dA, need_dB = needs
-    split = adapter_dtype != dtype
-    problem = Problem(M, K, N, r, dtype.itemsize, split, *facts, dropout)
+    terms = num_terms(param_dtype, adapter_dtype, dtype)
+    problem = Problem(M, K, N, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or backward_config(problem)
     schedule = backward_schedule(problem, config, *needs)
     parts = schedule.parts
     needs_t = need_dx or need_dA
-    fuse_db = config.FUSE_DB and need_dB and needs_t and not split
+    fuse_db = config.FUSE_DB and need_dB and needs_t
     db_sums = cdiv(M, config.SHRINK_M) if fuse_db else parts if parts > 1 else 0
     constants = {
         "DROPOUT": mask_method(facts[0]) if dropout else 0,
         "NEED_DX": need_dx,
         "NEED_DA": need_dA,
         "NEED_DB": need_dB,
-        "SPLIT": split,
+        "TERMS": terms,
         "PRECISION": PRECISION,
         "PARTIALS": parts > 1,
         "R_ALIGN": rank_alignment(r),
@@ -253,16 +292,16 @@ def _plan(
         **{name: value for name, value in vars(config).items() if name != "stripe_rows"},
         "FUSE_DB": fuse_db,
     }
-    phases = [(True, True)] if one_launch and needs_t else [(True, False)] * needs_t + [(False, True)]
+    phases = [{"CONVERT": terms > 0, "SHRINK": needs_t, "REST": True}]
+    if not one_launch:
+        phases = separate(phases[0])
     return _Plan(
         schedule,
-        tuple(
-            Launcher(backward_kernel, schedule.num_programs, device, constants | {"SHRINK": shrink, "REST": rest})
-            for shrink, rest in phases
-        ),
+        tuple(Launcher(backward_kernel, schedule.num_programs, device, constants | phase) for phase in phases),
         num_words=ARRIVED.value + cdiv(N, config.STRIPE_N) + cdiv(K, config.STRIPE_N),
         da_partials=parts * K * r if parts > 1 and need_dA else 0,
         db_partials=db_sums * N * r if need_dB else 0,
+        terms=terms * r * (K + N) + (2 * terms * M * r if terms > 1 else 0),
     )
 
 
@@ -316,12 +355,14 @@ def lora_backward(
     stride_ym, stride_xm, stride_wn = dy.stride(0), x.stride(0), weight.stride(0)
     scaling, seed, threshold = launch_dropout(seed, dropout_p, scaling)
     optional = (None if scale is None else scale.dtype, type(seed), alignment(lora_A, lora_B, s, scale))
-    specialised = (lora_A.dtype, stride_ym, stride_xm, stride_wn, optional)
+    specialised = (stride_ym, stride_xm, stride_wn, optional)
     sizes = (M, N, K, r)
     needs = (need_dx, need_dA, need_dB)
     facts = device_facts(device)
-    plan = _plan(device, facts, sizes, dtype, adapter_dtype, needs, seed is not None, config, one_launch, specialised)
-    t = torch.empty((M, r), dtype=adapter_dtype, device=device) if need_dx or need_dA else None
+    dtypes = (dtype, lora_A.dtype, adapter_dtype)
+    plan = _plan(device, facts, sizes, *dtypes, needs, seed is not None, config, one_launch, specialised)
+    terms = torch.empty(plan.terms, dtype=dtype, device=device) if plan.terms else None
+    t = torch.empty((M, r), dtype=dtype, device=device) if adapter_dtype == dtype and (need_dx or need_dA) else None
     partial = torch.empty(plan.da_partials + plan.db_partials, dtype=torch.float32, device=device)
     db_partial = partial[plan.da_partials :] if plan.da_partials else partial
     stream = current_stream(device)
@@ -332,7 +373,7 @@ def lora_backward(
             dy,
             *(x, s, weight, lora_A, lora_B, scale),
             *(dx, da, db),
-            *(t, partial, db_partial, words),
+            *(t, partial, db_partial, terms, words),
             *(M, N, K, r),
             *(stride_ym, stride_xm, stride_wn, K, r),
             *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs, plan.schedule.parts),

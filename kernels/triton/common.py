@@ -11,15 +11,20 @@ So both run *shrink tasks* (S or T, memory-bound, one row block after another) b
 more step of depth r once their row block is published. The backward ends with the *jobs* of dA and dB.
 
 Synchronisation words, int32, zero between launches:
-    TICKET      next shrink task to claim         DONE    shrink tasks finished
+    TICKET      next conversion or shrink task    DONE    shrink tasks finished
     EXIT        programs that have left           JOB     next job of dA and dB to claim
+    CONVERTED   conversions finished
     PROGRESS    row blocks published, MAX_TASKS words: one for each shrink task where a row block holds whole tiles'
                 rows, else one for each BLOCK_M rows
     ARRIVED     parts of a stripe of dA or dB that are stored, a word for each stripe
 
-Why nothing can deadlock: a program claims shrink tasks until none is left before it computes its first tile, and a
-shrink task waits for nothing. So whoever waits for a row block knows that it is held by a program that runs and will
-publish it, however few programs are resident at a time.
+Why nothing can deadlock: a program claims conversions until none is left before it goes on to shrink tasks, and these
+until none is left before it computes its first tile. A conversion waits for nothing, a shrink task for conversions
+only. So whoever waits knows that a program which runs holds what it waits for, however few are resident at a time.
+
+fp32 adapters beside a 16-bit base: the first thing that a launch does is to write A and B, and in the backward S, as
+sums of 16-bit terms, one where the products run in 16 bits anyway (autocast), else three, whose 3 × 8 bits of mantissa
+cover fp32's 24. From there on every operand of a product is 16-bit memory, as it is without fp32 adapters.
 """
 
 import triton
@@ -33,9 +38,12 @@ TICKET = tl.constexpr(0)
 DONE = tl.constexpr(1)
 EXIT = tl.constexpr(2)
 JOB = tl.constexpr(3)
-PROGRESS = tl.constexpr(4)
+CONVERTED = tl.constexpr(4)
+PROGRESS = tl.constexpr(5)
 MAX_TASKS = tl.constexpr(schedule.MAX_TASKS)
-ARRIVED = tl.constexpr(4 + schedule.MAX_TASKS)
+ARRIVED = tl.constexpr(5 + schedule.MAX_TASKS)
+# Elements of fp32 that one conversion takes.
+CONVERT_SIZE = tl.constexpr(4096)
 
 
 @triton.jit
@@ -96,6 +104,7 @@ def leave(sync_ptr, DELAY: tl.constexpr):
         tl.store(sync_ptr + TICKET, 0)
         tl.store(sync_ptr + DONE, 0)
         tl.store(sync_ptr + JOB, 0)
+        tl.store(sync_ptr + CONVERTED, 0)
         tl.store(sync_ptr + EXIT, 0)
 
 
@@ -199,37 +208,90 @@ def load_skinny(ptr, stride_r, stride_d, r_offs, d_offs, r, depth):
 
 
 @triton.jit
-def dot_skinny(big, skinny, acc, SPLIT: tl.constexpr, RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc [D, R] + big [D, K] @ skinny [K, R], with RANK_FIRST acc [R, D] + its transpose.
+def load_terms(ptr, plane, stride_r, stride_d, r_offs, d_offs, r, depth, TERMS: tl.constexpr):
+    """As load_skinny, TERMS tiles that lie `plane` elements apart; three are returned, the first TERMS count."""
+    high = load_skinny(ptr, stride_r, stride_d, r_offs, d_offs, r, depth)
+    middle = high
+    low = high
+    if TERMS > 1:
+        middle = load_skinny(ptr + plane, stride_r, stride_d, r_offs, d_offs, r, depth)
+    if TERMS > 2:
+        low = load_skinny(ptr + 2 * plane, stride_r, stride_d, r_offs, d_offs, r, depth)
+    return high, middle, low
+
+
+@triton.jit
+def next_term(rest, dtype: tl.constexpr):
+    """The 16-bit term of an fp32 tile, and what is left of it."""
+    term = rest.to(dtype)
+    return term, rest - term.to(tl.float32)
+
+
+@triton.jit
+def convert(ptr, terms_ptr, index, size, TERMS: tl.constexpr):
+    """The 16-bit terms [TERMS, size] of elements index · CONVERT_SIZE … of an fp32 array of `size`."""
+    offs = index * CONVERT_SIZE + tl.arange(0, CONVERT_SIZE)
+    rest = tl.load(ptr + offs, mask=offs < size, other=0.0)
+    for i in tl.static_range(TERMS):
+        term, rest = next_term(rest, terms_ptr.dtype.element_ty)
+        tl.store(terms_ptr + i * size + offs, term, mask=offs < size)
+
+
+@triton.jit
+def conversions(
+    sync_ptr, a_ptr, b_ptr, s_ptr, a_terms_ptr, b_terms_ptr, s_terms_ptr, a_size, b_size, s_size,
+    TERMS: tl.constexpr, DELAY: tl.constexpr,
+):  # fmt: skip
+    """Claims conversions until none is left and waits for all of them.
+
+    Returns a claimed ticket for what comes next, and the ticket that this begins with. Three arrays, of which those
+    with size 0 are left out.
+    """
+    a_count = tl.cdiv(a_size, CONVERT_SIZE)
+    b_count = tl.cdiv(b_size, CONVERT_SIZE)
+    count = a_count + b_count + tl.cdiv(s_size, CONVERT_SIZE)
+    ticket = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+    while ticket < count:
+        if ticket < a_count:
+            convert(a_ptr, a_terms_ptr, ticket, a_size, TERMS)
+        elif ticket < a_count + b_count:
+            convert(b_ptr, b_terms_ptr, ticket - a_count, b_size, TERMS)
+        elif s_terms_ptr is not None:
+            convert(s_ptr, s_terms_ptr, ticket - a_count - b_count, s_size, TERMS)
+        linger(sync_ptr, DELAY)
+        publish(sync_ptr + CONVERTED)
+        ticket = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+    wait_for(sync_ptr + CONVERTED, count)
+    return ticket, count
+
+
+@triton.jit
+def dot_skinny(
+    big, high, middle, low, acc, TERMS: tl.constexpr, RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc [D, R] + big [D, K] @ skinny [R, K]ᵀ, with RANK_FIRST acc [R, D] + its transpose.
+
+    skinny is the sum of TERMS terms, and goes in small terms first. Tensor cores truncate where they add, which over a
+    long sum costs more than the terms gain: with more than one, each step is summed from zero and added to `acc` by an
+    ordinary, rounding addition.
 
     `big` may have come through registers (a dropout mask). wgmma takes such a first operand, but ptxas before 13.3
     miscompiles that in a pipelined loop: it must be the second then, hence RANK_FIRST.
-
-    With SPLIT the fp32 `skinny` keeps its precision beside the bf16 `big`: it goes in as the sum of three bf16 terms
-    (3 × 8 bits of mantissa cover fp32's 24), small terms first. Tensor cores truncate where they add, which over a
-    long sum costs more than the split gains: each step is summed from zero and added to `acc` by an ordinary,
-    rounding addition. The terms are made in registers, where only mma.sync takes them as they are. That is what a
-    small rank gets as the dot's M, being below wgmma's 64.
     """
-    if SPLIT:
+    step = acc
+    if TERMS > 1:
         step = tl.zeros_like(acc)
-        high = skinny.to(big.dtype)
-        rest = skinny - high.to(tl.float32)
-        middle = rest.to(big.dtype)
-        low = (rest - middle.to(tl.float32)).to(big.dtype)
-        if RANK_FIRST:
-            step = tl.dot(low.T, big.T, step)
-            step = tl.dot(middle.T, big.T, step)
-            step = tl.dot(high.T, big.T, step)
-        else:
-            step = tl.dot(big, low, step)
-            step = tl.dot(big, middle, step)
-            step = tl.dot(big, high, step)
-        return acc + step
-    elif RANK_FIRST:
-        return tl.dot(skinny.to(big.dtype).T, big.T, acc, input_precision=PRECISION)
+    if RANK_FIRST:
+        if TERMS > 1:
+            step = tl.dot(low, big.T, step)
+            step = tl.dot(middle, big.T, step)
+        step = tl.dot(high.to(big.dtype), big.T, step, input_precision=PRECISION)
     else:
-        return tl.dot(big, skinny.to(big.dtype), acc, input_precision=PRECISION)
+        if TERMS > 1:
+            step = tl.dot(big, low.T, step)
+            step = tl.dot(big, middle.T, step)
+        step = tl.dot(big, high.T.to(big.dtype), step, input_precision=PRECISION)
+    return acc + step if TERMS > 1 else step
 
 
 @triton.jit
@@ -243,73 +305,107 @@ def load_small(ptr, row, first_r, M, r, BLOCK_M: tl.constexpr, RANK_K: tl.conste
 
 @triton.jit
 def shrink_tasks(
-    src_desc, skinny_ptr, out_ptr, sync_ptr,
+    ticket, first_ticket, src_desc, skinny_ptr, out_ptr, planes_ptr, sync_ptr,
     # the other product of the same rows, with FUSE: partial [row blocks, depth, r] from small [M, r]
     small_ptr, partial_ptr,
     M, depth, r,
     stride_r, stride_d,
     scaling, num_tasks, seed, threshold,
-    FUSE: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    FUSE: tl.constexpr, DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
-    """Claims shrink tasks until none is left; returns this program's place in the order of finding none.
+    """From its ticket on claims shrink tasks until none is left; returns its place in the order of finding none.
 
     out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. Task t takes the row
     blocks t, t + num_tasks, … and publishes each. With FUSE the same read of src also gives
     partial[block] = src[block]ᵀ @ small[block].
+
+    TERMS: of skinny and small, which lie one after the other in memory. With more than one, planes [TERMS, M, r] gets
+    the terms of out, and out itself may be None.
     """
-    RANK_FIRST: tl.constexpr = DROPOUT > 0 or (SPLIT and BLOCK_R <= 32)
+    RANK_FIRST: tl.constexpr = DROPOUT > 0
     r_offs = tl.arange(0, BLOCK_R)
     m_offs = tl.arange(0, SHRINK_M)
     if DROPOUT:
-        low, high = load_seed(seed)
-    task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+        seed_low, seed_high = load_seed(seed)
+    task = ticket - first_ticket
     while task < num_tasks:
         for block in range(task, tl.cdiv(M, SHRINK_M), num_tasks):
             row = block * SHRINK_M
             acc = tl.zeros((BLOCK_R, SHRINK_M) if RANK_FIRST else (SHRINK_M, BLOCK_R), tl.float32)
             if FUSE:
-                small = load_small(small_ptr, row, 0, M, r, SHRINK_M, BLOCK_R)
+                small, small_middle, small_low = load_small_terms(
+                    small_ptr, row, 0, M, r, True, SHRINK_M, BLOCK_R, TERMS
+                )
                 block_ptr = partial_ptr + tl.cast(block, tl.int64) * depth * r
             for d in tl.range(0, depth, SHRINK_K, num_stages=SHRINK_STAGES):
                 src = src_desc.load([row, d])  # [SHRINK_M, SHRINK_K]
                 d_offs = d + tl.arange(0, SHRINK_K)
-                skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, d_offs, r, depth)
+                high, middle, low = load_terms(
+                    skinny_ptr, depth * r, stride_r, stride_d, r_offs, d_offs, r, depth, TERMS
+                )
                 if DROPOUT:
-                    src = masked(src, low, high, threshold, row + m_offs[:, None], d_offs[None, :], depth, DROPOUT)
-                acc = dot_skinny(src, skinny.T, acc, SPLIT, RANK_FIRST, PRECISION)
+                    rows = row + m_offs[:, None]
+                    src = masked(src, seed_low, seed_high, threshold, rows, d_offs[None, :], depth, DROPOUT)
+                acc = dot_skinny(src, high, middle, low, acc, TERMS, RANK_FIRST, PRECISION)
                 if FUSE:
-                    other = tl.dot(src.T, small, input_precision=PRECISION)  # [SHRINK_K, BLOCK_R]
+                    if TERMS > 1:
+                        other = tl.dot(src.T, small_low)  # [SHRINK_K, BLOCK_R]
+                        other = tl.dot(src.T, small_middle, other)
+                        other = tl.dot(src.T, small, other)
+                    else:
+                        other = tl.dot(src.T, small, input_precision=PRECISION)
                     mask = (d_offs < depth)[:, None] & (r_offs < r)[None, :]
                     tl.store(block_ptr + d_offs[:, None] * r + r_offs[None, :], other, mask=mask)
             if RANK_FIRST:
                 acc = acc.T
-            out = (acc * scaling).to(out_ptr.dtype.element_ty)
+            acc *= scaling
             mask = (row + m_offs < M)[:, None] & (r_offs < r)[None, :]
-            tl.store(out_ptr + tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :], out, mask=mask)
+            offs = tl.cast(row, tl.int64) * r + m_offs[:, None] * r + r_offs[None, :]
+            if out_ptr is not None:
+                tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            if TERMS > 1:
+                for i in tl.static_range(TERMS):
+                    term, acc = next_term(acc, planes_ptr.dtype.element_ty)
+                    tl.store(planes_ptr + i * tl.cast(M, tl.int64) * r + offs, term, mask=mask)
             linger(sync_ptr, DELAY)
             publish(sync_ptr + PROGRESS + (task if SHRINK_M >= BLOCK_M else row // BLOCK_M))
         publish(sync_ptr + DONE)
-        task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+        task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed") - first_ticket
     return task - num_tasks
 
 
 @triton.jit
-def dot_rank(small, skinny, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def load_small_terms(
+    ptr, row, first_r, M, r, ready, BLOCK_M: tl.constexpr, RANK_K: tl.constexpr, TERMS: tl.constexpr
+):  # fmt: skip
+    """As load_small, TERMS tiles of [TERMS, M, r], zero where not ready; three are returned, the first TERMS count."""
+    rows = tl.where(ready, M, 0)
+    high = load_small(ptr, row, first_r, rows, r, BLOCK_M, RANK_K)
+    middle = high
+    low = high
+    if TERMS > 1:
+        plane = tl.cast(M, tl.int64) * r
+        middle = load_small(ptr + plane, row, first_r, rows, r, BLOCK_M, RANK_K)
+    if TERMS > 2:
+        low = load_small(ptr + 2 * plane, row, first_r, rows, r, BLOCK_M, RANK_K)
+    return high, middle, low
+
+
+@triton.jit
+def dot_rank(
+    small, small_rest, skinny, skinny_rest, acc, dtype: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """acc + small @ skinny, one step of depth RANK_K.
 
-    With SPLIT both are fp32 and go in as two 16-bit terms each: the product of the low terms is below what the
-    16-bit output can show, a single term each would not be.
+    With more than one term, two of each go in: the product of both second terms is below what the 16-bit output can
+    show, a single term each would not be.
     """
-    small_high = small.to(dtype)
-    skinny_high = skinny.to(dtype)
-    if SPLIT:
-        small_low = (small - small_high.to(tl.float32)).to(dtype)
-        skinny_low = (skinny - skinny_high.to(tl.float32)).to(dtype)
-        acc = tl.dot(small_low, skinny_high, acc)
-        acc = tl.dot(small_high, skinny_low, acc)
-    return tl.dot(small_high, skinny_high, acc, input_precision=PRECISION)
+    if TERMS > 1:
+        acc = tl.dot(small_rest, skinny, acc)
+        acc = tl.dot(small, skinny_rest, acc)
+    return tl.dot(small.to(dtype), skinny.to(dtype), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -330,26 +426,31 @@ def beside(left, right):
 
 @triton.jit
 def masked_product(
-    acc, low, high, threshold, small_ptr, skinny_ptr, small, skinny, row, col, M, cols, r, stride_r, stride_d,
-    early: tl.constexpr, dtype: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    acc, low, high, threshold, small_ptr, skinny_ptr, small, small_rest, skinny, skinny_rest, row, col,
+    M, cols, r, stride_r, stride_d,
+    early: tl.constexpr, dtype: tl.constexpr, DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + mask ∘ (small @ skinny). 64 columns at a time: a product as wide as acc would not fit the registers."""
     width: tl.constexpr = acc.shape[1]
     if width > 64:
         acc_left, acc_right = halves(acc)
+        left = skinny
+        right = skinny
+        left_rest = skinny_rest
+        right_rest = skinny_rest
         if early:
             left, right = halves(skinny)
-        else:
-            left = skinny
-            right = skinny
+            if TERMS > 1:
+                left_rest, right_rest = halves(skinny_rest)
         acc_left = masked_product(
-            acc_left, low, high, threshold, small_ptr, skinny_ptr, small, left, row, col,
-            M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
+            acc_left, low, high, threshold, small_ptr, skinny_ptr, small, small_rest, left, left_rest,
+            row, col, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, TERMS, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
         acc_right = masked_product(
-            acc_right, low, high, threshold, small_ptr, skinny_ptr, small, right, row, col + width // 2,
-            M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
+            acc_right, low, high, threshold, small_ptr, skinny_ptr, small, small_rest, right, right_rest,
+            row, col + width // 2, M, cols, r, stride_r, stride_d,
+            early, dtype, DROPOUT, TERMS, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
         return beside(acc_left, acc_right)
     n_offs = col + tl.arange(0, width)
@@ -357,10 +458,13 @@ def masked_product(
     product = tl.zeros_like(acc)
     for first_r in tl.static_range(0, BLOCK_R, RANK_K):
         if not early:
-            r_offs = first_r + tl.arange(0, RANK_K)
-            skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, n_offs, r, cols)
-            small = load_small(small_ptr, row, first_r, M, r, acc.shape[0], RANK_K)
-        product = dot_rank(small, skinny, product, dtype, SPLIT, PRECISION)
+            skinny, skinny_rest, _ = load_terms(
+                skinny_ptr, cols * r, stride_r, stride_d, first_r + tl.arange(0, RANK_K), n_offs, r, cols, min(TERMS, 2)
+            )
+            small, small_rest, _ = load_small_terms(
+                small_ptr, row, first_r, M, r, True, acc.shape[0], RANK_K, min(TERMS, 2)
+            )
+        product = dot_rank(small, small_rest, skinny, skinny_rest, product, dtype, TERMS, PRECISION)
     return add_kept(acc, product, low, high, threshold, m_offs[:, None], n_offs[None, :], cols, DROPOUT)
 
 
@@ -369,7 +473,7 @@ def lora_tile(
     left_desc, right_desc, small_ptr, skinny_ptr, sync_ptr,
     row, col, M, cols, depth, r, stride_r, stride_d, num_tasks, seed, threshold,
     dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
@@ -384,17 +488,18 @@ def lora_tile(
     """
     n_offs = col + tl.arange(0, BLOCK_N)
     early: tl.constexpr = BLOCK_R == RANK_K
+    TWO: tl.constexpr = min(TERMS, 2)
+    plane = cols * r
     ready = True
     if WAIT:
         word, needed = progress_of(row, M, num_tasks, BLOCK_M, SHRINK_M)
         progress_ptr = sync_ptr + PROGRESS + word
     if early:
-        skinny = load_skinny(skinny_ptr, stride_r, stride_d, tl.arange(0, BLOCK_R), n_offs, r, cols)
+        r_offs = tl.arange(0, BLOCK_R)
+        skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, r, cols, TWO)
         if WAIT:
             ready = published(progress_ptr) >= needed
-            small = load_small(small_ptr, row, 0, tl.where(ready, M, 0), r, BLOCK_M, RANK_K)
-        else:
-            small = load_small(small_ptr, row, 0, M, r, BLOCK_M, RANK_K)
+        small, small_rest, _ = load_small_terms(small_ptr, row, 0, M, r, ready, BLOCK_M, RANK_K, TWO)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
         left = left_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
@@ -408,22 +513,24 @@ def lora_tile(
         if WAIT:
             if not ready:
                 wait_for(progress_ptr, needed)
-                small = load_small(small_ptr, row, 0, M, r, BLOCK_M, RANK_K)
+                small, small_rest, _ = load_small_terms(small_ptr, row, 0, M, r, True, BLOCK_M, RANK_K, TWO)
     elif WAIT:
         wait_for(progress_ptr, needed)
     if DROPOUT:
         low, high = load_seed(seed)
         return masked_product(
-            acc, low, high, threshold, small_ptr, skinny_ptr, small if early else None, skinny if early else None,
-            row, col, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, SPLIT, PRECISION, BLOCK_R, RANK_K,
+            acc, low, high, threshold, small_ptr, skinny_ptr,
+            small if early else None, small_rest if early else None,
+            skinny if early else None, skinny_rest if early else None,
+            row, col, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, TERMS, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
     if early:
-        acc = dot_rank(small, skinny, acc, dtype, SPLIT, PRECISION)
+        acc = dot_rank(small, small_rest, skinny, skinny_rest, acc, dtype, TERMS, PRECISION)
     else:
         # Unpipelined: pipelined wgmma with a register operand is miscompiled by ptxas before 13.3.
         for first_r in tl.static_range(0, BLOCK_R, RANK_K):
             r_offs = first_r + tl.arange(0, RANK_K)
-            skinny = load_skinny(skinny_ptr, stride_r, stride_d, r_offs, n_offs, r, cols)
-            small = load_small(small_ptr, row, first_r, M, r, BLOCK_M, RANK_K)
-            acc = dot_rank(small, skinny, acc, dtype, SPLIT, PRECISION)
+            skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, r, cols, TWO)
+            small, small_rest, _ = load_small_terms(small_ptr, row, first_r, M, r, True, BLOCK_M, RANK_K, TWO)
+            acc = dot_rank(small, small_rest, skinny, skinny_rest, acc, dtype, TERMS, PRECISION)
     return acc

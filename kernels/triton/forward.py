@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import ForwardConfig, Problem, block_r, forward_config
-from fusedlora.kernels.common import ARRIVED, leave, lora_tile, shrink_tasks, tile_coordinates
+from fusedlora.kernels.common import ARRIVED, TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
     PRECISION,
     Launcher,
@@ -17,8 +17,10 @@ from fusedlora.kernels.launch import (
     device_facts,
     launch_dropout,
     mask_method,
+    num_terms,
     rank_alignment,
     row_major,
+    separate,
     skinny_rows,
     sync_words,
 )
@@ -29,16 +31,17 @@ from fusedlora.schedule import Schedule, forward_schedule
 def forward_kernel(
     # x [M, K], W [N, K], A [r, K], B [N, r]; each None or: bias [N], gain [N] fp32, scale []
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, gain_ptr, scale_ptr,
-    # outputs: y [M, N], S [M, r]
+    # outputs: y [M, N], and S [M, r] or None
     y_ptr, s_ptr,
-    sync_ptr,
+    # workspaces: with TERMS terms of A and B, then with more than one also of S, in x's dtype; synchronisation words
+    terms_ptr, sync_ptr,
     M, N, K, r,
     stride_xm, stride_wn, stride_ar, stride_bn,
     scaling, num_tasks, tile_programs,
     # with DROPOUT: a number or an address, and the least hash that is kept
     seed, threshold,
-    DROPOUT: tl.constexpr, SHRINK: tl.constexpr, TILES: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, R_ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, CONVERT: tl.constexpr, SHRINK: tl.constexpr, TILES: tl.constexpr,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr, R_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
@@ -46,20 +49,37 @@ def forward_kernel(
     """S = scaling · scale · x Aᵀ, rounded once to S's dtype; y = gain ∘ (x Wᵀ + S Bᵀ) + bias, one fp32 accumulator.
 
     SHRINK computes S in `num_tasks` tasks, TILES computes y on `tile_programs` programs; with both a tile waits for
-    its rows of S. SPLIT: A is fp32 beside a 16-bit x and its products keep fp32 precision. R_ALIGN divides r and
+    its rows of S. TERMS: A and B are fp32 beside a 16-bit x, and CONVERT writes their terms. R_ALIGN divides r and
     stride_bn.
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
     if scale_ptr is not None:
         scaling *= tl.load(scale_ptr).to(tl.float32)
+    small_ptr = s_ptr
+    if TERMS > 0:
+        a_terms_ptr = terms_ptr
+        b_terms_ptr = terms_ptr + TERMS * r * K
+        if TERMS > 1:
+            small_ptr = b_terms_ptr + TERMS * r * N
+        if CONVERT:
+            ticket, first_ticket = conversions(
+                sync_ptr, a_ptr, b_ptr, None, a_terms_ptr, b_terms_ptr, None, r * K, r * N, 0, TERMS, DELAY
+            )
+        a_ptr = a_terms_ptr
+        b_ptr = b_terms_ptr
     if SHRINK:
+        if not CONVERT:
+            ticket = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+            first_ticket = 0
         src_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [SHRINK_M, SHRINK_K])
         place = shrink_tasks(
-            src_desc, a_ptr, s_ptr, sync_ptr, None, None, M, K, r, stride_ar, 1,
-            scaling, num_tasks, seed, threshold, False, DROPOUT, SPLIT, PRECISION,
+            ticket, first_ticket, src_desc, a_ptr, s_ptr, small_ptr, sync_ptr, None, None, M, K, r, stride_ar, 1,
+            scaling, num_tasks, seed, threshold, False, DROPOUT, TERMS, PRECISION,
             BLOCK_M, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
+    elif CONVERT:
+        place = ticket - first_ticket
     else:
         place = tl.program_id(0)
     if TILES:
@@ -74,9 +94,9 @@ def forward_kernel(
                 row = tile_m * BLOCK_M
                 col = tile_n * BLOCK_N
                 acc = lora_tile(
-                    x_desc, w_desc, s_ptr, b_ptr, sync_ptr,
+                    x_desc, w_desc, small_ptr, b_ptr, sync_ptr,
                     row, col, M, N, K, r, 1, stride_bn, num_tasks, None, None,
-                    x_ptr.dtype.element_ty, True, SHRINK, 0, SPLIT, PRECISION,
+                    x_ptr.dtype.element_ty, True, SHRINK, 0, TERMS, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                 )  # fmt: skip
                 n_offs = col + tl.arange(0, BLOCK_N)
@@ -85,7 +105,7 @@ def forward_kernel(
                 if bias_ptr is not None:
                     acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
                 y_desc.store([row, col], acc.to(y_ptr.dtype.element_ty))
-    if SHRINK:
+    if SHRINK or CONVERT:
         leave(sync_ptr, DELAY)
 
 
@@ -95,6 +115,8 @@ class _Plan:
 
     schedule: Schedule
     launchers: tuple[Launcher, ...]
+    # Elements of the workspace for terms.
+    terms: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -103,6 +125,7 @@ def _plan(
     facts: tuple[int, int],
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
+    param_dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     dropout: bool,
     config: ForwardConfig | None,
@@ -111,26 +134,26 @@ def _plan(
 ) -> _Plan:
     """`specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are."""
     M, N, K, r = sizes
-    split = adapter_dtype != dtype
-    problem = Problem(M, N, K, r, dtype.itemsize, split, *facts, dropout)
+    terms = num_terms(param_dtype, adapter_dtype, dtype)
+    problem = Problem(M, N, K, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or forward_config(problem)
     schedule = forward_schedule(problem, config)
     constants = {
         "DROPOUT": mask_method(facts[0]) if dropout else 0,
-        "SPLIT": split,
+        "TERMS": terms,
         "PRECISION": PRECISION,
         "R_ALIGN": rank_alignment(r),
         "BLOCK_R": block_r(r),
         "DELAY": 0,
         **vars(config),
     }
-    phases = ((True, True),) if one_launch else ((True, False), (False, True))
+    phases = [{"CONVERT": terms > 0, "SHRINK": True, "TILES": True}]
+    if not one_launch:
+        phases = separate(phases[0])
     return _Plan(
         schedule,
-        tuple(
-            Launcher(forward_kernel, schedule.num_programs, device, constants | {"SHRINK": shrink, "TILES": tiles})
-            for shrink, tiles in phases
-        ),
+        tuple(Launcher(forward_kernel, schedule.num_programs, device, constants | phase) for phase in phases),
+        terms * r * (K + N) + (terms * M * r if terms > 1 else 0),
     )
 
 
@@ -166,7 +189,7 @@ def lora_forward(
         adapter_dtype: dtype of S and of the adapter's products: x's, or fp32 to keep fp32 adapters' precision.
         save_s: whether S is wanted back.
         config: tile sizes; None takes the heuristic's.
-        one_launch: False computes S in a launch of its own, and nothing waits for anything.
+        one_launch: False computes S, and before it terms, in launches of their own; nothing waits for anything.
 
     Returns:
         y [M, N] of x's dtype and S [M, r] of `adapter_dtype` (empty unless `save_s`).
@@ -183,17 +206,19 @@ def lora_forward(
         scaling, seed, threshold = launch_dropout(seed, dropout_p, scaling)
         scale_dtype = None if scale is None else scale.dtype
         optional = (scale_dtype, gain is None, type(seed), alignment(lora_A, lora_B, bias, gain, scale))
-        specialised = (lora_A.dtype, stride_xm, stride_wn, bias is None, optional)
+        specialised = (stride_xm, stride_wn, bias is None, optional)
         sizes = (M, N, K, r)
         facts = device_facts(device)
-        plan = _plan(device, facts, sizes, dtype, adapter_dtype, seed is not None, config, one_launch, specialised)
+        dtypes = (dtype, lora_A.dtype, adapter_dtype)
+        plan = _plan(device, facts, sizes, *dtypes, seed is not None, config, one_launch, specialised)
+        terms = torch.empty(plan.terms, dtype=dtype, device=device) if plan.terms else None
         stream = current_stream(device)
         words = sync_words(device, stream, ARRIVED.value)
         for launcher in plan.launchers:
             launcher(
                 stream,
                 *(x, weight, lora_A, lora_B, bias, gain, scale),
-                *(y, s, words),
+                *(y, s, terms, words),
                 *(M, N, K, r),
                 *(stride_xm, stride_wn, K, r),
                 *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs),

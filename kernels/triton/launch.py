@@ -208,6 +208,16 @@ def mask_method(capability: int) -> int:
     return (PAIRED if capability >= 90 and not INTERPRET else PLAIN).value
 
 
+def num_terms(param_dtype: torch.dtype, adapter_dtype: torch.dtype, dtype: torch.dtype) -> int:
+    """The kernels' TERMS: 16-bit terms of each fp32 parameter, 0 where parameters are of x's dtype."""
+    return 0 if param_dtype == dtype else 1 if adapter_dtype == dtype else 3
+
+
+def separate(phases: dict[str, bool]) -> list[dict[str, bool]]:
+    """Launches that wait for nothing, each with one of the phases that are asked for, in their order."""
+    return [{other: other == name for other in phases} for name, wanted in phases.items() if wanted]
+
+
 # How fp32 operands are multiplied: three tf32 products, near fp32's precision. Nothing is said of 16-bit operands.
 PRECISION = "tf32x3"
 

@@ -39,6 +39,15 @@ VARIANTS = {
     "fp32-adapters-r128": (8192, 128, BF16, FP32, FP32, {}),
     "fp32-r16": (8192, 16, FP32, FP32, FP32, {}),
     "fp32-r64": (8192, 64, FP32, FP32, FP32, {}),
+    "dropout-r16": (8192, 16, BF16, BF16, BF16, {"seed": True}),
+    "dropout-r32": (8192, 32, BF16, BF16, BF16, {"seed": True}),
+    "dropout-r64": (8192, 64, BF16, BF16, BF16, {"seed": True}),
+    "dropout-r128": (8192, 128, BF16, BF16, BF16, {"seed": True}),
+    "dropout-fp32-adapters-r16": (8192, 16, BF16, FP32, FP32, {"seed": True}),
+    "dropout-fp32-adapters-r64": (8192, 64, BF16, FP32, FP32, {"seed": True}),
+    "dropout-fp32-adapters-r128": (8192, 128, BF16, FP32, FP32, {"seed": True}),
+    "dropout-512-rows": (512, 16, FP16, FP32, FP16, {"seed": True}),
+    "tensors-for-scalars": (512, 16, BF16, BF16, BF16, {"seed": "cuda", "scale": True, "gain": True}),
     "512-rows": (512, 16, BF16, BF16, BF16, {}),
     "200-rows": (200, 16, BF16, BF16, BF16, {}),
     "16-rows": (16, 16, BF16, BF16, BF16, {}),
@@ -48,6 +57,7 @@ VARIANTS = {
 }
 # Bytes that may spill outside the main loop, where fp32 terms of a wide rank leave no choice. Never on the plain path.
 SPILLS_ALLOWED = {"fp32-adapters-r256": 64, "fp32-r16": 128, "fp32-r64": 256}
+SPILLS_ALLOWED |= {"dropout-fp32-adapters-r64": 16, "dropout-fp32-adapters-r128": 64}
 
 QUICK = [(90, v) for v in VARIANTS if v not in ("fp32-adapters-r256", "r32", "autocast-r64")]
 QUICK += [(cc, v) for cc in (80, 86, 89, 100, 120) for v in ("r16", "fp32-adapters-r16")]
@@ -72,9 +82,15 @@ def launches_of(capability: int, variant: str) -> list[Launch]:
     lora_A, lora_B = empty(r, K, dtype=parameter_dtype), empty(N, r, dtype=parameter_dtype)
     common = {"scaling": 2.0, "adapter_dtype": adapter_dtype, "one_launch": one_launch}
 
+    if settings.get("seed"):
+        common |= {"seed": torch.tensor([2**62]), "dropout_p": 0.1}
+    if settings.get("scale"):
+        common["scale"] = empty(dtype=FP32)
+
     def call() -> None:
         bias = empty(N) if settings.get("bias") else None
-        _, s = lora_forward(x, weight, lora_A, lora_B, bias, save_s=True, **common)
+        gain = empty(N, dtype=FP32) if settings.get("gain") else None
+        _, s = lora_forward(x, weight, lora_A, lora_B, bias, gain=gain, save_s=True, **common)
         needs = {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB}
         lora_backward(dy, x, weight, lora_A, lora_B, s, **needs, **common)
 
