@@ -219,7 +219,7 @@ def _plan(
         constants |= {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": wide, "RANK_K": wide if wide <= 128 else 64}
         constants |= {"STAGES": 3 if wide > 64 else 4, "num_stages": 3}
         return Launcher(gain_kernel, cdiv(N, block_n), device, constants), 0, 0
-    block_m, block_n = 32, 128 if itemsizes[0] == 2 else 64
+    block_m, block_n = 32 if itemsizes[0] == 2 else 16, 128
     blocks = cdiv(N, block_n)
     # About eight programs for each SM, so that the last ones to finish are short.
     rows = cdiv(max(block_m, min(512, cdiv(M * blocks, 8 * facts[1]))), block_m) * block_m
