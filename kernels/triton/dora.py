@@ -303,7 +303,7 @@ def dora_scale(
     """Launches the pass over dy and y.
 
     Args:
-        dy: [M, N], in any strides.
+        dy: [M, N]; as x, copied where the elements of a row are neither adjacent nor one and the same.
         y: [M, N] of dy's dtype, what the forward kernel gave; as bias, x, weight and s only for dm.
         gain, norm: as `dora_gain` returned them.
         bias, x, weight, s, lora_B, adapter_dtype: as `lora_forward` took and returned them.
@@ -320,9 +320,11 @@ def dora_scale(
     if M == 0 or not (need_dy or need_dm):
         return out, dm if dm is None else dm.zero_()
     r = lora_B.shape[1]
+    dy = dy if dy.stride(1) <= 1 else dy.contiguous()
     if need_dm:
         assert y is not None and x is not None and weight is not None and s is not None
         y, s, lora_B = y.contiguous(), s.contiguous(), skinny_rows(lora_B)
+        x = x if x.stride(1) <= 1 else x.contiguous()
         K, strides = x.shape[1], (*x.stride(), weight.stride(0))
     else:
         y = bias = x = weight = s = None
