@@ -3,22 +3,23 @@
 A seeded mask is a function of the seed and of the element's place alone, so that the kernels make it where they need it
 and store nothing. The elements (m, k) and (m, k + 1) of x [M, K], K and k even, share one hash of i = (m · K + k) / 2,
 
-    h = (i + low) · C0;  h = (h ^ h >> 16 ^ high) · C1;  h = (h ^ h >> 15) · C2;  h = h ^ h >> 16
+    h = fold(fold((fold((i + low) · C0) ^ high) · C1) · C2)        fold(z) = (z ^ z >> 32) mod 2³²
 
-in 32-bit unsigned arithmetic, low and high being the seed's halves. Bits 0 to 14 belong to the first, 16 to 30 to the
-second, and an element is kept where its bits are at least round(p · 2¹⁵): the rate is p to 1.5e-5.
+where i + low is taken mod 2³² and the products have 64 bits; low and high are the seed's halves. Bits 0 to 14 of h
+belong to the first, 16 to 30 to the second, and an element is kept where its bits are at least round(p · 2¹⁵): the rate
+is p to 1.5e-5.
 
-These are the multiply-xorshift rounds of integer hashes such as MurmurHash3's finaliser, with the constants of Wellons'
-"lowbias32" (hash-prospector, 2018) and the golden ratio for C0. The seed's upper half comes in between the rounds: two
-seeds, which are drawn at random, give shifted copies of one mask only where these halves are equal.
+Folding a double-width product is the round of Wang Yi's "wyhash" (2019). The seed's upper half comes in between the
+rounds: two seeds, which are drawn at random, give shifted copies of one mask only where these halves are equal.
 """
 
 import torch
 from torch import Tensor
 
-C0, C1, C2 = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
-# Elements whose hashes are formed at a time where torch does it: a few int32 tensors of this size are alive.
-_CHUNK = 1 << 22
+# Odd, with bits of no pattern: of the golden ratio, the square root of 3, and a multiplier of Philox.
+C0, C1, C2 = 0x9E3779B9, 0xBB67AE85, 0xD2511F53
+# Pairs whose hashes are formed at a time where torch does it: a few int64 tensors of this size are alive.
+_CHUNK = 1 << 21
 
 
 def threshold(dropout_p: float) -> int:
@@ -66,27 +67,22 @@ def as_mask(drawn: Tensor, M: int, K: int, dropout_p: float, device: torch.devic
     if drawn.dtype is torch.bool:
         return drawn
     seed = drawn.to(device)
-    low, high = _int32(seed), _int32(seed >> 32)
+    low, high = seed & _WORD, seed >> 32
     bound = threshold(dropout_p)
     mask = torch.empty((M * (K + K % 2) // 2, 2), dtype=torch.bool, device=device)
     for first in range(0, len(mask), _CHUNK):
         part = mask[first : first + _CHUNK]
-        # int32 wraps as uint32 does; only shifts tell them apart
-        h = _int32(torch.arange(first, first + len(part), device=device))
-        h.add_(low).mul_(_signed(C0))
-        h.bitwise_xor_(h >> 16 & 0xFFFF).bitwise_xor_(high).mul_(_signed(C1))
-        h.bitwise_xor_(h >> 15 & 0x1FFFF).mul_(_signed(C2))
-        h.bitwise_xor_(h >> 16 & 0xFFFF)
+        h = torch.arange(first, first + len(part), device=device)
+        h = _fold(h.add_(low).bitwise_and_(_WORD).mul_(C0)).bitwise_xor_(high)
+        h = _fold(_fold(h.mul_(C1)).mul_(C2))
         part[:, 0] = (h & 0x7FFF) >= bound
         part[:, 1] = (h >> 16 & 0x7FFF) >= bound
     return mask.view(M, K + K % 2)[:, :K]
 
 
-def _signed(value: int) -> int:
-    """The int32 with these 32 bits."""
-    return value - 2**32 if value >= 2**31 else value
+_WORD = 2**32 - 1
 
 
-def _int32(tensor: Tensor) -> Tensor:
-    """The low 32 bits of int64s."""
-    return tensor.to(torch.int32)
+def _fold(product: Tensor) -> Tensor:
+    """The halves of 64-bit products, which are right in int64 though their sign is not, exclusively or-ed."""
+    return product.bitwise_xor_(product >> 32).bitwise_and_(_WORD)

@@ -13,10 +13,12 @@ from fusedlora.config import BackwardConfig, ForwardConfig, Problem
 
 # Measured on an H100: a 128×256×4096 bf16 tile takes 44 µs; beside busy neighbours one SM streams about 65 KB/µs
 # through a shrink task of a small rank, 50 KB/µs of a rank above 32, 42 KB/µs where the task forms dB as well, and
-# 15 KB/µs where it splits fp32 adapters. A dropout mask costs 1 ns for each 20 bytes of bf16.
+# 15 KB/µs where it splits fp32 adapters, 25 KB/µs where the rows are too few to fill its tensor cores. A dropout mask
+# costs 1 µs for each 25,000 elements.
 FLOP_PER_US = 6.3e6
 BYTES_PER_US, BYTES_PER_US_WIDE, BYTES_PER_US_FUSED, BYTES_PER_US_SPLIT = 65e3, 50e3, 42e3, 15e3
-MASKED_PER_US = 10e3
+BYTES_PER_US_FEW_ROWS = 25e3
+MASKED_PER_US = 25e3
 STEP_US = 1.5
 # More parts than this would write more partial sums than the balance is worth.
 MAX_PARTS = 16
@@ -48,6 +50,8 @@ def shrink_us(p: Problem, c: ForwardConfig) -> float:
     rate = BYTES_PER_US if p.r <= 32 else BYTES_PER_US_WIDE
     if isinstance(c, BackwardConfig) and c.FUSE_DB:
         rate = BYTES_PER_US_FUSED
+    if c.SHRINK_M < 128:
+        rate = min(rate, BYTES_PER_US_FEW_ROWS)
     if p.split:
         rate = BYTES_PER_US_SPLIT
     masked = p.dropout and not isinstance(c, BackwardConfig)

@@ -29,10 +29,10 @@ def test_the_definition_in_python_integers(p: float) -> None:
     low, high, wrap = seed % 2**32, seed >> 32, 2**32
     got = mask_of(seed, M, K, p)
     for m, k in itertools.product(range(M), range(K)):
-        h = ((m * K + k) // 2 + low) * 0x9E3779B9 % wrap
-        h = (h ^ h >> 16 ^ high) * 0x7FEB352D % wrap
-        h = (h ^ h >> 15) * 0x846CA68B % wrap
-        h ^= h >> 16
+        z = ((m * K + k) // 2 + low) % wrap * 0x9E3779B9
+        z = ((z ^ z >> 32) % wrap ^ high) * 0xBB67AE85
+        z = (z ^ z >> 32) % wrap * 0xD2511F53
+        h = (z ^ z >> 32) % wrap
         assert got[m, k].item() == ((h >> k % 2 * 16) % 2**15 >= round(p * 2**15))
 
 

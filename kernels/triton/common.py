@@ -115,7 +115,7 @@ C2 = tl.constexpr(dropout.C2)
 
 @triton.jit
 def load_seed(seed):
-    """The halves of a seed, which is given as a number or in memory."""
+    """The lower and the upper half of a seed, which is given as a number or in memory."""
     if seed.dtype.is_ptr():
         seed = tl.load(seed)
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -127,77 +127,77 @@ def load_seed(seed):
 PLAIN = tl.constexpr(1)
 PAIRED = tl.constexpr(2)
 
-# $h from the start of a pair's hash; the registers of the second element hold the same.
-_FINISH_HASH = f"""
-    shr.u32 t, BASE, 16;    xor.b32 h, BASE, t;     xor.b32 h, h, HIGH;     mul.lo.u32 h, h, {dropout.C1};
-    shr.u32 t, h, 15;       xor.b32 h, h, t;        mul.lo.u32 h, h, {dropout.C2};
-    shr.u32 t, h, 16;       xor.b32 h, h, t;        and.b32 h, h, 0x7FFF7FFF;
+# h from a pair's counter and the seed's upper half; the registers of the second element hold the same.
+_HASH = f"""
+    .reg .b32 h, t; .reg .b64 z;
+    mul.wide.u32 z, COUNTER, {dropout.C0}; mov.b64 {{h, t}}, z; xor.b32 h, h, t; xor.b32 h, h, HIGH;
+    mul.wide.u32 z, h, {dropout.C1};       mov.b64 {{h, t}}, z; xor.b32 h, h, t;
+    mul.wide.u32 z, h, {dropout.C2};       mov.b64 {{h, t}}, z; xor.b32 h, h, t; and.b32 h, h, 0x7FFF7FFF;
 """
 
 
-def _finish_hash(base: str, high: str) -> str:
-    return _FINISH_HASH.replace("BASE", base).replace("HIGH", high)
+def _hash(counter: str, high: str) -> str:
+    return _HASH.replace("COUNTER", counter).replace("HIGH", high)
 
 
 # As bf16 or fp16 numbers, 15 random bits compare as they do as integers. NaNs are the largest, hence "unordered".
 _MASK_16 = tl.constexpr(
-    "{ .reg .b32 h, t;" + _finish_hash("$2", "$4") + "set.geu.TYPE.TYPE t, h, $6; mul.rn.TYPE $0, $1, t; }"
+    "{" + _hash("$2", "$4") + "set.geu.TYPE.TYPE t, h, $6; mul.rn.TYPE $0, $1, t; }"
 )
 MASK_BF16 = tl.constexpr(_MASK_16.value.replace("TYPE", "bf16x2"))
 MASK_FP16 = tl.constexpr(_MASK_16.value.replace("TYPE", "f16x2"))
 ADD_KEPT = tl.constexpr(
-    "{ .reg .b32 h, t; .reg .pred p, q;" + _finish_hash("$6", "$8") + "and.b32 t, h, 0x7FFF; setp.ge.u32 p, t, $10;"
+    "{ .reg .pred p, q;" + _hash("$6", "$8") + "and.b32 t, h, 0x7FFF; setp.ge.u32 p, t, $10;"
     "shr.u32 t, h, 16; setp.ge.u32 q, t, $10; mov.b32 $0, $2; mov.b32 $1, $3;"
     "@p add.rn.f32 $0, $0, $4; @q add.rn.f32 $1, $1, $5; }"
 )
 
 
 @triton.jit
-def hash_base(low, rows, cols, depth):
-    """Where the hashes of x [M, depth] start. rows and cols broadcast."""
-    # The first multiplication is done for rows and columns apart: what is left of it for a pair is an addition.
-    return (rows.to(tl.uint32) * (depth // 2).to(tl.uint32) + low) * C0 + (cols // 2).to(tl.uint32) * C0
+def pair_counter(low, rows, cols, depth):
+    """What the hashes of x [M, depth] are of. rows and cols broadcast."""
+    return rows.to(tl.uint32) * (depth // 2).to(tl.uint32) + low + (cols // 2).to(tl.uint32)
 
 
 @triton.jit
-def kept(base, high, threshold, cols):
+def kept(counter, high, threshold, cols):
     """Which elements the dropout keeps."""
-    h = (base ^ (base >> 16) ^ high) * C1
-    h = (h ^ (h >> 15)) * C2
-    h = h ^ (h >> 16)
+    h = (counter * C0) ^ tl.umulhi(counter, C0) ^ high
+    h = (h * C1) ^ tl.umulhi(h, C1)
+    h = (h * C2) ^ tl.umulhi(h, C2)
     return (h >> (cols % 2 * 16).to(tl.uint32) & 0x7FFF) >= threshold.to(tl.uint32)
 
 
 @triton.jit
 def masked(x, low, high, threshold, rows, cols, depth, DROPOUT: tl.constexpr):
     """The tile of x under the dropout's mask; rows [:, None] and cols [None, :]."""
-    base = hash_base(low, rows, cols, depth)
+    counter = pair_counter(low, rows, cols, depth)
     if DROPOUT == PAIRED and x.dtype.primitive_bitwidth == 16:
         both = threshold.to(tl.uint32) * 0x10001
         assembly: tl.constexpr = MASK_BF16 if x.dtype == tl.bfloat16 else MASK_FP16
         return tl.inline_asm_elementwise(
-            assembly, "=r,r,r,r,r,r,r,r", [x, base, high, both], dtype=x.dtype, is_pure=True, pack=2
+            assembly, "=r,r,r,r,r,r,r,r", [x, counter, high, both], dtype=x.dtype, is_pure=True, pack=2
         )
     else:
-        return tl.where(kept(base, high, threshold, cols), x, 0.0)
+        return tl.where(kept(counter, high, threshold, cols), x, 0.0)
 
 
 @triton.jit
 def add_kept(acc, product, low, high, threshold, rows, cols, depth, DROPOUT: tl.constexpr):
     """acc + the tile of product under the dropout's mask, both fp32."""
-    base = hash_base(low, rows, cols, depth)
+    counter = pair_counter(low, rows, cols, depth)
     if DROPOUT == PAIRED:
         return tl.inline_asm_elementwise(
             ADD_KEPT,
             "=&f,=&f,f,f,f,f,r,r,r,r,r,r",
-            [acc, product, base, high, threshold.to(tl.uint32)],
+            [acc, product, counter, high, threshold.to(tl.uint32)],
             dtype=tl.float32,
             is_pure=True,
             pack=2,
         )
     else:
         # A sum chosen, not a summand: that way ptxas keeps everything in registers.
-        return tl.where(kept(base, high, threshold, cols), acc + product, acc)
+        return tl.where(kept(counter, high, threshold, cols), acc + product, acc)
 
 
 @triton.jit
