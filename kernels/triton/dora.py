@@ -256,7 +256,7 @@ def dora_gain(
     device = weight.device
     gain = torch.empty(N, dtype=torch.float32, device=device)
     norm = torch.empty(N, dtype=torch.float32, device=device)
-    lora_A, lora_B = skinny_rows(lora_A), skinny_rows(lora_B)
+    lora_A, lora_B, magnitude = skinny_rows(lora_A), skinny_rows(lora_B), magnitude.contiguous()
     stride_wn = weight.stride(0)
     tensors = (weight, lora_A, lora_B, magnitude, scale, gain, norm)
     specialised = (
