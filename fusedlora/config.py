@@ -90,7 +90,7 @@ def check_config(config: ForwardConfig) -> None:
 @functools.lru_cache(maxsize=4096)
 def forward_config(p: Problem) -> ForwardConfig:
     """The configuration of the forward kernel."""
-    return ForwardConfig(**_tile(p), GROUP_M=8, **_shrink(p, tall=True))
+    return ForwardConfig(**_tile(p), GROUP_M=8, **_shrink(p, tall=True, masked=p.dropout))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,7 +98,7 @@ def backward_config(p: Problem) -> BackwardConfig:
     """As `forward_config`, for the backward kernel."""
     wide = block_r(p.r)
     # One read of dy for T and dB. Wider ranks write partial sums as large as dy itself.
-    fuse = p.itemsize == 2 and wide <= 32 and _rows(p) >= 128 and not (p.split and p.dropout)
+    fuse = p.itemsize == 2 and wide <= 32 and not p.split
     if not _large_shared(p) or p.itemsize == 4:
         narrow = wide > 64 or p.split or p.itemsize == 4
         stripe = {"STRIPE_N": 32 if narrow else 64, "STRIPE_M": 32 if narrow else 64, "STRIPE_STAGES": 3}
@@ -109,7 +109,7 @@ def backward_config(p: Problem) -> BackwardConfig:
     else:
         rows = 64 if wide > 32 or p.split and wide > 16 else 128
         stripe = {"STRIPE_N": 128, "STRIPE_M": rows, "STRIPE_STAGES": 3 if p.split and wide > 32 else 4}
-    return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not fuse), **stripe, FUSE_DB=fuse)
+    return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not (fuse or p.split)), **stripe, FUSE_DB=fuse)
 
 
 def _large_shared(p: Problem) -> bool:
@@ -154,12 +154,7 @@ def _tile(p: Problem) -> dict[str, int]:
     return tile(64, 128, 64, warps=4, stages=4)
 
 
-def _rows(p: Problem) -> int:
-    """Rows of a shrink task that leave a quarter of the SMs without one: few where M is small."""
-    return 1 << max(4, (4 * p.M // p.num_sms).bit_length() - 1)
-
-
-def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
+def _shrink(p: Problem, *, tall: bool, masked: bool = False) -> dict[str, int]:
     def shrink(rank_k: int, m: int, k: int, stages: int) -> dict[str, int]:
         return {"RANK_K": rank_k, "SHRINK_M": m, "SHRINK_K": k, "SHRINK_STAGES": stages}
 
@@ -171,12 +166,15 @@ def _shrink(p: Problem, *, tall: bool) -> dict[str, int]:
         return shrink(rank_k, m=64, k=16 if p.split and wide > 128 else 32, stages=3)
     if not _large_shared(p):
         return shrink(rank_k, m=128, k=32, stages=3)
-    if (rows := _rows(p)) < 128:
-        return shrink(rank_k, m=rows, k=128 if rows > 32 or wide > 32 or p.split else 256, stages=3)
+    if p.M <= 64:
+        return shrink(rank_k, m=64, k=128 if wide <= (16 if p.split else 64) else 64, stages=3)
     if p.split and wide > 32:
         return shrink(rank_k, m=128, k=64, stages=3)
     if wide > 64:
         return shrink(rank_k, m=128, k=32, stages=4)
-    if tall:
+    if masked and not p.split and p.M <= 16384:
+        # The mask takes longer than the memory: every SM makes its share.
+        return shrink(rank_k, m=64, k=128 if wide <= 32 else 64, stages=4)
+    if tall and p.M > 1024:
         return shrink(rank_k, m=256, k=64, stages=4)
     return shrink(rank_k, m=128, k=64 if (p.dropout or p.split) and wide > 16 else 128, stages=4)
