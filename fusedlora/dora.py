@@ -211,7 +211,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         scaled, dm = dora_scale(*given, adapter_dtype, magnitude_dtype, need_dy, need_m, backend)
         dm = dm if need_m else None
 
-    def backward(dy: Tensor, B: Tensor, need_dx: bool, need_dA: bool, need_dB: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(dy: Tensor, B: Tensor, need_dx: bool, need_dA: bool, need_dB: bool) -> Any:
         given = (dy, x if need_dA else None, weight if need_dx else None, lora_A, B, s if need_dB else None, None)
         return ops.backward(*given, scale, scaling, 0.0, adapter_dtype, need_dx, need_dA, need_dB, backend)
 

@@ -265,7 +265,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             need_B,
             backend,
         )
-        dx = (dx if flat else dx.view(shape)) if need_x else None
+        dx = None if not need_x else dx if flat or dx is None else dx.view(shape)
         dA = dA if need_A else None
         dB = dB if need_B else None
     if need_W:

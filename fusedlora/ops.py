@@ -11,6 +11,8 @@ mask is what `dropout.draw` gave: a bool mask [M, K], or a seed int64 [1]. scale
 only known on the device. gain [N], float32, multiplies y before the bias.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,9 +49,9 @@ def _forward(
     adapter_dtype: torch.dtype,
     save_s: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     call = describe_call(backend, x, weight, lora_A, lora_B, mask, adapter_dtype)
-    y, s = select(backend, call).forward(
+    return select(backend, call).forward(
         x,
         weight,
         lora_A,
@@ -63,7 +65,6 @@ def _forward(
         adapter_dtype=adapter_dtype,
         save_s=save_s,
     )
-    return y, x.new_empty(0, dtype=adapter_dtype) if s is None else s
 
 
 def _forward_fake(
@@ -101,9 +102,9 @@ def _backward(
     need_dA: bool,
     need_dB: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     call = describe_call(backend, dy, weight, lora_A, lora_B, mask, adapter_dtype)
-    dx, dA, dB = select(backend, call).backward(
+    return select(backend, call).backward(
         dy,
         x,
         weight,
@@ -118,11 +119,6 @@ def _backward(
         need_dx=need_dx,
         need_dA=need_dA,
         need_dB=need_dB,
-    )
-    return (
-        dy.new_empty(0) if dx is None else dx,
-        lora_A.new_empty(0) if dA is None else dA,
-        lora_B.new_empty(0) if dB is None else dB,
     )
 
 
@@ -152,11 +148,55 @@ def _backward_fake(
     )
 
 
-LIB.impl("forward", _forward, "CompositeExplicitAutograd")
-LIB.impl("backward", _backward, "CompositeExplicitAutograd")
+# An op's outputs have to be tensors: empty ones stand for those that nobody asked for.
+
+
+def _forward_tensors(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y, s = _forward(*arguments)
+    adapter_dtype = arguments[10]
+    return y, y.new_empty(0, dtype=adapter_dtype) if s is None else s
+
+
+def _backward_tensors(*arguments: Any) -> tuple[Tensor, ...]:
+    dy, lora_A = arguments[0], arguments[3]
+    grads = _backward(*arguments)
+    return tuple(like.new_empty(0) if out is None else out for like, out in zip((dy, lora_A, lora_A), grads))
+
+
+LIB.impl("forward", _forward_tensors, "CompositeExplicitAutograd")
+LIB.impl("backward", _backward_tensors, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedlora::forward", _forward_fake, lib=LIB)
 torch.library.register_fake("fusedlora::backward", _backward_fake, lib=LIB)
 
 # the overloads themselves: calling through the packet would look them up each time
-forward = torch.ops.fusedlora.forward.default
-backward = torch.ops.fusedlora.backward.default
+forward_op = torch.ops.fusedlora.forward.default
+backward_op = torch.ops.fusedlora.backward.default
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _dispatched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether anyone but the backends has a say in what an op does to these tensors.
+
+    That are modes (compilers, FakeTensor, tests), subclasses of Tensor, and lazy negation.
+    """
+    if torch._C._len_torch_dispatch_stack() > 0 or x.is_neg() or type(x) not in _PLAIN:
+        return True
+    for tensor in others:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return True
+    return False
+
+
+def forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    """forward_op, past the dispatcher where it would do nothing: its host time is that of half a launch."""
+    call = forward_op if _dispatched(x, weight, lora_A, lora_B) else _forward
+    return call(x, weight, lora_A, lora_B, *rest)
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """backward_op, as `forward`."""
+    call = backward_op if _dispatched(dy, x, weight, lora_A, lora_B) else _backward
+    return call(dy, x, weight, lora_A, lora_B, *rest)

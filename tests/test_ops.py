@@ -23,7 +23,7 @@ def forward_arguments(i: Inputs, save_s: bool = True) -> tuple:
 def backward_arguments(i: Inputs, needs: tuple[bool, bool, bool] = (True, True, True)) -> tuple:
     """As autograd gives them: what no needed gradient reads is None."""
     need_dx, need_dA, need_dB = needs
-    _, s = ops.forward(*forward_arguments(i))
+    _, s = ops.forward_op(*forward_arguments(i))
     tensors = (
         i.dy,
         i.x if need_dA else None,
@@ -39,7 +39,7 @@ def backward_arguments(i: Inputs, needs: tuple[bool, bool, bool] = (True, True, 
 
 @pytest.mark.parametrize(
     "op, implementation",
-    [(ops.forward, ops._forward), (ops.backward, ops._backward)],
+    [(ops.forward_op, ops._forward), (ops.backward_op, ops._backward)],
     ids=["forward", "backward"],
 )
 def test_schema(op, implementation) -> None:
@@ -62,9 +62,9 @@ def test_schema(op, implementation) -> None:
 def test_forward_op(shape, save_s: bool, dropout_p: float, bias: bool, device) -> None:
     i = make_inputs(*shape, dropout_p=dropout_p, bias=bias, device=device)
     args = forward_arguments(i, save_s)
-    torch.library.opcheck(ops.forward, args)
+    torch.library.opcheck(ops.forward_op, args)
     M, _, N, r = shape
-    y, s = ops.forward(*args)
+    y, s = ops.forward_op(*args)
     assert y.shape == (M, N) and y.is_contiguous() and s.shape == ((M, r) if save_s else (0,))
 
 
@@ -75,16 +75,16 @@ def test_backward_op(needed: int, dropout_p: float, dtype, adapter_dtype, device
     i = make_inputs(9, 16, 24, 4, dtype, adapter_dtype, device, dropout_p=dropout_p)
     needs = bool(needed & 4), bool(needed & 2), bool(needed & 1)
     args = backward_arguments(i, needs)
-    torch.library.opcheck(ops.backward, args)
+    torch.library.opcheck(ops.backward_op, args)
     dtypes = (dtype, i.lora_A.dtype, i.lora_A.dtype)
-    for out, need, shape, dtype in zip(ops.backward(*args), needs, ((9, 16), (4, 16), (24, 4)), dtypes):
+    for out, need, shape, dtype in zip(ops.backward_op(*args), needs, ((9, 16), (4, 16), (24, 4)), dtypes):
         assert out.shape == (shape if need else (0,)) and out.dtype == dtype
 
 
 def test_ops_are_the_formula(device) -> None:
     i = make_inputs(9, 16, 24, 4, FP64, device=device, dropout_p=0.3)
-    y, s = ops.forward(*forward_arguments(i))
-    outputs = {"y": y, **dict(zip(("dx", "dA", "dB"), ops.backward(*backward_arguments(i))))}
+    y, s = ops.forward_op(*forward_arguments(i))
+    outputs = {"y": y, **dict(zip(("dx", "dA", "dB"), ops.backward_op(*backward_arguments(i))))}
     want = exact(i)
     for name, out in outputs.items():
         assert relative_error(out, want[name]) < 1e-14, name
@@ -104,10 +104,10 @@ def test_fakes_have_the_real_strides_and_dtypes(layout: str, device) -> None:
     i = make_inputs(16, 16, 16, 4, BF16, FP32, device)
     i = Inputs(**{**vars(i), "x": LAYOUTS[layout](i.x), "dy": LAYOUTS[layout](i.dy)})
     given = forward_arguments(i), backward_arguments(i)
-    reals = *ops.forward(*given[0]), *ops.backward(*given[1])
+    reals = *ops.forward_op(*given[0]), *ops.backward_op(*given[1])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args] for args in given]
-        fakes = *ops.forward(*fake[0]), *ops.backward(*fake[1])
+        fakes = *ops.forward_op(*fake[0]), *ops.backward_op(*fake[1])
     for real, said in zip(reals, fakes, strict=True):
         assert (real.shape, real.stride(), real.dtype, real.device) == (
             said.shape,
@@ -127,9 +127,9 @@ def test_fakes_carry_a_dynamic_number_of_rows() -> None:
     M = x.shape[0]
     weight, lora_A, lora_B = (mode.from_tensor(t, static_shapes=True) for t in (i.weight, i.lora_A, i.lora_B))
     with mode:
-        y, s = ops.forward(x, weight, lora_A, lora_B, None, None, None, None, 1.5, 0.0, FP32, True, "auto")
+        y, s = ops.forward_op(x, weight, lora_A, lora_B, None, None, None, None, 1.5, 0.0, FP32, True, "auto")
         needs = (True, True, True)
-        dx, dA, dB = ops.backward(y, x, weight, lora_A, lora_B, s, None, None, 1.5, 0.0, FP32, *needs, "auto")
+        dx, dA, dB = ops.backward_op(y, x, weight, lora_A, lora_B, s, None, None, 1.5, 0.0, FP32, *needs, "auto")
     linear = torch.ops.fusedlora.linear.default
     with mode:
         z = linear(x, weight, lora_A, lora_B, None, None, None, 1.5, 0.0, FP32, "auto", "version")
@@ -145,8 +145,8 @@ def test_inputs_are_not_written_to(device) -> None:
     i = make_inputs(9, 16, 24, 4, device=device, dropout_p=0.5)
     tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, i.dy)
     before = [t.clone() for t in tensors]
-    ops.forward(*forward_arguments(i))
-    ops.backward(*backward_arguments(i))
+    ops.forward_op(*forward_arguments(i))
+    ops.backward_op(*backward_arguments(i))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors))
 
 

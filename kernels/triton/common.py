@@ -141,9 +141,7 @@ def _hash(counter: str, high: str) -> str:
 
 
 # As bf16 or fp16 numbers, 15 random bits compare as they do as integers. NaNs are the largest, hence "unordered".
-_MASK_16 = tl.constexpr(
-    "{" + _hash("$2", "$4") + "set.geu.TYPE.TYPE t, h, $6; mul.rn.TYPE $0, $1, t; }"
-)
+_MASK_16 = tl.constexpr("{" + _hash("$2", "$4") + "set.geu.TYPE.TYPE t, h, $6; mul.rn.TYPE $0, $1, t; }")
 MASK_BF16 = tl.constexpr(_MASK_16.value.replace("TYPE", "bf16x2"))
 MASK_FP16 = tl.constexpr(_MASK_16.value.replace("TYPE", "f16x2"))
 ADD_KEPT = tl.constexpr(

@@ -173,7 +173,7 @@ def lora_forward(
     save_s: bool,
     config: ForwardConfig | None = None,
     one_launch: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launches the forward kernel.
 
     Args:
@@ -192,7 +192,7 @@ def lora_forward(
         one_launch: False computes S, and before it terms, in launches of their own; nothing waits for anything.
 
     Returns:
-        y [M, N] of x's dtype and S [M, r] of `adapter_dtype` (empty unless `save_s`).
+        y [M, N] of x's dtype and S [M, r] of `adapter_dtype` (None unless `save_s`).
     """
     M, K = x.shape
     N = weight.shape[0]
@@ -224,4 +224,4 @@ def lora_forward(
                 *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs),
                 *(seed, threshold),
             )
-    return y, s if save_s else s.new_empty(0)
+    return y, s if save_s else None

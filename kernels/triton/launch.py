@@ -169,12 +169,8 @@ def row_major(tensor: torch.Tensor) -> torch.Tensor:
 
     A descriptor needs unit stride in a row, a 16-byte aligned base and row strides of whole 16 bytes.
     """
-    if (
-        tensor.stride(1) == 1
-        and tensor.stride(0) >= tensor.shape[1]
-        and tensor.stride(0) * tensor.element_size() % 16 == 0
-        and tensor.data_ptr() % 16 == 0
-    ):
+    row, last = tensor.stride()
+    if last == 1 and row >= tensor.shape[1] and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0:
         return tensor
     copy = tensor.contiguous()
     return copy.clone() if copy.data_ptr() % 16 else copy
@@ -222,6 +218,11 @@ def separate(phases: dict[str, bool]) -> list[dict[str, bool]]:
 PRECISION = "tf32x3"
 
 
-def alignment(*tensors: torch.Tensor | None) -> tuple[bool, ...]:
-    """Of each tensor, whether its address is a multiple of 16 bytes: Triton specialises for every one by itself."""
-    return tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+def alignment(*tensors: torch.Tensor | None) -> int:
+    """A bit for each tensor whose address is no multiple of 16 bytes: Triton specialises for every one by itself."""
+    bits = 0
+    for tensor in tensors:
+        bits *= 2
+        if tensor is not None and tensor.data_ptr() % 16:
+            bits += 1
+    return bits
