@@ -75,8 +75,8 @@ def test_errors_with_dropout_are_not_above_the_eager_path(dtype, adapter_dtype, 
     def ours(i):
         settings = {"scaling": i.scaling, "dropout_p": p, "adapter_dtype": wide}
         needs = {"need_dx": True, "need_dA": True, "need_dB": True}
-        y, s = module.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, save_s=True, **settings)
-        grads = module.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, i.mask, **needs, **settings)
+        y, s = module.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, None, None, save_s=True, **settings)
+        grads = module.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, i.mask, None, **needs, **settings)
         return dict(zip(("y", "dx", "dA", "dB"), (y, *grads)))
 
     def theirs(i):
@@ -90,7 +90,7 @@ def test_errors_with_dropout_are_not_above_the_eager_path(dtype, adapter_dtype, 
 def test_scale_is_applied_before_the_one_rounding(dtype, device) -> None:
     i = make_inputs(64, 128, 32, 8, dtype, device=device)
     settings = {"scaling": 0.37, "dropout_p": 0.0, "adapter_dtype": dtype}
-    _, s = module.forward(i.x, i.weight, i.lora_A, i.lora_B, None, None, save_s=True, **settings)
+    _, s = module.forward(i.x, i.weight, i.lora_A, i.lora_B, None, None, None, None, save_s=True, **settings)
     want = 0.37 * (i.x.double() @ i.lora_A.double().t())
     assert s.dtype == dtype
     assert relative_error(s, want) < 0.9 * relative_error((i.x @ i.lora_A.t()) * 0.37, want)
@@ -154,6 +154,6 @@ def test_backward_multiplies_only_for_what_is_needed(needs, products, device) ->
     settings = {"scaling": 1.0, "dropout_p": 0.0, "adapter_dtype": FP32}
     flags = {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB}
     with CountProducts() as count:
-        grads = module.backward(i.dy, x, weight, i.lora_A, i.lora_B, s, None, **settings, **flags)
+        grads = module.backward(i.dy, x, weight, i.lora_A, i.lora_B, s, None, None, **settings, **flags)
     assert sorted(count.shapes) == sorted(products)
     assert tuple(grad is not None for grad in grads) == needs
