@@ -1,21 +1,20 @@
-"""FusedLoRALinear: an nn.Linear with a LoRA adapter, its merging and its state_dict."""
+"""FusedLoRALinear: an nn.Linear with a LoRA adapter. Its merging and its state_dict are in merging.py."""
 
 import math
-from collections.abc import Callable
-from numbers import Real
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import backends
+from . import backends, inference
 from .dora import dora_linear
 from .functional import lora_linear
-from .kept_weight import KeptWeight, merged_weight
+from .layer_options import check_options, with_lora_bias
+from .merging import Mergeable
 
 
-class FusedLoRALinear(nn.Linear):
+class FusedLoRALinear(Mergeable):
     """y = x Wᵀ + bias + scaling · dropout(x) lora_Aᵀ lora_Bᵀ, W and bias frozen.
 
     scaling is lora_alpha / r, or lora_alpha / √r with use_rslora (Kalajdzievski, "A Rank Stabilization Scaling Factor
@@ -25,6 +24,8 @@ class FusedLoRALinear(nn.Linear):
     With use_dora y = g ∘ (x Wᵀ + scaling · x lora_Aᵀ lora_Bᵀ) + bias, where g = lora_magnitude_vector / ‖W + scaling ·
     lora_B lora_A‖ for each output (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024); see dora_linear.
 
+    With lora_bias scaling · lora_bias is added to y, outside the dropout as in PEFT: the kernel adds it with the bias.
+
     Args:
         in_features, out_features, bias, device, dtype: as for nn.Linear, in its order.
         r: rank, at least 1.
@@ -32,6 +33,7 @@ class FusedLoRALinear(nn.Linear):
         lora_dropout: rate of the dropout on the adapter's x while training, in [0, 1).
         use_rslora: divide lora_alpha by √r.
         use_dora: train the norms of the weight's rows by themselves.
+        lora_bias: give lora_B a bias, as PEFT's option of that name; not with use_dora.
         adapter_dtype: dtype of the adapter, the weight's or float32. None is float32 over a 16-bit weight, as in
             PEFT, and the weight's dtype over any other.
 
@@ -39,10 +41,13 @@ class FusedLoRALinear(nn.Linear):
         weight [out_features, in_features], bias [out_features] or None: frozen here; where one is made to require a
             gradient again, it gets it.
         lora_A [r, in_features], lora_B [out_features, r]: the adapter.
+        lora_bias [out_features]: belongs to it with the option lora_bias, else None. It starts as zeros.
         lora_magnitude_vector [out_features]: belongs to it with use_dora, else None. It starts as the norms of the rows
             that the weight has then: where the weight comes later, as from the meta device or from a plain linear's
             state dict, call reset_lora_parameters() after it.
-        scaling: the factor itself, free to set.
+        scaling: the factor itself, free to set: a number, or a floating 0-d tensor on the weight's device, which is
+            read there at each call and each replay of a CUDA graph. A tensor is no part of the state dict and does not
+            move with the layer, so that several layers may share one; merge() takes the value that it has then.
         backend: "auto", or the name of the backend to insist on.
         last_backend: the one that the latest call took, None before it and under torch.compile.
         merged: whether the adapter is in the weight now.
@@ -50,10 +55,6 @@ class FusedLoRALinear(nn.Linear):
 
     Raises TypeError and ValueError for arguments outside these rules.
     """
-
-    weight: nn.Parameter
-    lora_magnitude_vector: nn.Parameter | None
-    _base: KeptWeight | None
 
     def __init__(
         self,
@@ -68,12 +69,21 @@ class FusedLoRALinear(nn.Linear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         use_dora: bool = False,
+        lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(bias, bool):
             raise TypeError(f"bias is {bias!r}, must be True or False: whether the layer has one")
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype)
+        self._add_adapter(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            adapter_dtype=adapter_dtype,
+        )
 
     @classmethod
     def from_linear(
@@ -85,6 +95,7 @@ class FusedLoRALinear(nn.Linear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         use_dora: bool = False,
+        lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
         """A layer over the very weight and bias of `linear`: nothing is copied, and both are frozen, there too.
@@ -101,81 +112,83 @@ class FusedLoRALinear(nn.Linear):
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)
-        layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype)
+        layer._add_adapter(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            adapter_dtype=adapter_dtype,
+        )
         return layer.train(linear.training)
 
     def _add_adapter(
         self,
+        *,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
         use_rslora: bool,
         use_dora: bool,
+        lora_bias: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
         weight = self.weight
-        if not isinstance(r, int) or isinstance(r, bool):
-            raise TypeError(f"r is {r!r}, must be an integer")
-        if r < 1:
-            raise ValueError(f"r is {r}, must be at least 1")
-        for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
-            if not isinstance(value, Real) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}, must be a number")
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha is {lora_alpha}, must be finite")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout is {lora_dropout}, must be in [0, 1)")
-        for name, flag in (("use_rslora", use_rslora), ("use_dora", use_dora)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} is {flag!r}, must be True or False")
-        if not weight.is_floating_point():
-            raise TypeError(f"weight has dtype {weight.dtype}, must be floating point")
-        if adapter_dtype is None:
-            adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
-        elif adapter_dtype not in (weight.dtype, torch.float32):
-            raise TypeError(f"adapter_dtype is {adapter_dtype}, must be the weight's {weight.dtype} or torch.float32")
+        dtype = check_options(
+            weight,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            adapter_dtype=adapter_dtype,
+        )
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.use_dora = use_dora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = lora_alpha / self._divisor
         self.backend = "auto"
         self.last_backend: str | None = None
         self.merged = False
         self.adapters_enabled = True
-        self._base = None
+        self._base = self._base_bias = None
         weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=weight.device, dtype=adapter_dtype))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=weight.device, dtype=adapter_dtype))
-        magnitude = torch.empty(self.out_features, device=weight.device, dtype=adapter_dtype) if use_dora else None
-        self.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+
+        self.lora_A = parameter(r, self.in_features)
+        self.lora_B = parameter(self.out_features, r)
+        self.register_parameter("lora_bias", parameter(self.out_features) if lora_bias else None)
+        self.register_parameter("lora_magnitude_vector", parameter(self.out_features) if use_dora else None)
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """Start the adapter anew: lora_A Kaiming uniform with a = √5, lora_B zeros, the magnitude from the weight."""
+        """Start the adapter anew: lora_A Kaiming uniform with a = √5, the magnitude from the weight, the rest zeros."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
         if self.lora_magnitude_vector is not None:
             with torch.no_grad():
                 wide = torch.promote_types(self.weight.dtype, torch.float32)
                 self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(self.weight, dim=1, dtype=wide))
-
-    @property
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name: lora_A, lora_B and, with use_dora, lora_magnitude_vector."""
-        named = {"lora_A": self.lora_A, "lora_B": self.lora_B}
-        if self.lora_magnitude_vector is not None:
-            named["lora_magnitude_vector"] = self.lora_magnitude_vector
-        return named
 
     def reset_parameters(self) -> None:
         """Start weight, bias and adapter anew, as after to_empty() from the meta device."""
         super().reset_parameters()
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
+
+    @property
+    def _divisor(self) -> float:
+        return math.sqrt(self.r) if self.use_rslora else self.r
 
     @property
     def adapter_in_use(self) -> bool:
@@ -190,144 +203,33 @@ class FusedLoRALinear(nn.Linear):
                     "adapters_enabled is False, but the adapter is merged into the weight: unmerge() first"
                 )
             return F.linear(x, self.weight, self.bias)
-        linear: Callable[..., Tensor] = dora_linear if self.use_dora else lora_linear
-        y = linear(
+        short = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        if short and (repeated := inference.repeat(self, x)) is not None:
+            self.__dict__["last_backend"] = backends.last_used
+            return repeated
+        weight, scaling = self.weight, self.scaling
+        bias: Tensor | None = self.bias
+        if self.lora_bias is not None:
+            bias = with_lora_bias(bias, self.lora_bias, scaling, weight.dtype)
+        magnitude = (self.lora_magnitude_vector,) if self.use_dora else ()
+        linear: Any = dora_linear if self.use_dora else lora_linear
+        y: Tensor = linear(
             x,
-            self.weight,
+            weight,
             self.lora_A,
             self.lora_B,
-            *((self.lora_magnitude_vector,) if self.use_dora else ()),
-            self.bias,
-            scaling=self.scaling,
+            *magnitude,
+            bias,
+            scaling=scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
             backend=self.backend,
         )
         if not torch.compiler.is_compiling():
             self.__dict__["last_backend"] = backends.last_used  # past nn.Module.__setattr__, which takes longer
+        if short:
+            inference.keep(self, x)
         return y
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + scaling · lora_B lora_A as a new tensor of W's dtype, accumulated in float32 (float64 over a float64 W).
-
-        With use_dora its rows are scaled to the norms that lora_magnitude_vector has.
-
-        Takes one more [out_features, in_features] in that precision while it runs.
-
-        Raises:
-            ValueError: the result has a NaN or an infinity in the weight's dtype.
-            RuntimeError: the adapter is merged already, or the weight is on the meta device or sharded over ranks.
-        """
-        if self.merged:
-            raise RuntimeError("the adapter is merged already: the weight holds it")
-        weight = self.weight
-        if weight.is_meta:
-            raise RuntimeError("weight is on the meta device: it has no numbers to merge")
-        if hasattr(weight, "full_tensor"):  # fully_shard would put its own weight back, and the adapter would be lost
-            raise RuntimeError(
-                "weight is sharded over ranks (a DTensor): load the whole state, get_model_state_dict's with "
-                "full_state_dict=True, into a model that is not sharded and merge that one"
-            )
-        with torch.inference_mode(False), backends.without_autocast(weight):
-            merged = merged_weight(weight, self.lora_A, self.lora_B, self.scaling, self.lora_magnitude_vector)
-        if not torch.isfinite(merged).all():
-            raise ValueError(f"the merged weight is not finite in {weight.dtype}: not merged")
-        return merged
-
-    def merge(self, keep_base: Literal["cpu", "device", False] = "cpu") -> Self:
-        """Put W + scaling · lora_B lora_A in W's place, so that forward is one plain linear; returns the layer.
-
-        W itself is not written to: another module that shares it keeps it as it is. Does nothing where merged already.
-
-        Args:
-            keep_base: where W waits for unmerge(). "cpu" holds a copy in the host's memory (the weight itself where it
-                lies there) and frees the device's, unless someone else holds W; "device" leaves W where it is, so the
-                layer takes two weights' memory; False drops it, and unmerge() raises.
-
-        Merging itself takes up to two more weights in float32 for a moment.
-
-        Raises:
-            ValueError: keep_base is something else, or the merged weight has a NaN or an infinity.
-            RuntimeError: the weight is on the meta device or sharded over ranks.
-        """
-        if keep_base is not False and keep_base not in ("cpu", "device"):
-            raise ValueError(f'keep_base is {keep_base!r}, must be "cpu", "device" or False')
-        if self.merged:
-            return self
-        base = self.weight
-        merged = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)
-        if keep_base is not False:
-            self._base = KeptWeight(base, keep_base)
-        self.weight = merged
-        self.merged = True
-        return self
-
-    def unmerge(self) -> Self:
-        """Put back the weight of before merge(), bit for bit; returns the layer. Does nothing where not merged.
-
-        It is the same Parameter wherever someone still holds it. Where the layer was moved or cast in between, the
-        weight goes along.
-
-        Raises:
-            RuntimeError: merge(keep_base=False) dropped it.
-        """
-        if not self.merged:
-            return self
-        if self._base is None:
-            raise RuntimeError("the base weight was not kept: it was merged with keep_base=False")
-        self.weight = self._base.restore(self.weight)
-        self._base = None
-        self.merged = False
-        return self
-
-    @property
-    def can_unmerge(self) -> bool:
-        """Whether unmerge() would succeed: the layer is not merged, or its base weight was kept."""
-        return not self.merged or self._base is not None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        if self._base is not None and self._base.keep == "device":
-            with torch.no_grad():
-                self._base.move(fn)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """weight, bias and the adapter. Merged makes no difference where the base was kept: the weight is the base's.
-
-        Where it was not kept the adapter cannot be told from the weight any more, so only weight and bias are there.
-        """
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.merged:
-            return
-        if self._base is not None:
-            base = self._base.weight.to(self.weight.dtype)
-            destination[f"{prefix}weight"] = base if keep_vars else base.detach()
-        else:
-            for name in self.adapter_parameters:
-                del destination[prefix + name]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Also takes a plain nn.Linear's: with nothing of the adapter there, it stays as it is."""
-        adapter = [prefix + name for name in self.adapter_parameters]
-        plain = not any(key in state_dict for key in adapter)
-        if self.merged and not (plain and self._base is None):
-            remedy = "unmerge() first" if self.can_unmerge else "its base was not kept, so only a plain linear's loads"
-            error_msgs.append(f"{prefix.rstrip('.') or 'the layer'} is merged: {remedy}")
-            return
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys += [key for key in missing if not (plain and key in adapter)]
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"r={self.r}", f"lora_alpha={self.lora_alpha}"]
@@ -337,6 +239,10 @@ class FusedLoRALinear(nn.Linear):
             parts.append("use_rslora=True")
         if self.use_dora:
             parts.append("use_dora=True")
+        if self.lora_bias is not None:
+            parts.append("lora_bias=True")
+        if isinstance(self.scaling, Tensor) or self.scaling != self.lora_alpha / self._divisor:
+            parts.append(f"scaling={self.scaling}")
         if self.lora_A.dtype != self.weight.dtype:
             parts.append(f"adapter_dtype={self.lora_A.dtype}")
         if self.backend != "auto":
