@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -173,6 +174,7 @@ def lora_forward(
     save_s: bool,
     config: ForwardConfig | None = None,
     one_launch: bool = True,
+    bind: list["BoundForward"] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launches the forward kernel.
 
@@ -189,6 +191,7 @@ def lora_forward(
         adapter_dtype: dtype of S and of the adapter's products: x's, or fp32 to keep fp32 adapters' precision.
         save_s: whether S is wanted back.
         config: tile sizes; None takes the heuristic's.
+        bind: gets the launches made, to be repeated.
         one_launch: False computes S, and before it terms, in launches of their own; nothing waits for anything.
 
     Returns:
@@ -214,14 +217,42 @@ def lora_forward(
         terms = torch.empty(plan.terms, dtype=dtype, device=device) if plan.terms else None
         stream = current_stream(device)
         words = sync_words(device, stream, ARRIVED.value)
+        tensors = (weight, lora_A, lora_B, bias, gain, scale)
+        numbers = (
+            *(M, N, K, r),
+            *(stride_xm, stride_wn, K, r),
+            *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs),
+            *(seed, threshold),
+        )
         for launcher in plan.launchers:
-            launcher(
-                stream,
-                *(x, weight, lora_A, lora_B, bias, gain, scale),
-                *(y, s, terms, words),
-                *(M, N, K, r),
-                *(stride_xm, stride_wn, K, r),
-                *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs),
-                *(seed, threshold),
-            )
+            launcher(stream, x, *tensors, y, s, terms, words, *numbers)
+        if bind is not None:
+            bind.append(BoundForward(plan.launchers, stream, tensors, (s, terms, words), numbers, y))
     return y, s if save_s else None
+
+
+class BoundForward:
+    """The launches of one `lora_forward` without dropout, to be made again for another x of the same shape.
+
+    It owns its S, and belongs to one stream, on which launches follow one another. x must be contiguous and start at a
+    multiple of 16 bytes.
+    """
+
+    def __init__(
+        self,
+        launchers: tuple[Launcher, ...],
+        stream: int,
+        tensors: tuple[torch.Tensor | None, ...],
+        workspaces: tuple[torch.Tensor | None, ...],
+        numbers: tuple[Any, ...],
+        y: torch.Tensor,
+    ) -> None:
+        self.launchers, self.stream, self.tensors = launchers, stream, tensors
+        self.rest = (*workspaces, *numbers)
+        self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for launcher in self.launchers:
+            launcher(self.stream, x, *self.tensors, y, *self.rest)
+        return y
