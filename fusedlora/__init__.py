@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load_adapter as load_adapter
     from .checkpoint import save_adapter as save_adapter
+    from .dora import dora_linear as dora_linear
     from .explanation import explain as explain
     from .functional import lora_linear as lora_linear
     from .linear import FusedLoRALinear as FusedLoRALinear
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "lora_linear": "functional",
+    "dora_linear": "dora",
     "FusedLoRALinear": "linear",
     "explain": "explanation",
     "apply_lora": "model",

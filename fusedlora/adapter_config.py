@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 HONOURED = frozenset(
     {
@@ -24,6 +24,8 @@ HONOURED = frozenset(
         "lora_dropout",
         "use_rslora",
         "use_dora",
+        "bias",
+        "lora_bias",
         "target_modules",
         "exclude_modules",
         "modules_to_save",
@@ -53,10 +55,8 @@ INERT = {
 
 # Beside null and false, a value that PEFT itself treats as "off".
 OFF: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
     "fan_in_fan_out": (),
     "use_qalora": (),
-    "lora_bias": (),
     "ensure_weight_tying": (),
     "megatron_config": ({},),
     "layer_replication": ([],),
@@ -74,6 +74,9 @@ OFF: dict[str, tuple[Any, ...]] = {
 # an adapter of a changed base weight; mica keeps lora_B frozen.
 PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
+# Which biases train beside the adapters.
+BIASES = ("none", "all", "lora_only")
+
 # PEFT adds these to modules_to_save for a classification task, whether or not the model has both.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -87,6 +90,8 @@ class AdapterConfig:
     lora_dropout: float
     use_rslora: bool
     use_dora: bool
+    bias: Literal["none", "all", "lora_only"]
+    lora_bias: bool
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None
     modules_to_save: list[str]
@@ -215,12 +220,16 @@ def parse_config(fields: Mapping[str, Any]) -> AdapterConfig:
             _regex(name, text, texts)
 
     r, alpha, dropout = fields.get("r", 8), fields.get("lora_alpha", 8), fields.get("lora_dropout", 0.0)
-    rslora, dora = fields.get("use_rslora") or False, fields.get("use_dora") or False
+    flags = {name: fields.get(name) or False for name in ("use_rslora", "use_dora", "lora_bias")}
+    bias: Any = fields.get("bias") or "none"
     _require(_int(r) and r >= 1, "r", r, "an integer of at least 1")
     _require(_number(alpha), "lora_alpha", alpha, "a finite number")
     _require(_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "in [0, 1)")
-    _require(isinstance(rslora, bool), "use_rslora", rslora, "true or false")
-    _require(isinstance(dora, bool), "use_dora", dora, "true or false")
+    for name, flag in flags.items():
+        _require(isinstance(flag, bool), name, flag, "true or false")
+    if flags["lora_bias"] and flags["use_dora"]:
+        raise ValueError("lora_bias is True, must be false with use_dora")
+    _require(isinstance(bias, str) and bias in BIASES, "bias", bias, f"one of {', '.join(BIASES)}")
     ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
     for name, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         _require(isinstance(patterns, dict), name, patterns, "an object")
@@ -232,8 +241,8 @@ def parse_config(fields: Mapping[str, Any]) -> AdapterConfig:
         r=r,
         lora_alpha=alpha,
         lora_dropout=float(dropout),
-        use_rslora=rslora,
-        use_dora=dora,
+        **flags,
+        bias=bias,
         target_modules=target,
         exclude_modules=exclude,
         modules_to_save=list(dict.fromkeys(saved)),

@@ -86,6 +86,8 @@ def build_config(
     *,
     use_rslora: bool,
     use_dora: bool,
+    lora_bias: bool,
+    bias: str,
     lora_dropout: float,
     modules_to_save: list[str],
     task_type: str | None,
@@ -113,7 +115,7 @@ def build_config(
         "alpha_pattern": _exact_patterns({name: alpha for name, (_, alpha) in layers.items()}, lora_alpha),
         "modules_to_save": modules_to_save or None,
         "init_lora_weights": True,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": False,
         "use_dora": use_dora,
         "layers_to_transform": None,
@@ -122,6 +124,7 @@ def build_config(
         "loftq_config": {},
         "megatron_config": None,
         "megatron_core": "megatron.core",
+        **({"lora_bias": True} if lora_bias else {}),  # which came with peft 0.14
     }
 
 

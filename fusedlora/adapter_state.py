@@ -50,10 +50,14 @@ def planned_state(model: nn.Module, config: AdapterConfig) -> dict[str, torch.Te
         r = config.rank(name)
         state[f"{PREFIX}{name}.lora_A.weight"] = torch.empty(r, linear.in_features, device="meta")
         state[f"{PREFIX}{name}.lora_B.weight"] = torch.empty(linear.out_features, r, device="meta")
+        if config.lora_bias:
+            state[f"{PREFIX}{name}.lora_B.bias"] = torch.empty(linear.out_features, device="meta")
         if config.use_dora:
             state[f"{PREFIX}{name}.lora_magnitude_vector"] = torch.empty(linear.out_features, device="meta")
     saved = set(selection.saved.values())
-    return state | _saved_state({name: module for name, module in named_modules(model).items() if module in saved})
+    state |= _saved_state({name: module for name, module in named_modules(model).items() if module in saved})
+    state |= _bias_state(model, config.bias, set(selection.linears.values()), saved)
+    return state
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -63,12 +67,50 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in lora_layers(modules).items():
         state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         state[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if layer.lora_bias is not None:
+            state[f"{PREFIX}{name}.lora_B.bias"] = layer.lora_bias
         if layer.lora_magnitude_vector is not None:
             state[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
-    state |= _saved_state({name: modules[name] for name in saved_names(modules)})
+    saved = {name: modules[name] for name in saved_names(modules)}
+    state |= _saved_state(saved)
+    state |= _bias_state(model, bias_option(modules), set(lora_layers(modules).values()), set(saved.values()))
     for key, tensor in state.items():
         _require_plain(key, tensor)
     return state
+
+
+def bias_option(modules: Mapping[str, nn.Module]) -> str:
+    """The `bias` of apply_lora on the model or on parts of it; ValueError where they differ, as a file has one."""
+    options = {name: record.bias for name, module in modules.items() if (record := applied(module)) is not None}
+    if len(set(options.values())) > 1:
+        given = ", ".join(f"{bias!r} on {name or 'the model'}" for name, bias in options.items())
+        raise ValueError(f"bias is {given}: PEFT's format holds one for all")
+    return next(iter(options.values()), "none")
+
+
+def _bias_state(model: nn.Module, bias: str, linears: set[nn.Linear], saved: set[nn.Module]) -> dict[str, torch.Tensor]:
+    """The biases that `bias` trains, but those that come with a module saved whole."""
+    if bias == "none":
+        return {}
+    inside = {module for owner in saved for module in owner.modules()}
+    state: dict[str, torch.Tensor] = {}
+    for name, module in named_modules(model).items():
+        if module in inside or (bias == "lora_only" and module not in linears):
+            continue
+        tensor = module.base_bias if isinstance(module, FusedLoRALinear) else _stored(module, "bias")
+        if tensor is not None:
+            base = "base_layer.bias" if module in linears else "bias"  # PEFT wraps a linear that it adapts
+            key = f"{PREFIX}{name}.{base}" if name else f"{PREFIX}{base}"
+            _require_plain(key, tensor)
+            state[key] = tensor
+    return state
+
+
+def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter or buffer that a state dict has under this name."""
+    if name in module._buffers and name not in module._non_persistent_buffers_set:
+        return module._buffers[name]
+    return module._parameters.get(name)
 
 
 def _saved_state(saved: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from fusedlora.adapter_files import (
 from fusedlora.adapter_state import (
     PREFIX,
     adapter_state,
+    bias_option,
     configured_names,
     lora_layers,
     named_modules,
@@ -54,8 +55,9 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model`, and its modules_to_save, to the folder `path` in PEFT's format.
 
-    lora_A [r, in_features], lora_B [out_features, r] and lora_magnitude_vector [out_features] are written in their own
-    dtypes, whether merged or not; the base weights are not written. Each file is complete on disk before it takes its
+    lora_A [r, in_features], lora_B [out_features, r], lora_bias and lora_magnitude_vector [out_features] are written in
+    their own dtypes, whether merged or not, and the biases that apply_lora's `bias` trains; the base weights are not. A
+    scaling held in a tensor is written as the number that it has now. Each file is complete on disk before it takes its
     name (os.replace), so a crash leaves the old file. Files of other names in the folder are kept.
 
     Args:
@@ -65,8 +67,9 @@ def save_adapter(
         base_model_name_or_path: written for PEFT's AutoPeftModel; None takes the model's own `name_or_path`.
 
     Raises:
-        ValueError: `model` has no FusedLoRALinear below it, only some of its layers have use_dora, or a tensor to write
-            is sharded or has no values (meta).
+        ValueError: `model` has no FusedLoRALinear below it, only some of its layers have use_dora or lora_bias, parts
+            of it have different `bias`, or a tensor to write is sharded or has no values (meta).
+        RuntimeError: a bias to write was dropped by merge(keep_base=False).
         NotADirectoryError: `path` is a file.
         ImportError: safetensors is missing.
     """
@@ -91,13 +94,15 @@ def save_adapter(
         {name: (layer.r, _alpha(layer, use_rslora)) for name, layer in layers.items()},
         modules,
         use_rslora=use_rslora,
-        use_dora=_one_kind(layers),
+        use_dora=_one_kind("use_dora", {name: layer.use_dora for name, layer in layers.items()}),
+        lora_bias=_one_kind("lora_bias", {name: layer.lora_bias is not None for name, layer in layers.items()}),
+        bias=bias_option(modules),
         lora_dropout=_uniform(layers, "lora_dropout"),
         modules_to_save=saved,
         task_type=task_type,
         base_model_name_or_path=base_model_name_or_path or getattr(model, "name_or_path", None) or None,
     )
-    scalings = {name: layer.scaling for name, layer in layers.items()}
+    scalings = {name: float(layer.scaling) for name, layer in layers.items()}
     metadata = {"format": "pt", SCALING_KEY: json.dumps(scalings, sort_keys=True)}
     write_files(folder, tensors, metadata, config)
 
@@ -108,8 +113,8 @@ def load_adapter(
     """Load an adapter in PEFT's format from the folder `path` into `model`, in place, and return the model.
 
     A model without adapters first goes through `apply_lora` with the file's values. One that has adapters must have
-    been given the same modules, ranks, scalings and dropout. Everything is checked before anything changes: on an
-    error the model is as it was. The adapter is trainable afterwards.
+    been given the same modules, ranks, scalings, dropout and biases. Everything is checked before anything changes: on
+    an error the model is as it was. The adapter is trainable afterwards.
 
     Args:
         model: the base model, or one that went through `apply_lora`.
@@ -132,6 +137,7 @@ def load_adapter(
     stored, metadata = read_weights(folder)
     target = unwrapped(model)
     plain = not lora_layers(named_modules(target))
+    stored = _without_copies(stored, config, named_modules(target))
     try:
         _check_ranks(stored, config)
         if plain:
@@ -153,6 +159,8 @@ def load_adapter(
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
+            bias=config.bias,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
             adapter_dtype=adapter_dtype,
@@ -177,19 +185,39 @@ def _check_layers(model: nn.Module, config: AdapterConfig) -> None:
         raise ValueError(
             f"modules_to_save is {config.modules_to_save!r}, {theirs} of this model, but it was given {ours}"
         )
+    if (given := bias_option(modules)) != config.bias:
+        raise ValueError(f"bias is {config.bias!r} in {CONFIG_NAME}, {given!r} in the model")
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged: call unmerge_lora before loading")
-        if layer.use_dora != config.use_dora:
-            raise ValueError(f"use_dora of {name} is {config.use_dora} in {CONFIG_NAME}, {layer.use_dora} in the model")
+        for option, ours_is, file_has in (
+            ("use_dora", layer.use_dora, config.use_dora),
+            ("lora_bias", layer.lora_bias is not None, config.lora_bias),
+        ):
+            if ours_is != file_has:
+                raise ValueError(f"{option} of {name} is {file_has} in {CONFIG_NAME}, {ours_is} in the model")
         pairs = {
             "r": (config.rank(name), layer.r),
-            "scaling (lora_alpha, use_rslora)": (config.scaling(name), layer.scaling),
+            "scaling (lora_alpha, use_rslora)": (config.scaling(name), float(layer.scaling)),
             "lora_dropout": (config.lora_dropout, layer.lora_dropout),
         }
         for what, (stored, actual) in pairs.items():
             if not math.isclose(stored, actual, rel_tol=1e-6):
                 raise ValueError(f"{what} of {name} is {stored} in {CONFIG_NAME}, {actual} in the model")
+
+
+def _without_copies(
+    stored: dict[str, torch.Tensor], config: AdapterConfig, modules: Mapping[str, nn.Module]
+) -> dict[str, torch.Tensor]:
+    """Without the second and third copy of a saved module's biases, which peft writes with bias="all"."""
+    if config.bias != "all":
+        return stored
+    copies = tuple(
+        f"{PREFIX}{name}.{wrapped}."
+        for name in configured_names(modules, config)
+        for wrapped in ("modules_to_save", "original_module")
+    )
+    return {key: tensor for key, tensor in stored.items() if not (key.startswith(copies) and key.endswith("bias"))}
 
 
 def _check_ranks(stored: Mapping[str, torch.Tensor], config: AdapterConfig) -> None:
@@ -233,6 +261,8 @@ def _check_scalings(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, s
 
 def _warn_of_unsaved(modules: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor]) -> None:
     written = {id(tensor) for tensor in state.values()}
+    # of a merged layer the bias is written that it had before
+    written |= {id(m.bias) for m in modules.values() if isinstance(m, FusedLoRALinear) and id(m.base_bias) in written}
     lost = [
         f"{name}.{key}" if name else key
         for name, module in modules.items()
@@ -260,16 +290,16 @@ def _warn_of_endings(modules: Mapping[str, nn.Module], saved: list[str]) -> None
 
 def _alpha(layer: FusedLoRALinear, use_rslora: bool) -> float:
     """The lora_alpha that gives the layer's scaling in a file with this use_rslora."""
-    root = math.sqrt(layer.r) if use_rslora else layer.r
-    return layer.lora_alpha if layer.lora_alpha / root == layer.scaling else layer.scaling * root
+    root, scaling = math.sqrt(layer.r) if use_rslora else layer.r, float(layer.scaling)
+    return layer.lora_alpha if layer.lora_alpha / root == scaling else scaling * root
 
 
-def _one_kind(layers: Mapping[str, FusedLoRALinear]) -> bool:
-    """use_dora of the layers, of which the file has one for all."""
-    kinds = {use_dora: [n for n, layer in layers.items() if layer.use_dora is use_dora] for use_dora in (True, False)}
+def _one_kind(option: str, flags: Mapping[str, bool]) -> bool:
+    """The flag of all layers, of which the file has one."""
+    kinds = {kind: [name for name, flag in flags.items() if flag is kind] for kind in (True, False)}
     if kinds[True] and kinds[False]:
         raise ValueError(
-            f"use_dora is True on {kinds[True][0]} and False on {kinds[False][0]}: PEFT's format holds one for all"
+            f"{option} is True on {kinds[True][0]} and False on {kinds[False][0]}: PEFT's format holds one for all"
         )
     return bool(kinds[True])
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fusedlora import carry
+from fusedlora.adapter_config import BIASES
 from fusedlora.linear import FusedLoRALinear
 from fusedlora.summary import _RECORD, Applied, LayerReport, Report, applied, report
 from fusedlora.targets import per_module, select
@@ -52,6 +53,8 @@ def apply_lora(
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
     use_dora: bool = False,
+    lora_bias: bool = False,
+    bias: Literal["none", "all", "lora_only"] = "none",
     adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Swap the nn.Linear modules of `model` for FusedLoRALinear, in place, freeze the rest, and return the model.
@@ -79,15 +82,20 @@ def apply_lora(
         modules_to_save: names or endings of modules to train in full, such as a new head; not swapped.
         rank_pattern, alpha_pattern: {pattern: value}; the first pattern that matches the end of a name, from a dot on.
         use_dora: DoRA, as in FusedLoRALinear.
+        lora_bias: a bias on every lora_B, as in FusedLoRALinear.
+        bias: which biases of the model train beside the adapters: "none", those of the swapped modules ("lora_only"),
+            or every parameter called bias ("all"). Switching adapters off does not take their training back.
         adapter_dtype: dtype of the adapters; None means float32 over a 16-bit weight.
 
     Raises:
         TypeError: a named module can't be swapped (the message has its type and the remedy), or a misfit argument.
-        ValueError: nothing matches, the model has adapters already, a value out of range, or modules_to_save names
-            one of two tied modules.
+        ValueError: nothing matches, the model has adapters already, a value out of range, lora_bias with use_dora, or
+            modules_to_save names one of two tied modules.
 
     Warns where a target's weight is tied to another module's: it trains, but merging is refused until it is untied.
     """
+    if bias not in BIASES:
+        raise ValueError(f"bias is {bias!r}, must be one of {', '.join(BIASES)}")
     if not isinstance(modules_to_save, str):
         modules_to_save = tuple(modules_to_save or ())
     selection = select(model, target_modules, exclude_modules, modules_to_save)
@@ -109,6 +117,7 @@ def apply_lora(
                 lora_dropout=lora_dropout,
                 use_rslora=use_rslora,
                 use_dora=use_dora,
+                lora_bias=lora_bias,
                 adapter_dtype=adapter_dtype,
             )
             layer.train(linear.training)
@@ -123,11 +132,12 @@ def apply_lora(
             for p in layer.adapter_parameters.values()
         }
         trained |= {id(p) for m in selection.saved.values() for p in m.parameters() if p.is_floating_point()}
+        trained |= {id(p) for p in bias_parameters(model, bias).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         _watch_checkpointing(model)
         _guard_fast_paths(model)
-        record = Applied(tuple(modules_to_save), tuple(selection.saved), selection.skipped)
+        record = Applied(tuple(modules_to_save), tuple(selection.saved), selection.skipped, bias)
         model.__dict__[_RECORD] = record
     except BaseException:
         for step in reversed(undo):
@@ -136,8 +146,19 @@ def apply_lora(
     return model
 
 
+def bias_parameters(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
+    """The biases that `bias` trains, by full name; those of modules_to_save and of lora_B may be among them."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        parameter = module._parameters.get("bias")
+        if parameter is not None and parameter.is_floating_point():
+            if bias == "all" or (bias == "lora_only" and isinstance(module, FusedLoRALinear)):
+                found[f"{name}.bias" if name else "bias"] = parameter
+    return found
+
+
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters of every layer, each once; not the parameters of modules_to_save."""
+    """The adapter's parameters of every layer, each once; not those of modules_to_save, nor the biases that train."""
     return [p for layer in _layers(model).values() for p in layer.adapter_parameters.values()]
 
 
@@ -175,6 +196,7 @@ def merge_lora(model: nn.Module, *, keep_base: Literal["cpu", "device", False] =
             for name, layer in layers.items():
                 with _naming(name):
                     layer.merged_weight()
+                    layer.merged_bias()
         for name, layer in layers.items():
             with _naming(name):
                 layer.merge(keep_base=keep_base)
@@ -208,7 +230,15 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Afterwards nothing of fusedlora is left on it and `save_pretrained` writes a stock checkpoint. Base weights are not
     kept. Parameters stay frozen as they are. A model that is itself a FusedLoRALinear is not changed in place: the
     returned nn.Linear takes its weight. Raises as `merge_lora`, and then changes nothing.
+
+    With lora_bias a linear that had no bias gets one, which warns: what loads such a checkpoint must have it too.
     """
+    if without := [n for n, m in _layers(model).items() if m.bias is None and m.lora_bias is not None]:
+        warnings.warn(
+            f"lora_bias gives {', '.join(without[:3])} ({len(without)} in all) a bias: a model class that builds them "
+            "without one drops it on loading",
+            stacklevel=2,
+        )
     merge_lora(model, keep_base=False)
     new: dict[nn.Module, nn.Module] = {layer: _plain(layer) for layer in _layers(model).values()}
     if model in new:
@@ -234,7 +264,7 @@ def _naming(name: str) -> Iterator[None]:
 def _plain(layer: FusedLoRALinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = layer.weight
-    linear.bias = layer.bias
+    linear.register_parameter("bias", layer.bias)
     linear.train(layer.training)
     carry.carry_out(layer, linear)
     return linear

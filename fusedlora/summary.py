@@ -15,11 +15,12 @@ _RECORD = "_fusedlora"
 
 @dataclass(frozen=True)
 class Applied:
-    """Left on a model by apply_lora. `saved` are the full names of the modules trained in full."""
+    """Left on a model by apply_lora: options, what was skipped and why, full names of the modules trained in full."""
 
     modules_to_save: tuple[str, ...]
     saved: tuple[str, ...]
     skipped: dict[str, str]
+    bias: str = "none"
 
 
 def applied(model: nn.Module) -> Applied | None:
@@ -98,7 +99,7 @@ def report(model: nn.Module) -> Report:
             in_features=layer.in_features,
             out_features=layer.out_features,
             r=layer.r,
-            scaling=layer.scaling,
+            scaling=float(layer.scaling),
             dtype=layer.weight.dtype,
             adapter_dtype=layer.lora_A.dtype,
             merged=layer.merged,

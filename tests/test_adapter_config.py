@@ -16,10 +16,8 @@ MINIMAL = {"peft_type": "LORA", "target_modules": ["q"]}
 
 # What each field that must be off looks like when it is on.
 ON = {
-    "bias": ["all", "lora_only"],
     "fan_in_fan_out": [True],
     "use_qalora": [True],
-    "lora_bias": [True],
     "ensure_weight_tying": [True],
     "megatron_config": [{"hidden_size": 8}],
     "layer_replication": [[[0, 2]]],
@@ -90,6 +88,9 @@ def test_a_field_of_a_later_peft_is_refused_unless_it_is_off() -> None:
         ("lora_dropout", -0.1),
         ("use_rslora", "yes"),
         ("use_dora", "yes"),
+        ("lora_bias", "yes"),
+        ("bias", "some"),
+        ("bias", True),
         ("target_modules", None),
         ("target_modules", []),
         ("target_modules", ""),
@@ -120,6 +121,13 @@ def test_a_wrong_pattern_value_names_the_pattern(field: str, value: object) -> N
         parse_config(MINIMAL | {field: {"q": value}})
 
 
+def test_lora_bias_goes_without_dora_as_in_peft() -> None:
+    with pytest.raises(ValueError, match="^lora_bias is True, must be false with use_dora"):
+        parse_config(MINIMAL | {"lora_bias": True, "use_dora": True})
+    with pytest.raises(ValueError, match="lora_bias=True is not supported for DoRA"):
+        peft.LoraConfig(lora_bias=True, use_dora=True)
+
+
 def test_layers_to_transform_needs_a_list_of_targets() -> None:
     with pytest.raises(ValueError, match="^layers_to_transform is 1, which needs target_modules as a list"):
         parse_config(MINIMAL | {"target_modules": ".*q", "layers_to_transform": 1})
@@ -130,6 +138,7 @@ def test_a_file_of_old_peft_with_few_fields_gets_its_defaults() -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (8, 8, 0.0, False)
     defaults = peft.LoraConfig()
     assert (config.r, config.lora_alpha, config.lora_dropout) == (defaults.r, defaults.lora_alpha, 0.0)
+    assert (config.bias, config.lora_bias) == (defaults.bias, defaults.lora_bias) == ("none", False)
 
 
 class Block(nn.Module):
@@ -239,6 +248,8 @@ def _built(layers: dict[str, tuple[int, float]]) -> dict:
         ["", *NAMES],
         use_rslora=False,
         use_dora=False,
+        lora_bias=False,
+        bias="none",
         lora_dropout=0.0,
         modules_to_save=[],
         task_type=None,

@@ -98,7 +98,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "config not JSON": (cut(CONFIG, 40), ValueError, f"{CONFIG}: not JSON"),
     "config not UTF-8": (write(CONFIG, b"\xff\xfe{"), ValueError, f"{CONFIG}: not JSON"),
     "config a list": (write(CONFIG, b"[]"), ValueError, f"{CONFIG}: holds a JSON list, not an object"),
-    "config refused": (edit_config(lora_bias=True), ValueError, f"{CONFIG}: lora_bias is True"),
+    "config refused": (edit_config(use_qalora=True), ValueError, f"{CONFIG}: use_qalora is True"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, f"{WEIGHTS}: no such file"),
     "weights empty": (cut(WEIGHTS, 0), ValueError, f"{WEIGHTS} is damaged"),
     "header cut": (cut(WEIGHTS, 100), ValueError, f"{WEIGHTS} is damaged"),
