@@ -51,7 +51,8 @@ def test_errors_are_not_above_the_eager_path(shape, dtype, adapter_dtype, autoca
         return call
 
     ratios = mean_ratios(through(reference), through(eager_peft), shape, dtype, adapter_dtype, device=device)
-    assert max(ratios.values()) <= 1.02, ratios
+    # on a GPU the two sides' products of a few fp32 elements may be summed in other orders, by other kernels
+    assert max(ratios.values()) <= (1.02 if device.type == "cpu" else 1.04), ratios
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])

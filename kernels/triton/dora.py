@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import block_r
-from fusedlora.kernels.common import load_skinny, load_small
+from fusedlora.kernels.common import load_skinny, load_small, next_term
 from fusedlora.kernels.launch import (
     PRECISION,
     Launcher,
@@ -38,13 +38,19 @@ LEAST_GAIN_BESIDE_BIAS = 0.5
 
 @triton.jit
 def add_product(left, right, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + left @ right, both cast to dtype; with SPLIT fp32 ones go in as two 16-bit terms each."""
-    left_high = left.to(dtype)
-    right_high = right.to(dtype)
+    """acc + left @ right, both cast to dtype; with SPLIT fp32 ones go in as three 16-bit terms each, small ones first."""
     if SPLIT:
-        acc = tl.dot((left - left_high.to(tl.float32)).to(dtype), right_high, acc)
-        acc = tl.dot(left_high, (right - right_high.to(tl.float32)).to(dtype), acc)
-    return tl.dot(left_high, right_high, acc, input_precision=PRECISION)
+        left_high, left = next_term(left, dtype)
+        left_middle, left = next_term(left, dtype)
+        right_high, right = next_term(right, dtype)
+        right_middle, right = next_term(right, dtype)
+        acc = tl.dot(left.to(dtype), right_high, acc)
+        acc = tl.dot(left_high, right.to(dtype), acc)
+        acc = tl.dot(left_middle, right_middle, acc)
+        acc = tl.dot(left_middle, right_high, acc)
+        acc = tl.dot(left_high, right_middle, acc)
+        return tl.dot(left_high, right_high, acc)
+    return tl.dot(left.to(dtype), right.to(dtype), acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["scaling"])
@@ -60,8 +66,7 @@ def gain_kernel(
 ):  # fmt: skip
     """norm = ‖W + scaling · scale · B A‖ per row, rounded to the magnitude's dtype; gain = magnitude / norm.
 
-    With SPLIT A and B are fp32 beside a 16-bit W. What their two 16-bit terms leave out is 2⁻¹⁶ of each element of
-    B A, with either sign, and the norm averages it over K.
+    With SPLIT A and B are fp32 beside a 16-bit W. They keep fp32's precision, which shows where B A all but cancels W.
     """
     if scale_ptr is not None:
         scaling *= tl.load(scale_ptr).to(tl.float32)

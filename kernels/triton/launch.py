@@ -74,32 +74,32 @@ def _capturing(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     if torch._C._cuda_getDevice() == device.index:
-        return torch.cuda.is_current_stream_capturing()
+        return bool(torch._C._cuda_isCurrentStreamCapturing())
     with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+        return bool(torch._C._cuda_isCurrentStreamCapturing())
 
 
 class _Scratch:
-    """Memory for device-made descriptors. Launches on one stream follow one another and share it; a graph has its own.
+    """One device's memory for device-made descriptors.
 
-    Triton asks the allocator of the thread that launches; the caller's own is put back at once.
+    Launches on one stream follow one another and share it; a graph has its own. Triton asks the allocator of the thread
+    that launches, with the device made current; the caller's own is put back at once.
     """
 
-    def __init__(self) -> None:
-        self.by_stream: dict[tuple[int, int], torch.Tensor] = {}
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.by_stream: dict[int, torch.Tensor] = {}
 
     def __call__(self, size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        device = torch.device("cuda", torch.cuda.current_device())
-        if stream is None or _capturing(device):
-            return torch.empty(size, dtype=torch.int8, device=device)
-        key = (device.index, stream)
-        buffer = self.by_stream.get(key)
+        if stream is None or torch._C._cuda_isCurrentStreamCapturing():
+            return torch.empty(size, dtype=torch.int8, device=self.device)
+        buffer = self.by_stream.get(stream)
         if buffer is None or buffer.numel() < size:
-            buffer = self.by_stream[key] = torch.empty(size, dtype=torch.int8, device=device)
+            buffer = self.by_stream[stream] = torch.empty(size, dtype=torch.int8, device=self.device)
         return buffer
 
 
-_scratch = _Scratch()
+_scratch = functools.cache(_Scratch)
 
 
 # Triton keeps the launch of a compiled kernel to itself; these versions were read (3.6 also run) and agree on it.
@@ -121,13 +121,14 @@ class Launcher:
         self.kernel, self.num_programs, self.device, self.constants = kernel, num_programs, device, constants
         names = [parameter.name for parameter in kernel.params if parameter.is_constexpr] if not INTERPRET else []
         self.tail = tuple(constants[name] for name in names)
+        self.scratch = _scratch(device)
         self.compiled: Any = None
 
     def __call__(self, stream: int, *arguments: Any) -> None:
         if INTERPRET:
             self.kernel[(self.num_programs,)](*arguments, **self.constants)
             return
-        token = _allocator.set(_scratch)
+        token = _allocator.set(self.scratch)
         try:
             index = self.device.index
             if torch._C._cuda_getDevice() == index:

@@ -258,7 +258,8 @@ def test_layouts(which: str, layout: str) -> None:
     odd = [made(t) if at == place else t for at, t in enumerate(tensors)]
     plain = [t.contiguous() if at == place else t for at, t in enumerate(odd)]
     got, want = dora_scale(*odd, **settings), dora_scale(*plain, **settings)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    # another stride is another kernel, whose compiler may contract the sum's terms in another way
+    assert torch.equal(got[0], want[0]) and relative_error(got[1], want[1]) < 1e-6
 
 
 def test_no_rows() -> None:

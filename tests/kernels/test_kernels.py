@@ -145,8 +145,9 @@ def test_errors_are_not_above_the_eager_path(case: Case, small_tiles: bool) -> N
     assert ours["dA"].dtype == i.lora_A.dtype and ours["dB"].dtype == i.lora_B.dtype
     ratios = error_ratios(ours, eager_answers(case, i), exact(i))
     # fp16 stands in for bf16 in the interpreter; its exponent range drops the last of the terms of fp32 adapters.
-    split_in_fp16 = INTERPRET and case.adapter_dtype is not None and not case.autocast
-    assert max(ratios.values()) <= (2.0 if split_in_fp16 else LUCK), ratios
+    split = case.adapter_dtype is not None and not case.autocast
+    # One draw's ratio of two fp32 errors strays by 3 %; test_gpu.py takes the mean of many.
+    assert max(ratios.values()) <= (2.0 if split and INTERPRET else 1.05 if split else LUCK), ratios
 
 
 @pytest.mark.parametrize("need", range(8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
