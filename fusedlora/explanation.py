@@ -79,9 +79,10 @@ def explain(
         copies.append("W + scaling · B A, x under the mask, and the result of each operation")
         chosen = "none" if backend == "triton" else "reference"
         return Explanation(chosen, {"triton": dora.WITH_DROPOUT}, None, tuple(copies))
-    mask = torch.empty(0, dtype=torch.bool) if training and dropout_p > 0.0 else None
-    if mask is not None:
-        copies.append("dropout mask, one byte an element of x; x under the mask")
+    mask = None
+    if training and dropout_p > 0.0:
+        seeded = x.device.type == "cuda" or backend == "triton"
+        mask = torch.empty(0, dtype=torch.int64 if seeded else torch.bool)
     call = backends.describe_call(backend, x, weight, lora_A, lora_B, mask, adapter_dtype)
     reasons = {}
     taker = None
@@ -99,9 +100,12 @@ def explain(
     if taker == "triton":
         flat = x.reshape(-1, x.shape[-1])
         config = _triton_config(flat, call)
-        copies += _triton_copies(flat, lora_A, lora_B)
-    elif taker == "reference" and adapter_dtype != x.dtype:
-        copies.append(f"x in {adapter_dtype}, for the adapter's products")
+        copies += _triton_copies(flat, lora_A, lora_B, call)
+    elif taker == "reference":
+        if mask is not None:
+            copies.append("dropout mask, one byte an element of x; x under the mask")
+        if adapter_dtype != x.dtype:
+            copies.append(f"x in {adapter_dtype}, for the adapter's products")
     return Explanation(taker or "none", reasons, config, tuple(copies))
 
 
@@ -113,18 +117,23 @@ def _triton_config(x: Tensor, call: backends.Call) -> str:
 
     M, size, split = x.shape[0], x.element_size(), call.adapter_dtype != call.dtype
     facts = device_facts(call.device)
-    launches = "one launch" if backends._one_launch(call.device) else "two launches"
-    up, down = (Problem(M, *sides, call.r, size, split, *facts) for sides in ((call.N, call.K), (call.K, call.N)))
+    launches = "one launch" if backends._one_launch(call.device) else "a launch for each phase"
+    rest = (call.r, size, split, *facts, call.dropout != "")
+    up, down = (Problem(M, *sides, *rest) for sides in ((call.N, call.K), (call.K, call.N)))
     forward, backward = forward_config(up), backward_config(down)
     plans = forward_schedule(up, forward), backward_schedule(down, backward, True, True, True)
     return f"{launches} each way; forward {forward}, {plans[0]}; backward {backward}, {plans[1]}"
 
 
-def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
-    from fusedlora.kernels.launch import row_major, skinny_rows
+def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
+    from fusedlora.kernels.launch import num_terms, row_major, skinny_rows, words_run_out
 
     copies = []
     if row_major(x) is not x:
         copies.append("x, made contiguous: its rows must be contiguous and start at multiples of 16 bytes")
     copies += [f"{n}, made contiguous" for n, t in (("lora_A", lora_A), ("lora_B", lora_B)) if skinny_rows(t) is not t]
+    if terms := num_terms(call.param_dtype, call.adapter_dtype, call.dtype):
+        copies.append(f"lora_A and lora_B as {terms} {call.dtype} term(s), written by the launch itself")
+    if words_run_out(call.device):
+        copies.append("synchronisation words, zeroed by a memset in the captured graph")
     return copies

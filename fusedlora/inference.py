@@ -39,7 +39,7 @@ class _Kept:
         if x.shape != self.shape or x.dtype is not self.dtype or not _readable(x) or x.device.index != self.index:
             return False
         for now, (parameter, pointer) in zip(layer._parameters.values(), self.parameters):
-            if now is not parameter or (pointer is not None and parameter.data_ptr() != pointer):
+            if now is not parameter or (now is not None and now.data_ptr() != pointer):
                 return False
         stream: int = torch._C._cuda_getCurrentRawStream(self.index)
         return stream == self.repeat.stream and _settings(layer) == self.settings

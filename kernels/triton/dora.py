@@ -38,7 +38,7 @@ LEAST_GAIN_BESIDE_BIAS = 0.5
 
 @triton.jit
 def add_product(left, right, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + left @ right, both cast to dtype; with SPLIT fp32 ones go in as three 16-bit terms each, small ones first."""
+    """acc + left @ right, both cast to dtype; with SPLIT fp32 ones go in as three 16-bit terms each."""
     if SPLIT:
         left_high, left = next_term(left, dtype)
         left_middle, left = next_term(left, dtype)

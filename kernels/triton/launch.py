@@ -70,6 +70,12 @@ def sync_words(device: torch.device, stream: int, count: int) -> torch.Tensor:
     return words
 
 
+def words_run_out(device: torch.device) -> bool:
+    """Whether a launch captured now would find no words of its own left, and so capture their zeroing."""
+    slab = _slab(device)
+    return _capturing(device) and (not slab.slabs or slab.used + 1024 > slab.slabs[-1].numel())
+
+
 def _capturing(device: torch.device) -> bool:
     if device.type != "cuda":
         return False

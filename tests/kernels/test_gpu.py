@@ -202,7 +202,9 @@ def test_a_capture_that_finds_no_words_captures_their_zeroing() -> None:
     graph = torch.cuda.CUDAGraph()
     tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
     with mock.patch.object(slab, "used", launch.SLAB_WORDS), torch.cuda.graph(graph), torch.no_grad():
+        told = fusedlora.explain(*tensors[:4], backend="triton")
         y = fusedlora.lora_linear(*tensors, scaling=i.scaling, backend="triton")
+    assert [copy for copy in told.copies if "memset" in copy]
     for _ in range(3):
         y.fill_(float("nan"))
         graph.replay()
