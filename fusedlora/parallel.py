@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from . import backends
 from .functional import lora_linear
+from .layer_options import with_lora_bias
 from .linear import FusedLoRALinear
 from .rank_masks import own_stream, require_one_generator
 
@@ -117,9 +118,9 @@ class _LoRAStyle(ParallelStyle):
         whole = whole.redistribute(placements=self.output_layouts)
         return whole.to_local() if self.use_local_output else whole
 
-    def local_bias(self, bias: DTensor | None, mesh: DeviceMesh) -> Tensor | None:
-        """The bias that this rank's kernel adds."""
-        return None if bias is None else bias.to_local()
+    def local_bias(self, bias: Tensor | None, mesh: DeviceMesh) -> Tensor | None:
+        """Of the bias for this rank's columns, what this rank's kernel adds."""
+        return bias
 
     def masks(self, layer: ParallelLoRALinear, device: torch.device, mesh: DeviceMesh) -> Any:
         """A context in which the generator of `device` draws the mask that this rank needs."""
@@ -127,7 +128,7 @@ class _LoRAStyle(ParallelStyle):
 
 
 class ColwiseLoRA(_LoRAStyle):
-    """Cuts a FusedLoRALinear along out_features: weight, bias and lora_B Shard(0), lora_A replicated.
+    """Cuts a FusedLoRALinear along out_features: weight, lora_B and both biases Shard(0), lora_A replicated.
 
     Where lora_A is trained each rank has the gradient of its own columns, and the sum over the mesh goes into
     lora_A.grad on every rank. One dropout mask on all ranks: where their generators are in different states, the first
@@ -143,7 +144,13 @@ class ColwiseLoRA(_LoRAStyle):
     out_features.
     """
 
-    placements = {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)}
+    placements = {
+        "weight": Shard(0),
+        "lora_A": Replicate(),
+        "lora_B": Shard(0),
+        "bias": Shard(0),
+        "lora_bias": Shard(0),
+    }
     summed, cut = "lora_A", "out_features"
     x_layout, y_layout, default_output = Replicate(), Shard(-1), Shard(-1)
 
@@ -155,9 +162,9 @@ class ColwiseLoRA(_LoRAStyle):
 
 
 class RowwiseLoRA(_LoRAStyle):
-    """Cuts a FusedLoRALinear along in_features: weight and lora_A Shard(1), lora_B and bias replicated.
+    """Cuts a FusedLoRALinear along in_features: weight and lora_A Shard(1), lora_B and both biases replicated.
 
-    Each rank's y is partial: summed over the mesh, or by reduce-scatter into a sharded output_layouts; the bias is
+    Each rank's y is partial: summed over the mesh, or by reduce-scatter into a sharded output_layouts; the biases are
     added once. The gradient of lora_B is summed over the mesh. Every rank drops other columns of x, so each has masks
     of its own, the same again when activation checkpointing computes the layer a second time. They cannot be drawn
     under torch.compile, which runs such a layer eagerly and with fullgraph=True raises, nor in a CUDA graph's capture,
@@ -171,18 +178,21 @@ class RowwiseLoRA(_LoRAStyle):
     parallelize_module raises as for ColwiseLoRA, with in_features in place of out_features.
     """
 
-    placements = {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate()}
+    placements = {
+        "weight": Shard(1),
+        "lora_A": Shard(1),
+        "lora_B": Replicate(),
+        "bias": Replicate(),
+        "lora_bias": Replicate(),
+    }
     summed, cut = "lora_B", "in_features"
     x_layout, y_layout, default_output = Shard(-1), Partial(), Replicate()
 
-    def local_bias(self, bias: DTensor | None, mesh: DeviceMesh) -> Tensor | None:
-        if bias is None:
-            return None
-        local = bias.to_local()
-        if mesh.get_local_rank() == 0:
-            return local
+    def local_bias(self, bias: Tensor | None, mesh: DeviceMesh) -> Tensor | None:
+        if bias is None or mesh.get_local_rank() == 0:
+            return bias
         # Zeros that hand their gradient on: dy is whole on every rank, and so is the gradient that each finds.
-        return local - local.detach() if bias.requires_grad else None
+        return bias - bias.detach() if bias.requires_grad else None
 
     def masks(self, layer: ParallelLoRALinear, device: torch.device, mesh: DeviceMesh) -> Any:
         return own_stream(device, mesh.get_local_rank())
@@ -208,9 +218,13 @@ class ParallelLoRALinear(FusedLoRALinear):
 
     def _local_forward(self, x: Tensor, mesh: DeviceMesh) -> Tensor:
         style = self._style
-        weight, bias = self._local("weight", mesh), style.local_bias(self._parameters["bias"], mesh)  # type: ignore[arg-type]
+        weight = self._local("weight", mesh)
+        bias = None if self._parameters["bias"] is None else self._local("bias", mesh)
         if not self.adapters_enabled:
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight, style.local_bias(bias, mesh))
+        if self._parameters["lora_bias"] is not None:
+            bias = with_lora_bias(bias, self._local("lora_bias", mesh), self.scaling, weight.dtype)
+        bias = style.local_bias(bias, mesh)
         masked = self.training and self.lora_dropout > 0.0
         with style.masks(self, x.device, mesh) if masked else nullcontext():
             y = lora_linear(

@@ -42,10 +42,21 @@ FULL = StateDictOptions(full_state_dict=True)
 
 @case
 def training_equals_the_single_process() -> None:
-    sharded, single = sharded_pair()
+    assert_trains_alike(*sharded_pair(), bias=True)
+
+
+@case
+def lora_bias_beside_a_frozen_bias_and_a_trained_one() -> None:
+    for bias in (False, True):
+        sharded, single = sharded_pair(lora_bias=True)
+        assert_trains_alike(sharded, single, bias)
+        assert all(adapter.lora_bias.any() for adapter in layers(single).values())
+
+
+def assert_trains_alike(sharded: nn.Module, single: nn.Module, bias: bool) -> None:
     for model in (sharded, single):
         for adapter in layers(model).values():
-            adapter.bias.requires_grad_(True)
+            adapter.bias.requires_grad_(bias)
     steps = [optimizer_of(model) for model in (sharded, single)]
     for x, target in batches():
         losses, grads = [], []

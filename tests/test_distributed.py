@@ -35,6 +35,7 @@ CASES = {
     ],
     "tensor": [
         "training_equals_the_single_process",
+        "lora_bias_beside_a_frozen_bias_and_a_trained_one",
         "replicas_are_the_same_bits_on_every_rank",
         "gradients_accumulate",
         "llama_trains_as_on_one_process",
