@@ -37,16 +37,17 @@ LEAST_GAIN_BESIDE_BIAS = 0.5
 
 
 @triton.jit
-def add_product(left, right, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + left @ right, both cast to dtype; with SPLIT fp32 ones go in as three 16-bit terms each."""
-    if SPLIT:
+def add_product(left, right, acc, dtype: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + left @ right, both cast to dtype; fp32 ones may go in as two or three 16-bit TERMS each."""
+    if TERMS > 1:
         left_high, left = next_term(left, dtype)
         left_middle, left = next_term(left, dtype)
         right_high, right = next_term(right, dtype)
         right_middle, right = next_term(right, dtype)
-        acc = tl.dot(left.to(dtype), right_high, acc)
-        acc = tl.dot(left_high, right.to(dtype), acc)
-        acc = tl.dot(left_middle, right_middle, acc)
+        if TERMS > 2:
+            acc = tl.dot(left.to(dtype), right_high, acc)
+            acc = tl.dot(left_high, right.to(dtype), acc)
+            acc = tl.dot(left_middle, right_middle, acc)
         acc = tl.dot(left_middle, right_high, acc)
         acc = tl.dot(left_high, right_middle, acc)
         return tl.dot(left_high, right_high, acc)
@@ -84,7 +85,7 @@ def gain_kernel(
             if BLOCK_R > RANK_K:
                 b = load_skinny(b_ptr, 1, r, first_r + r_offs, n_offs, r, N).T
             a = load_skinny(a_ptr, K, 1, first_r + r_offs, k_offs, r, K)  # [RANK_K, BLOCK_K]
-            product = add_product(b, a, product, w_ptr.dtype.element_ty, SPLIT, PRECISION)
+            product = add_product(b, a, product, w_ptr.dtype.element_ty, 3 if SPLIT else 1, PRECISION)
         adapted = w.to(tl.float32) + scaling * product
         squares += adapted * adapted
     norm = tl.sqrt_rn(tl.sum(squares, 1)).to(magnitude_ptr.dtype.element_ty).to(tl.float32)
@@ -113,7 +114,7 @@ def unscaled_tile(
     for first_r in tl.range(0, r, RANK_K, num_stages=1):
         small = load_small(s_ptr, row, first_r, M, r, BLOCK_M, RANK_K)
         skinny = load_skinny(b_ptr, 1, r, first_r + tl.arange(0, RANK_K), n_offs, r, N)
-        acc = add_product(small, skinny, acc, x_ptr.dtype.element_ty, SPLIT, PRECISION)
+        acc = add_product(small, skinny, acc, x_ptr.dtype.element_ty, 2 if SPLIT else 1, PRECISION)
     return acc
 
 
