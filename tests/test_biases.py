@@ -175,18 +175,6 @@ def test_no_pass_over_y(device) -> None:
     assert counts[0] == counts[1]
 
 
-def test_compiled(device) -> None:
-    torch._dynamo.reset()
-    layer = trained(device, FP32)
-    x, dy = torch.randn(9, K, device=device), torch.randn(9, N, device=device)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    got, want = answers(layer, x, dy), {}
-    leaves = [x.clone().requires_grad_(), layer.lora_A, layer.lora_B, layer.lora_bias]
-    y = compiled(leaves[0])
-    want = dict(zip(("y", "x", *KEYS[2:]), (y.detach(), *torch.autograd.grad(y, leaves, dy))))
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
 def test_adapter_off_is_the_linear(device) -> None:
     layer = trained(device, FP32)
     layer.adapters_enabled = False

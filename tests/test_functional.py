@@ -1,4 +1,4 @@
-"""lora_linear: gradients of every subset, what is saved and computed for them, dropout, checkpointing, compilation."""
+"""lora_linear: gradients of every subset, what is saved and computed for them, dropout, checkpointing, autocast."""
 
 import itertools
 from dataclasses import replace
@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 import fusedlora
@@ -157,46 +156,6 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool, dropout_p: floa
 
     for got, want in zip(through_backward(checkpointed), through_backward(fusedlora.lora_linear)):
         assert torch.equal(got, want)
-
-
-def test_compiled_whole_with_eager_gradients_and_any_number_of_rows(device) -> None:
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(fusedlora.lora_linear, fullgraph=True, backend=counter, dynamic=None)
-    for M in (16, 24, 40, 56):
-        i = make_inputs(M, 16, 24, 4, FP64, device=device, seed=M)
-        for name, want in run(fusedlora.lora_linear, i).items():
-            got = run(compiled, i)[name]
-            assert relative_error(got, want) < 1e-13, name
-    assert counter.frame_count <= 2  # static, then dynamic in M
-
-
-def test_inductor_compiles_what_surrounds_it(device) -> None:
-    i = make_inputs(16, 16, 24, 4, device=device)
-
-    def block(*args, **kwargs):
-        return torch.nn.functional.gelu(fusedlora.lora_linear(*args, **kwargs)) * 2
-
-    got, want = run(torch.compile(block, fullgraph=True), i), run(block, i)
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
-
-
-def test_one_compiled_graph_serves_every_number_of_rows(device) -> None:
-    """With M marked dynamic: one graph for the forward, one for the backward, whatever comes."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(fusedlora.lora_linear, fullgraph=True, backend=counter)
-    torch._dynamo.utils.counters.clear()
-    for M in (16, 24, 5, 500):
-        i = make_inputs(M, 16, 24, 4, FP64, device=device).leaves()
-        torch._dynamo.mark_dynamic(i.x, 0)
-        y = compiled(i.x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=i.scaling)
-        dx, dA, dB = torch.autograd.grad(y, (i.x, i.lora_A, i.lora_B), i.dy)
-        want = exact(i.map(torch.detach))
-        for name, got in {"y": y, "dx": dx, "dA": dA, "dB": dB}.items():
-            assert relative_error(got, want[name]) < 1e-13, (M, name)
-    assert counter.frame_count == 1 and not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("adapter_dtype", [FP32, torch.bfloat16], ids=str)

@@ -148,16 +148,3 @@ def test_inputs_are_not_written_to(device) -> None:
     ops.forward_op(*forward_arguments(i))
     ops.backward_op(*backward_arguments(i))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors))
-
-
-@pytest.mark.parametrize("grads", [True, False], ids=["grads", "no grads"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"bias": False}, {"dropout_p": 0.5}, {"dtype": BF16, "adapter_dtype": FP32}, {"M": 0}], ids=str
-)
-def test_what_the_compiler_sees(settings, grads: bool, device) -> None:
-    """Through every check of opcheck: AOTAutograd's gradients are eager ones, static and dynamic."""
-    i = make_inputs(device=device, **({"M": 6, "K": 16, "N": 24, "r": 4} | settings))
-    i = i.leaves() if grads else i
-    tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias, i.mask, None)
-    arguments = (*tensors, i.scaling, i.dropout_p, i.lora_A.dtype, "auto", "version")
-    torch.library.opcheck(torch.ops.fusedlora.linear.default, arguments)

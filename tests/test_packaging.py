@@ -228,6 +228,7 @@ print(json.dumps(names))
         "FusedLoRALinear",
         "__version__",
         "apply_lora",
+        "dora_linear",
         "explain",
         "load_adapter",
         "lora_linear",
