@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 import triton
 
 import fusedlora
+from fusedlora import dropout
 from fusedlora.kernels import backward, forward, launch
 from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, relative_error, run
 
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.gpu
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def forward_backward(i: Inputs) -> list[torch.Tensor]:
-    return list(run(fusedlora.lora_linear, i, backend="triton").values())
+def forward_backward(i: Inputs, **settings) -> list[torch.Tensor]:
+    return list(run(fusedlora.lora_linear, i, backend="triton", **settings).values())
 
 
 def gpu_work(call: Callable[[], object]) -> list[str]:
@@ -39,13 +40,16 @@ def gpu_work(call: Callable[[], object]) -> list[str]:
 
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32], ids=["bf16", "fp32-adapters"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("M, r", [(500, 16), (8192, 16), (2048, 128)])
-def test_one_kernel_forward_and_one_backward(M: int, r: int, adapter_dtype: torch.dtype, autocast: bool) -> None:
+@pytest.mark.parametrize("M, r, dropout_p", [(500, 16, 0.0), (8192, 16, 0.0), (2048, 128, 0.0), (500, 16, 0.1)])
+def test_one_kernel_forward_and_one_backward(
+    M: int, r: int, dropout_p: float, adapter_dtype: torch.dtype, autocast: bool
+) -> None:
     i = make_inputs(M, 1024, 2048, r, BF16, adapter_dtype, "cuda", bias=True).leaves()
 
     def linear() -> torch.Tensor:
         with torch.autocast("cuda", dtype=BF16, enabled=autocast):
-            return fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=2.0, backend="triton")
+            tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+            return fusedlora.lora_linear(*tensors, scaling=2.0, dropout_p=dropout_p, backend="triton")
 
     assert gpu_work(linear) == ["forward_kernel"]
     y = linear()
@@ -148,9 +152,12 @@ def test_graph_replays_and_streams_give_the_eager_answer() -> None:
 
 @pytest.mark.parametrize("grid", [1, 2, 131, 132])
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside-a-kernel"])
-def test_no_race_and_no_hang_with_delays(grid: int, beside: bool) -> None:
-    """1,250 launches a case, buffers poisoned with NaN, pauses before every publish, wait and clear."""
-    i = make_inputs(520, 512, 512, 16, BF16, device="cuda")
+@pytest.mark.parametrize("kind", ["plain", "fp32-adapters", "dropout"])
+def test_no_race_and_no_hang_with_delays(kind: str, grid: int, beside: bool) -> None:
+    """Launches with buffers poisoned with NaN, pauses before every publish, wait and clear; 10,000 of the plain kind."""
+    i = make_inputs(520, 512, 512, 16, BF16, FP32 if kind == "fp32-adapters" else BF16, "cuda")
+    settings = {"dropout_p": 0.3} if kind == "dropout" else {}
+    seed = torch.tensor([2**62 + 3])
     capability, _ = launch.device_facts(i.x.device)
     empty = torch.empty
     other = torch.cuda.Stream()
@@ -166,19 +173,20 @@ def test_no_race_and_no_hang_with_delays(grid: int, beside: bool) -> None:
 
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dropout, "draw", lambda *args: seed))
         for module in (forward, backward):
             stack.enter_context(mock.patch.object(module, "device_facts", lambda device: (capability, grid)))
-        expected = forward_backward(i)
+        expected = forward_backward(i, **settings)
         for module in (forward, backward):
             stack.enter_context(mock.patch.object(module, "Launcher", Delayed))
             fresh = functools.lru_cache(module._plan.__wrapped__)  # no plan with an undelayed launcher
             stack.enter_context(mock.patch.object(module, "_plan", fresh))
-        for n in range(625):
+        for n in range(625 if kind == "plain" else 200):
             if beside and n % 25 == 0:
                 with torch.cuda.stream(other):
                     big @ big
             with mock.patch.object(torch, "empty", poisoned):
-                got = forward_backward(i)
+                got = forward_backward(i, **settings)
             for a, b in zip(got, expected):
                 wrong += (a != b).sum()
     assert wrong.item() == 0
