@@ -154,7 +154,7 @@ def test_graph_replays_and_streams_give_the_eager_answer() -> None:
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside-a-kernel"])
 @pytest.mark.parametrize("kind", ["plain", "fp32-adapters", "dropout"])
 def test_no_race_and_no_hang_with_delays(kind: str, grid: int, beside: bool) -> None:
-    """Launches with buffers poisoned with NaN, pauses before every publish, wait and clear; 10,000 of the plain kind."""
+    """Buffers poisoned with NaN, pauses before every publish, wait and clear; 10,000 launches of the plain kind."""
     i = make_inputs(520, 512, 512, 16, BF16, FP32 if kind == "fp32-adapters" else BF16, "cuda")
     settings = {"dropout_p": 0.3} if kind == "dropout" else {}
     seed = torch.tensor([2**62 + 3])
