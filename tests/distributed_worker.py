@@ -188,6 +188,7 @@ def main(family: str, rank: int, world_size: int, folder: Path) -> None:
             os._exit(1)  # the other ranks wait in a collective, and so would leaving the group
         dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # past the destructors of torch's threads, one of which now and then aborts the process
 
 
 if __name__ == "__main__":
