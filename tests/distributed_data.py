@@ -223,7 +223,7 @@ def fsdp_layers_are_not_merged() -> None:
     parallel = fsdp(adapted(MLP()))
     x = next(batches())[0]
     y = parallel(x).detach()
-    with pytest.raises(RuntimeError, match="weight is sharded over ranks"):
+    with pytest.raises(ValueError, match="model is sharded by fully_shard"):
         merge_lora(parallel)
     assert not any(layer.merged for layer in layers(parallel).values())
     assert torch.equal(parallel(x), y)
