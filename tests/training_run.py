@@ -53,8 +53,9 @@ def perturbed(model: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            away = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter) * 2 - 1
-            parameter.copy_(torch.nextafter(parameter, away * torch.inf))
+            away = torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, torch.inf, -torch.inf)
+            weight = parameter.cpu()
+            parameter.copy_(torch.nextafter(weight, away.to(weight.dtype)))
     return model
 
 
