@@ -62,6 +62,8 @@ def dora_linear(
     x, weight, lora_A, lora_B, bias, adapter_dtype = admit(
         *given, scaling=scaling, dropout_p=dropout_p, backend=backend
     )
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
     if magnitude.shape != (weight.shape[0],):
         raise ValueError(f"magnitude has shape {tuple(magnitude.shape)}, must be ({weight.shape[0]},)")
     if magnitude.dtype is not param_dtype and magnitude.dtype is not torch.float32:

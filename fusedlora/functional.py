@@ -32,7 +32,7 @@ def lora_linear(
         weight: [out_features, in_features] in x's dtype.
         lora_A: [r, in_features] in x's dtype or float32.
         lora_B: [out_features, r] in lora_A's dtype.
-        bias: [out_features] in x's dtype, or None.
+        bias: [out_features] in x's dtype or float32, or None. Its gradient is summed and kept in its own dtype.
         scaling: the factor on the adapter's product; lora_alpha / r as a rule. A number, or a 0-d tensor on x's device,
             which is read there, also at each replay of a CUDA graph. It gets no gradient.
         dropout_p: rate of the dropout on the adapter's x, in [0, 1). It is on while `training` only, and its mask, or
@@ -41,7 +41,7 @@ def lora_linear(
 
     Returns:
         y [..., out_features] in x's dtype. The adapter's products are formed in the wider of x's and lora_A's dtypes.
-        Under autocast x, weight and bias are cast to its dtype, as by nn.Linear, and the adapter's products run in it.
+        Under autocast x and weight are cast to its dtype, as by nn.Linear, and the adapter's products run in it.
 
     Raises:
         TypeError: dtypes that do not go together, or a scaling that requires a gradient.
@@ -90,7 +90,8 @@ def admit(
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype is not torch.float64:
         x, weight = _cast(x, dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
+        if bias is not None and bias.dtype is not torch.float32:
+            bias = _cast(bias, dtype)
         adapter_dtype = dtype
         if lora_A.dtype is not torch.float32:
             lora_A, lora_B = _cast(lora_A, dtype), _cast(lora_B, dtype)
@@ -137,8 +138,8 @@ def admit(
     if bias is not None:
         if bias.shape != (N,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, must be ({N},)")
-        if bias.dtype is not dtype:
-            raise TypeError(f"bias has dtype {bias.dtype}, x has {dtype}: they must be equal outside autocast")
+        if bias.dtype is not dtype and not (bias.dtype is torch.float32 and dtype.itemsize == 2):
+            raise TypeError(f"bias has dtype {bias.dtype}, must be x's {dtype} or, over 16 bits, torch.float32")
         if bias.device != device:
             raise ValueError(f"bias is on {bias.device}, x is on {device}: they must be on one device")
     if isinstance(scaling, Tensor):
@@ -221,7 +222,7 @@ class _LoRALinear(torch.autograd.Function):
             mask if need_x or need_A else None,
             scale,
         )
-        ctx.call = (shape, scaling, dropout_p, adapter_dtype, backend)
+        ctx.call = (shape, scaling, dropout_p, adapter_dtype, None if bias is None else bias.dtype, backend)
         return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], weight.shape[0]))
 
     @staticmethod
@@ -240,7 +241,7 @@ _apply: Any = super(torch.autograd.Function, _LoRALinear).apply
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, s, mask, scale = ctx.saved_tensors
-    shape, scaling, dropout_p, adapter_dtype, backend = ctx.call
+    shape, scaling, dropout_p, adapter_dtype, bias_dtype, backend = ctx.call
     need_x, need_W, need_A, need_B, need_b, *_ = ctx.needs_input_grad
     flat = len(shape) == 2
     if not flat:
@@ -272,7 +273,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy):
             dW = dy.t() @ x
     if need_b:
-        db = dy.sum(0)
+        db = dy.sum(0, dtype=bias_dtype)
     return dx, dW, dA, dB, db, None, None, None, None, None, None
 
 

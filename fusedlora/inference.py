@@ -41,6 +41,8 @@ class _Kept:
         for now, (parameter, pointer) in zip(layer._parameters.values(), self.parameters):
             if now is not parameter or (now is not None and now.data_ptr() != pointer):
                 return False
+        if isinstance(layer.scaling, Tensor):  # comparing it would wait for the GPU
+            return False
         stream: int = torch._C._cuda_getCurrentRawStream(self.index)
         return stream == self.repeat.stream and _settings(layer) == self.settings
 

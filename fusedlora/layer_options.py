@@ -45,9 +45,6 @@ def check_options(
 
 
 def with_lora_bias(bias: Tensor | None, lora_bias: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """bias + scaling · lora_bias [out_features] in `dtype`, added in the widest dtype at hand and rounded once."""
-    if isinstance(scaling, Tensor):  # beside a vector of 16 bits it would be rounded to 16 bits itself
-        added = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scaling
-        return (added if bias is None else bias + added).to(dtype)
-    total = lora_bias * scaling if bias is None else torch.add(bias, lora_bias, alpha=scaling)
-    return total.to(dtype)
+    """bias + scaling · lora_bias [out_features] in float32, or in `dtype`, the weight's, where that is wider."""
+    added = lora_bias.to(torch.promote_types(dtype, torch.float32)) * scaling
+    return added if bias is None else bias + added

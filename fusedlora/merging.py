@@ -58,7 +58,7 @@ class Mergeable(nn.Linear):
         if self.lora_bias is None:
             return self.bias
         with torch.inference_mode(False):
-            merged = with_lora_bias(self.bias, self.lora_bias, float(self.scaling), weight.dtype)
+            merged = with_lora_bias(self.bias, self.lora_bias, float(self.scaling), weight.dtype).to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"the merged bias is not finite in {weight.dtype}: not merged")
         return merged

@@ -44,13 +44,16 @@ def forward(
     save_s: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] in x's dtype and, when save_s, S [M, r] in adapter_dtype; mask is what `dropout.draw` gave."""
-    y = torch.nn.functional.linear(x, weight, bias if gain is None else None)
+    late = None if bias is None or bias.dtype == x.dtype else bias  # where fp32 products are added, else rounded now
+    if late is not None and gain is None and adapter_dtype == x.dtype:
+        bias, late = late.to(x.dtype), None
+    y = torch.nn.functional.linear(x, weight, bias if gain is None and late is None else None)
     if mask is not None:
         x = _masked(x, dropout.as_mask(mask, x.shape[0], x.shape[1], dropout_p, x.device))
         scaling = scaling / (1.0 - dropout_p)
     s = _scaled_mm(x.to(adapter_dtype), lora_A.to(adapter_dtype).t(), scaling, scale)
     if gain is None:
-        _add_product(y, s, lora_B.to(adapter_dtype).t())
+        _add_product(y, s, lora_B.to(adapter_dtype).t(), late)
     else:
         for part, rows in zip(y.chunk(4), s.chunk(4)):  # in gain's precision, rounded once
             total = (part + (rows @ lora_B.to(adapter_dtype).t()).to(gain.dtype)).mul_(gain)
@@ -58,13 +61,16 @@ def forward(
     return y, s if save_s else None
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, rounding the product by itself only where its dtype is not out's; then a quarter of it at a time."""
+def _add_product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    """out += a b + bias, rounding by itself only a product whose dtype is not out's; then a quarter of it at a time.
+
+    A bias is in a's dtype, and comes only where that is not out's.
+    """
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:
         for part, rows in zip(out.chunk(4), a.chunk(4)):
-            part.add_(rows @ b)
+            part.add_(rows @ b if bias is None else torch.addmm(bias, rows, b))
 
 
 def backward(

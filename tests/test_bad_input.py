@@ -34,7 +34,7 @@ def call(device, settings=None, **changed):
         ({"weight": torch.ones(24, 16).bfloat16()}, TypeError, "weight has dtype torch.bfloat16, x has torch.float32"),
         ({"lora_A": torch.ones(4, 16).half()}, TypeError, "lora_A has dtype torch.float16, must be x's torch.float32"),
         ({"lora_B": torch.ones(24, 4).half()}, TypeError, "lora_B has dtype torch.float16, lora_A has torch.float32"),
-        ({"bias": torch.ones(24).half()}, TypeError, "bias has dtype torch.float16, x has torch.float32"),
+        ({"bias": torch.ones(24).half()}, TypeError, "bias has dtype torch.float16, must be x.s torch.float32"),
         (
             {"x": torch.ones(4, 16).to(torch.complex64)},
             TypeError,

@@ -182,7 +182,7 @@ def lora_forward(
         x: [M, K], bf16, fp16 or fp32. Copied where a descriptor can't read it (see `row_major`).
         weight: [N, K] of x's dtype, rows readable by a descriptor.
         lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 256.
-        bias: [N] of x's dtype, or None.
+        bias: [N] of x's dtype or fp32, or None.
         scaling: multiplies S in fp32, before its one rounding.
         scale: [], multiplies scaling, read on the device; None is 1.
         gain: [N] fp32, multiplies y before the bias; None is 1.
@@ -209,7 +209,7 @@ def lora_forward(
         scaling, seed, threshold = launch_dropout(seed, dropout_p, scaling)
         scale_dtype = None if scale is None else scale.dtype
         optional = (scale_dtype, gain is None, type(seed), alignment(lora_A, lora_B, bias, gain, scale))
-        specialised = (stride_xm, stride_wn, bias is None, optional)
+        specialised = (stride_xm, stride_wn, None if bias is None else bias.dtype, optional)
         sizes = (M, N, K, r)
         facts = device_facts(device)
         dtypes = (dtype, lora_A.dtype, adapter_dtype)
