@@ -175,6 +175,8 @@ def _shrink(p: Problem, *, tall: bool, masked: bool = False) -> dict[str, int]:
         return shrink(rank_k, m=128, k=32, stages=4)
     if masked and not p.split and p.M <= 16384:
         # The mask takes longer than the memory: every SM makes its share.
+        if p.M <= 4096 and wide <= 32:
+            return shrink(rank_k, m=32, k=256, stages=3)
         return shrink(rank_k, m=64, k=128 if wide <= 32 else 64, stages=4)
     if tall and p.M > 1024:
         return shrink(rank_k, m=256, k=64, stages=4)
