@@ -304,19 +304,24 @@ def _choose(name: str, call: Call) -> Backend:
             refusals[backend.name] = reason
         if call.device.type == "cuda":
             for refusing, reason in refusals.items():
-                if reason not in _warned:
-                    _warned.add(reason)
-                    warnings.warn(
-                        f"fusedlora takes its {backend.name} path, not {refusing}: {reason}. "
-                        "fusedlora.explain() says so for any call; this reason is not repeated.",
-                        stacklevel=2,
-                    )
+                warn_once(backend.name, refusing, reason)
         return backend
     backend = _by_name(name)
     reason = backend.why_not(call)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} does not take this call: {reason}")
     return backend
+
+
+def warn_once(taken: str, refusing: str, reason: str) -> None:
+    """Says that a call falls back, the first time for a reason."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"fusedlora takes its {taken} path, not {refusing}: {reason}. "
+            "fusedlora.explain() says so for any call; this reason is not repeated.",
+            stacklevel=3,
+        )
 
 
 def _by_name(name: str) -> Backend:

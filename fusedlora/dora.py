@@ -10,7 +10,6 @@ With dropout in training the product with W is taken of the dropped x too. No ke
 runs as PEFT has it, operation by operation.
 """
 
-import warnings
 from typing import Any
 
 import torch
@@ -101,13 +100,8 @@ def _stock(
         raise RuntimeError(f"backend {backend!r} does not take this call: {WITH_DROPOUT}")
     if not torch.compiler.is_compiling():
         backends.last_used = "reference"
-        if x.device.type == "cuda" and backend == "auto" and WITH_DROPOUT not in backends._warned:
-            backends._warned.add(WITH_DROPOUT)
-            warnings.warn(
-                f"fusedlora takes its reference path, not triton: {WITH_DROPOUT}. "
-                "fusedlora.explain() says so for any call; this reason is not repeated.",
-                stacklevel=3,
-            )
+        if x.device.type == "cuda" and backend == "auto":
+            backends.warn_once("reference", "triton", WITH_DROPOUT)
     plain = F.linear(x, weight, bias)
     dropped = F.dropout(x.to(lora_A.dtype), dropout_p)
     weight = weight.to(dropped.dtype)
@@ -181,12 +175,7 @@ class _DoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        if not torch.is_grad_enabled():
-            return _gradients(ctx, dy)
-        with torch.no_grad():  # create_graph=True
-            grads = _gradients(ctx, dy)
-        read = (dy.new_empty(0).requires_grad_(), dy, *ctx.saved_tensors[:4])
-        return _Once.apply(len(read), *read, *grads)
+        return functional.differentiable_once(ctx, dy, _gradients, _Once)
 
 
 _apply: Any = super(torch.autograd.Function, _DoRALinear).apply  # as functional's
@@ -245,30 +234,10 @@ class _Once(functional._Once):
         raise RuntimeError("dora_linear can be differentiated only once: it has no double backward")
 
 
-# What torch.compile sees in place of the Function, as functional's linear.
-ops.LIB.define(
+functional.define_linear(
     "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor? scale, "
     "float scaling, ScalarType adapter_dtype, str backend, str version) -> Tensor",
-    tags=ops.TAGS,
+    _without_grad,
+    _DoRALinear,
+    differentiable=6,
 )
-
-
-def _linear(*arguments: Any) -> Tensor:
-    return _without_grad(*arguments[:-1])
-
-
-def _linear_autograd(*arguments: Any) -> Tensor:
-    functional._refuse_transforms()
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:6]):
-        return _DoRALinear.apply(*arguments[:-1])
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fusedlora.dora_linear.default(*arguments)
-
-
-def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-ops.LIB.impl("dora_linear", _linear, "CompositeExplicitAutograd")
-ops.LIB.impl("dora_linear", _linear_autograd, "Autograd")
-torch.library.register_fake("fusedlora::dora_linear", _linear_fake, lib=ops.LIB)

@@ -1,5 +1,6 @@
 """lora_linear: the checks at the door, autocast, dropout, and the autograd.Function over the two ops."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -227,12 +228,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        if not torch.is_grad_enabled():
-            return _gradients(ctx, dy)
-        with torch.no_grad():  # create_graph=True
-            grads = _gradients(ctx, dy)
-        read = (dy.new_empty(0).requires_grad_(), dy, *ctx.saved_tensors[:4])
-        return _Once.apply(len(read), *read, *grads)
+        return differentiable_once(ctx, dy, _gradients, _Once)
 
 
 # Function.apply is a layer of Python for functorch, whose transforms lora_linear has ruled out
@@ -277,6 +273,16 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dW, dA, dB, db, None, None, None, None, None, None
 
 
+def differentiable_once(ctx: Any, dy: Tensor, gradients: Callable[..., Any], once: Any) -> Any:
+    """gradients(ctx, dy), which raise where they are differentiated again; x, W, A and B were saved first."""
+    if not torch.is_grad_enabled():
+        return gradients(ctx, dy)
+    with torch.no_grad():  # create_graph=True
+        grads = gradients(ctx, dy)
+    read = (dy.new_empty(0).requires_grad_(), dy, *ctx.saved_tensors[:4])
+    return once.apply(len(read), *read, *grads)
+
+
 class _Once(torch.autograd.Function):
     """Hands gradients on and raises where they are differentiated again.
 
@@ -293,32 +299,40 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("lora_linear can be differentiated only once: it has no double backward")
 
 
-# What torch.compile sees in place of the Function: Dynamo takes it as one op and AOTAutograd differentiates it through
-# the Function itself, so that no second implementation of autograd.Function stands between. The version is there for
-# the compiler's cache on disk: what the Function traces to may change between versions.
-ops.LIB.define(
+def define_linear(schema: str, without_grad: Callable[..., Tensor], function: Any, *, differentiable: int) -> None:
+    """Defines what torch.compile sees in place of an autograd.Function; its first arguments may require gradients.
+
+    Dynamo takes it as one op and AOTAutograd differentiates it through the Function itself, so that no second
+    implementation of autograd.Function stands between. Its last argument is the version, there for the compiler's cache
+    on disk: what the Function traces to may change between versions.
+    """
+    name = schema.split("(")[0]
+    ops.LIB.define(schema, tags=ops.TAGS)
+    op = getattr(torch.ops.fusedlora, name).default
+
+    def linear(*arguments: Any) -> Tensor:
+        return without_grad(*arguments[:-1])
+
+    def linear_autograd(*arguments: Any) -> Tensor:
+        _refuse_transforms()
+        tensors = arguments[:differentiable]
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return function.apply(*arguments[:-1])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    def linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    ops.LIB.impl(name, linear, "CompositeExplicitAutograd")
+    ops.LIB.impl(name, linear_autograd, "Autograd")
+    torch.library.register_fake(f"fusedlora::{name}", linear_fake, lib=ops.LIB)
+
+
+define_linear(
     "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mask, Tensor? scale, "
     "float scaling, float dropout_p, ScalarType adapter_dtype, str backend, str version) -> Tensor",
-    tags=ops.TAGS,
+    _without_grad,
+    _LoRALinear,
+    differentiable=5,
 )
-
-
-def _linear(*arguments: Any) -> Tensor:
-    return _without_grad(*arguments[:-1])
-
-
-def _linear_autograd(*arguments: Any) -> Tensor:
-    _refuse_transforms()
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:5]):
-        return _LoRALinear.apply(*arguments[:-1])
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fusedlora.linear.default(*arguments)
-
-
-def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-ops.LIB.impl("linear", _linear, "CompositeExplicitAutograd")
-ops.LIB.impl("linear", _linear_autograd, "Autograd")
-torch.library.register_fake("fusedlora::linear", _linear_fake, lib=ops.LIB)

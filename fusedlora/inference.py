@@ -7,7 +7,7 @@ its launch again, past the checks and choices, whose outcome is known.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ _latest: WeakKeyDictionary[FusedLoRALinear, torch.Size] = WeakKeyDictionary()
 
 
 class _Kept:
-    """A call that can be repeated, and what must be the same for it."""
+    """A call that can be repeated, and what must be the same for it. Merging must free a weight: none is held here."""
 
     def __init__(self, layer: FusedLoRALinear, x: Tensor, repeat: Any) -> None:
-        self.parameters = [(p, None if p is None else p.data_ptr()) for p in layer._parameters.values()]
+        self.parameters = [None if p is None else (ref(p), p.data_ptr()) for p in layer._parameters.values()]
         self.settings = _settings(layer)
         self.shape, self.dtype, self.index = x.shape, x.dtype, x.device.index
         self.y_shape = None if x.dim() == 2 else (*x.shape[:-1], layer.out_features)
@@ -38,8 +38,11 @@ class _Kept:
     def holds(self, layer: FusedLoRALinear, x: Tensor) -> bool:
         if x.shape != self.shape or x.dtype is not self.dtype or not _readable(x) or x.device.index != self.index:
             return False
-        for now, (parameter, pointer) in zip(layer._parameters.values(), self.parameters):
-            if now is not parameter or (now is not None and now.data_ptr() != pointer):
+        for now, then in zip(layer._parameters.values(), self.parameters):
+            if now is None or then is None:
+                if now is not then:
+                    return False
+            elif now is not then[0]() or now.data_ptr() != then[1]:
                 return False
         if isinstance(layer.scaling, Tensor):  # comparing it would wait for the GPU
             return False
@@ -73,7 +76,7 @@ def repeat(layer: FusedLoRALinear, x: Tensor) -> Tensor | None:
     if kept is None or not _plain_call() or not kept.holds(layer, x):
         return None
     backends.last_used = "triton"
-    y: Tensor = kept.repeat(x)
+    y: Tensor = kept.repeat(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias)
     return y if kept.y_shape is None else y.view(kept.y_shape)
 
 
@@ -91,6 +94,7 @@ def keep(layer: FusedLoRALinear, x: Tensor) -> None:
         or (layer.training and layer.lora_dropout)
         or isinstance(layer.scaling, Tensor)
         or any(type(p) is not torch.nn.Parameter for p in layer._parameters.values() if p is not None)
+        or not (layer.lora_A.is_contiguous() and layer.lora_B.is_contiguous())
         or not _readable(x)
         or not _plain_call()
     ):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from unittest import mock
 
 import pytest
@@ -92,6 +93,24 @@ class TestOnAGPU:
             layer.backend = "reference"
             assert inference.repeat(layer, x) is None
         assert layer(x).requires_grad
+
+    def test_a_merged_weight_is_freed(self) -> None:
+        layer, x = layer_and_x()
+        with torch.no_grad():
+            for _ in range(3):
+                layer(x)
+        assert layer in inference._kept
+        weight = weakref.ref(layer.weight)
+        layer.merge(keep_base=False)
+        assert weight() is None
+
+    def test_what_is_copied_for_the_kernels_is_not_kept(self) -> None:
+        layer, x = layer_and_x()
+        layer.lora_A = torch.nn.Parameter(torch.randn(256, 16, device="cuda", dtype=BF16).t())
+        with torch.no_grad():
+            for _ in range(3):
+                layer(x)
+        assert layer.last_backend == "triton" and layer not in inference._kept
 
     def test_capture_and_copies(self) -> None:
         layer, x = layer_and_x()

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlora.config import BackwardConfig, Problem, backward_config, block_r
+from fusedlora.config import BackwardConfig, Problem, backward_config
 from fusedlora.kernels.common import (
     ARRIVED,
     DONE,
@@ -25,15 +25,13 @@ from fusedlora.kernels.common import (
     wait_for,
 )
 from fusedlora.kernels.launch import (
-    PRECISION,
     Launcher,
     alignment,
+    common_constants,
     current_stream,
     device_facts,
     launch_dropout,
-    mask_method,
     num_terms,
-    rank_alignment,
     row_major,
     separate,
     skinny_rows,
@@ -151,6 +149,9 @@ def backward_kernel(
         a_terms_ptr = terms_ptr
         b_terms_ptr = terms_ptr + TERMS * r * K
         s_terms_ptr = None
+        # Only dX reads A, and only T reads B.
+        a_size = r * K if NEED_DX else 0
+        b_size = r * N if NEED_DX or NEED_DA else 0
         s_size = 0
         if TERMS > 1:
             planes_ptr = b_terms_ptr + TERMS * r * N
@@ -159,7 +160,18 @@ def backward_kernel(
                 s_size = M * r
         if CONVERT:
             ticket, first_ticket = conversions(
-                sync_ptr, a_ptr, b_ptr, s_ptr, a_terms_ptr, b_terms_ptr, s_terms_ptr, r * K, r * N, s_size, TERMS, DELAY
+                sync_ptr,
+                a_ptr,
+                b_ptr,
+                s_ptr,
+                a_terms_ptr,
+                b_terms_ptr,
+                s_terms_ptr,
+                a_size,
+                b_size,
+                s_size,
+                TERMS,
+                DELAY,
             )
         a_ptr = a_terms_ptr
         b_ptr = b_terms_ptr
@@ -276,19 +288,13 @@ def _plan(
     schedule = backward_schedule(problem, config, *needs)
     parts = schedule.parts
     needs_t = need_dx or need_dA
-    fuse_db = config.FUSE_DB and need_dB and needs_t
+    fuse_db = config.FUSE_DB and need_dB and needs_t and terms <= 1
     db_sums = cdiv(M, config.SHRINK_M) if fuse_db else parts if parts > 1 else 0
-    constants = {
-        "DROPOUT": mask_method(facts[0]) if dropout else 0,
+    constants = common_constants(r, facts[0], terms, dropout) | {
         "NEED_DX": need_dx,
         "NEED_DA": need_dA,
         "NEED_DB": need_dB,
-        "TERMS": terms,
-        "PRECISION": PRECISION,
         "PARTIALS": parts > 1,
-        "R_ALIGN": rank_alignment(r),
-        "BLOCK_R": block_r(r),
-        "DELAY": 0,
         **{name: value for name, value in vars(config).items() if name != "stripe_rows"},
         "FUSE_DB": fuse_db,
     }

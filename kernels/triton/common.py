@@ -316,11 +316,11 @@ def shrink_tasks(
     """From its ticket on claims shrink tasks until none is left; returns its place in the order of finding none.
 
     out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. Task t takes the row
-    blocks t, t + num_tasks, … and publishes each. With FUSE the same read of src also gives
+    blocks t, t + num_tasks, … and publishes each. With FUSE, for one term only, the same read of src also gives
     partial[block] = src[block]ᵀ @ small[block].
 
-    TERMS: of skinny and small, which lie one after the other in memory. With more than one, planes [TERMS, M, r] gets
-    the terms of out, and out itself may be None.
+    TERMS: of skinny, which lie one after the other in memory. With more than one, planes [TERMS, M, r] gets the terms
+    of out, and out itself may be None.
     """
     RANK_FIRST: tl.constexpr = DROPOUT > 0
     r_offs = tl.arange(0, BLOCK_R)
@@ -333,9 +333,7 @@ def shrink_tasks(
             row = block * SHRINK_M
             acc = tl.zeros((BLOCK_R, SHRINK_M) if RANK_FIRST else (SHRINK_M, BLOCK_R), tl.float32)
             if FUSE:
-                small, small_middle, small_low = load_small_terms(
-                    small_ptr, row, 0, M, r, True, SHRINK_M, BLOCK_R, TERMS
-                )
+                small = load_small(small_ptr, row, 0, M, r, SHRINK_M, BLOCK_R)
                 block_ptr = partial_ptr + tl.cast(block, tl.int64) * depth * r
             for d in tl.range(0, depth, SHRINK_K, num_stages=SHRINK_STAGES):
                 src = src_desc.load([row, d])  # [SHRINK_M, SHRINK_K]
@@ -348,12 +346,7 @@ def shrink_tasks(
                     src = masked(src, seed_low, seed_high, threshold, rows, d_offs[None, :], depth, DROPOUT)
                 acc = dot_skinny(src, high, middle, low, acc, TERMS, RANK_FIRST, PRECISION)
                 if FUSE:
-                    if TERMS > 1:
-                        other = tl.dot(src.T, small_low)  # [SHRINK_K, BLOCK_R]
-                        other = tl.dot(src.T, small_middle, other)
-                        other = tl.dot(src.T, small, other)
-                    else:
-                        other = tl.dot(src.T, small, input_precision=PRECISION)
+                    other = tl.dot(src.T, small, input_precision=PRECISION)  # [SHRINK_K, BLOCK_R]
                     mask = (d_offs < depth)[:, None] & (r_offs < r)[None, :]
                     tl.store(block_ptr + d_offs[:, None] * r + r_offs[None, :], other, mask=mask)
             if RANK_FIRST:
@@ -378,17 +371,13 @@ def shrink_tasks(
 def load_small_terms(
     ptr, row, first_r, M, r, ready, BLOCK_M: tl.constexpr, RANK_K: tl.constexpr, TERMS: tl.constexpr
 ):  # fmt: skip
-    """As load_small, TERMS tiles of [TERMS, M, r], zero where not ready; three are returned, the first TERMS count."""
+    """As load_small the first term of [TERMS, M, r] and, where there is one, the second; zero where not ready."""
     rows = tl.where(ready, M, 0)
     high = load_small(ptr, row, first_r, rows, r, BLOCK_M, RANK_K)
-    middle = high
-    low = high
+    rest = high
     if TERMS > 1:
-        plane = tl.cast(M, tl.int64) * r
-        middle = load_small(ptr + plane, row, first_r, rows, r, BLOCK_M, RANK_K)
-    if TERMS > 2:
-        low = load_small(ptr + 2 * plane, row, first_r, rows, r, BLOCK_M, RANK_K)
-    return high, middle, low
+        rest = load_small(ptr + tl.cast(M, tl.int64) * r, row, first_r, rows, r, BLOCK_M, RANK_K)
+    return high, rest
 
 
 @triton.jit
@@ -459,9 +448,7 @@ def masked_product(
             skinny, skinny_rest, _ = load_terms(
                 skinny_ptr, cols * r, stride_r, stride_d, first_r + tl.arange(0, RANK_K), n_offs, r, cols, min(TERMS, 2)
             )
-            small, small_rest, _ = load_small_terms(
-                small_ptr, row, first_r, M, r, True, acc.shape[0], RANK_K, min(TERMS, 2)
-            )
+            small, small_rest = load_small_terms(small_ptr, row, first_r, M, r, True, acc.shape[0], RANK_K, TERMS)
         product = dot_rank(small, small_rest, skinny, skinny_rest, product, dtype, TERMS, PRECISION)
     return add_kept(acc, product, low, high, threshold, m_offs[:, None], n_offs[None, :], cols, DROPOUT)
 
@@ -497,7 +484,7 @@ def lora_tile(
         skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, r, cols, TWO)
         if WAIT:
             ready = published(progress_ptr) >= needed
-        small, small_rest, _ = load_small_terms(small_ptr, row, 0, M, r, ready, BLOCK_M, RANK_K, TWO)
+        small, small_rest = load_small_terms(small_ptr, row, 0, M, r, ready, BLOCK_M, RANK_K, TERMS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
         left = left_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
@@ -511,7 +498,7 @@ def lora_tile(
         if WAIT:
             if not ready:
                 wait_for(progress_ptr, needed)
-                small, small_rest, _ = load_small_terms(small_ptr, row, 0, M, r, True, BLOCK_M, RANK_K, TWO)
+                small, small_rest = load_small_terms(small_ptr, row, 0, M, r, True, BLOCK_M, RANK_K, TERMS)
     elif WAIT:
         wait_for(progress_ptr, needed)
     if DROPOUT:
@@ -529,6 +516,6 @@ def lora_tile(
         for first_r in tl.static_range(0, BLOCK_R, RANK_K):
             r_offs = first_r + tl.arange(0, RANK_K)
             skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, r, cols, TWO)
-            small, small_rest, _ = load_small_terms(small_ptr, row, first_r, M, r, True, BLOCK_M, RANK_K, TWO)
+            small, small_rest = load_small_terms(small_ptr, row, first_r, M, r, True, BLOCK_M, RANK_K, TERMS)
             acc = dot_rank(small, small_rest, skinny, skinny_rest, acc, dtype, TERMS, PRECISION)
     return acc

@@ -8,18 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlora.config import ForwardConfig, Problem, block_r, forward_config
+from fusedlora.config import ForwardConfig, Problem, forward_config
 from fusedlora.kernels.common import ARRIVED, TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
-    PRECISION,
     Launcher,
     alignment,
+    common_constants,
     current_stream,
     device_facts,
     launch_dropout,
-    mask_method,
     num_terms,
-    rank_alignment,
     row_major,
     separate,
     skinny_rows,
@@ -139,15 +137,7 @@ def _plan(
     problem = Problem(M, N, K, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or forward_config(problem)
     schedule = forward_schedule(problem, config)
-    constants = {
-        "DROPOUT": mask_method(facts[0]) if dropout else 0,
-        "TERMS": terms,
-        "PRECISION": PRECISION,
-        "R_ALIGN": rank_alignment(r),
-        "BLOCK_R": block_r(r),
-        "DELAY": 0,
-        **vars(config),
-    }
+    constants = common_constants(r, facts[0], terms, dropout) | vars(config)
     phases = [{"CONVERT": terms > 0, "SHRINK": True, "TILES": True}]
     if not one_launch:
         phases = separate(phases[0])
@@ -227,32 +217,39 @@ def lora_forward(
         for launcher in plan.launchers:
             launcher(stream, x, *tensors, y, s, terms, words, *numbers)
         if bind is not None:
-            bind.append(BoundForward(plan.launchers, stream, tensors, (s, terms, words), numbers, y))
+            bind.append(BoundForward(plan.launchers, stream, (s, terms, words), numbers, y))
     return y, s if save_s else None
 
 
 class BoundForward:
-    """The launches of one `lora_forward` without dropout, to be made again for another x of the same shape.
+    """The launches of one `lora_forward` without dropout, gain and scale, to be made again for tensors like its own.
 
-    It owns its S, and belongs to one stream, on which launches follow one another. x must be contiguous and start at a
-    multiple of 16 bytes.
+    It owns its S, and belongs to one stream, on which launches follow one another. It keeps no parameter alive. All
+    tensors must have the shapes, dtypes and alignments they had; x, lora_A and lora_B must be contiguous, and x must
+    start at a multiple of 16 bytes.
     """
 
     def __init__(
         self,
         launchers: tuple[Launcher, ...],
         stream: int,
-        tensors: tuple[torch.Tensor | None, ...],
         workspaces: tuple[torch.Tensor | None, ...],
         numbers: tuple[Any, ...],
         y: torch.Tensor,
     ) -> None:
-        self.launchers, self.stream, self.tensors = launchers, stream, tensors
+        self.launchers, self.stream = launchers, stream
         self.rest = (*workspaces, *numbers)
         self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
         y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for launcher in self.launchers:
-            launcher(self.stream, x, *self.tensors, y, *self.rest)
+            launcher(self.stream, x, weight, lora_A, lora_B, bias, None, None, y, *self.rest)
         return y

@@ -11,6 +11,7 @@ import triton
 from triton.runtime import _allocation
 
 from fusedlora import dropout
+from fusedlora.config import block_r
 from fusedlora.kernels.common import INTERPRET, PAIRED, PLAIN
 
 # Words of one device's slab. A captured graph keeps the words of its launches for good, since it may be replayed at
@@ -214,6 +215,18 @@ def mask_method(capability: int) -> int:
 def num_terms(param_dtype: torch.dtype, adapter_dtype: torch.dtype, dtype: torch.dtype) -> int:
     """The kernels' TERMS: 16-bit terms of each fp32 parameter, 0 where parameters are of x's dtype."""
     return 0 if param_dtype == dtype else 1 if adapter_dtype == dtype else 3
+
+
+def common_constants(r: int, capability: int, terms: int, dropout: bool) -> dict[str, Any]:
+    """The constexpr arguments that both kernels take and no tile configuration sets."""
+    return {
+        "DROPOUT": mask_method(capability) if dropout else 0,
+        "TERMS": terms,
+        "PRECISION": PRECISION,
+        "R_ALIGN": rank_alignment(r),
+        "BLOCK_R": block_r(r),
+        "DELAY": 0,
+    }
 
 
 def separate(phases: dict[str, bool]) -> list[dict[str, bool]]:

@@ -187,6 +187,20 @@ def test_layouts_a_descriptor_cannot_read(layout: str) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=str)
+def test_a_bound_forward_repeats_with_the_parameters_as_they_are(adapter_dtype) -> None:
+    i = make_inputs(20, 64, 72, 4, HALF, adapter_dtype, DEVICE)
+    settings = {"scaling": 0.5, "adapter_dtype": i.lora_A.dtype, "save_s": False}
+    bound = []
+    lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, bind=bound, **settings)
+    first = bound[0](i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+    other = make_inputs(20, 64, 72, 4, HALF, adapter_dtype, DEVICE, seed=1)
+    i.lora_B.mul_(-2.0)
+    again = bound[0](other.x, i.weight, i.lora_A, i.lora_B, i.bias)
+    assert torch.equal(again, lora_forward(other.x, i.weight, i.lora_A, i.lora_B, i.bias, **settings)[0])
+    assert not torch.equal(again, first)
+
+
 def test_no_rows() -> None:
     i = make_inputs(0, 64, 72, 16, HALF, device=DEVICE, bias=False)
     out = launch_both(Case(0, 64, 72, 16), i, True)
