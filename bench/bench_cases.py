@@ -9,6 +9,8 @@ GROUPS = {
     "backward": "backward: dX, dA, dB",
     "training": "forward + backward",
     "module": "forward + backward of the module called eagerly, wall time with host overhead",
+    "features": "forward + backward of what else a layer does: dropout, fp32 adapters, DoRA",
+    "decode": "forward alone, without gradients, of few rows",
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -65,6 +67,25 @@ def cpu_cases() -> list[Case]:
     return [Case(*shape, dtype=dtype) for dtype in ("fp32", "bf16") for shape in shapes]
 
 
+def decode_cases(on_gpu: bool) -> list[Case]:
+    """A few tokens through one layer."""
+    if not on_gpu:
+        return [Case(M, 384, 384, 8, "fp32") for M in (1, 8)]
+    return [Case(M, 4096, 4096, 16) for M in (1, 2, 4, 8, 16, 32, 64)]
+
+
+def cases_of(group: str, on_gpu: bool, measure: bool) -> list[Case]:
+    """The shapes of a group's rows."""
+    if not measure:
+        return tiny_cases(on_gpu)
+    if group == "decode":
+        return decode_cases(on_gpu)
+    cases = gpu_cases() if on_gpu else cpu_cases()
+    if group == "features" and on_gpu:
+        return [case for case in cases if case.headline]
+    return cases
+
+
 def tiny_cases(on_gpu: bool) -> list[Case]:
     """Shapes that only show that a benchmark runs."""
     return [Case(48, 64, 128, 8, dtype) for dtype in (("bf16",) if on_gpu else ("fp32", "bf16"))]
@@ -81,7 +102,8 @@ class Work:
 def work(case: Case, group: str, adapter_itemsize: int | None) -> Work:
     """Each input read once, each output written once. adapter_itemsize None: the frozen linear alone.
 
-    forward reads x, W, A, B and writes y, S; backward reads dy, x, W, A, B, S and writes dX, dA, dB.
+    forward reads x, W, A, B and writes y, S, decode does not write S; backward reads dy, x, W, A, B, S and writes dX,
+    dA, dB. A dropout mask and DoRA's norm and gain are not counted.
     """
     M, K, N, r = case.M, case.K, case.N, case.r
     size = case.torch_dtype.itemsize
@@ -89,13 +111,15 @@ def work(case: Case, group: str, adapter_itemsize: int | None) -> Work:
     tensors = {"x": M * K * size, "y": M * N * size, "W": N * K * size}
     forward = Work(base, sum(tensors.values()))
     backward = Work(base, sum(tensors.values()))
+    s = M * r * size
     if adapter_itemsize is not None:
         skinny = 2 * M * r * (K + N)
         adapter = r * (K + N) * adapter_itemsize
-        s = M * r * size
         forward = Work(base + skinny, forward.bytes + adapter + s)
         # T and T·A, dA, dB: twice forward's skinny products; x is read for dA, A and B come back as gradients.
         backward = Work(base + 2 * skinny, backward.bytes + tensors["x"] + 2 * adapter + s)
+    if group == "decode":
+        return Work(forward.flops, forward.bytes - (0 if adapter_itemsize is None else s))
     if group == "forward":
         return forward
     if group == "backward":

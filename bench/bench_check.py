@@ -2,13 +2,13 @@
 
 import torch
 from bench_cases import Case
-from bench_contenders import SCALING, Layer
+from bench_layers import DROPOUT, SCALING, Kept, Layer
 from torch import Tensor
 
 # ‖out − ref‖ / ‖ref‖ above which nothing is timed; eager arithmetic stays below half of it.
 ERROR_LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 TF32_LIMIT = 2e-3
-OUTPUTS = ("y", "dX", "dA", "dB")
+OUTPUTS = ("y", "dX", "dA", "dB", "dm")  # dm: of DoRA's magnitude
 
 
 def make_layers(case: Case, device: torch.device, count: int) -> list[Layer]:
@@ -23,26 +23,46 @@ def make_layers(case: Case, device: torch.device, count: int) -> list[Layer]:
     for _ in range(count):
         a = draw(case.r, case.K, case.K**-0.5, torch.float32)
         b = draw(case.N, case.r, case.r**-0.5, torch.float32)
+        weight = draw(case.N, case.K, case.K**-0.5, dtype)
+        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
         layers.append(
             Layer(
                 x=draw(case.M, case.K, 1.0, dtype).requires_grad_(),
                 dy=draw(case.M, case.N, 1.0, dtype),
-                weight=draw(case.N, case.K, case.K**-0.5, dtype),
+                weight=weight,
                 adapters={"same": (a.to(dtype), b.to(dtype)), "fp32": (a, b)},
+                magnitude=norm * (1 + draw(case.N, 1, 0.1, torch.float32).view(-1)),
             )
         )
     return layers
 
 
-def reference(layer: Layer, adapter: str | None) -> tuple[Tensor, ...]:
-    """y, dX, dA, dB in float64, written out; y and dX alone for the frozen linear."""
+def reference(layer: Layer, adapter: str | None, feature: str = "", kept: Tensor | None = None) -> tuple[Tensor, ...]:
+    """y, dX, dA, dB in float64, written out, and with DoRA dm; y and dX alone for the frozen linear.
+
+    kept [M, K] is the mask of the dropout, where that is the feature.
+    """
     x, dy, w = layer.x.detach().double(), layer.dy.double(), layer.weight.double()
-    y, dx = x @ w.t(), dy @ w
+    y = x @ w.t()
     if adapter is None:
-        return y, dx
+        return y, dy @ w
     a, b = (t.double() for t in layer.adapters[adapter])
-    s, t = SCALING * (x @ a.t()), SCALING * (dy @ b)
-    return y.addmm_(s, b.t()), dx.addmm_(t, a), t.t() @ x, dy.t() @ s
+    if kept is not None:
+        x = x.mul_(kept).div_(1 - DROPOUT)
+    s = SCALING * (x @ a.t())
+    y.addmm_(s, b.t())
+    magnitude: tuple[Tensor, ...] = ()
+    if feature == "dora":
+        m = layer.magnitude.to(layer.adapters[adapter][0].dtype).double()
+        norm = torch.linalg.vector_norm(w.addmm(b, a, alpha=SCALING), dim=1)
+        magnitude = ((dy * y).sum(0) / norm,)
+        y.mul_(m / norm)
+        dy.mul_(m / norm)
+    t = SCALING * (dy @ b)
+    dx = t @ a
+    if kept is not None:
+        dx.mul_(kept).div_(1 - DROPOUT)
+    return y, dx.addmm_(dy, w), t.t() @ x, dy.t() @ s, *magnitude
 
 
 class WrongResult(AssertionError):
@@ -64,6 +84,39 @@ def compare(
             raise WrongResult(f"{name} is off by {error:.1e}, the limit is {limit:.0e}")
         errors[name] = error
     return errors
+
+
+class Expected:
+    """The references of one layer; those without dropout are worked out once."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.known: dict[tuple[str | None, str], tuple[Tensor, ...]] = {}
+
+    def of(self, adapter: str | None, feature: str, kept: Kept) -> tuple[Tensor, ...]:
+        """What the latest call, or the latest replay of a captured one, should have given."""
+        if feature == "dropout":
+            return reference(self.layer, adapter, feature, read_kept(kept))
+        if (adapter, feature) not in self.known:
+            self.known[adapter, feature] = reference(self.layer, adapter, feature)
+        return self.known[adapter, feature]
+
+
+def read_kept(kept: Kept) -> Tensor:
+    """The mask of the latest call's dropout.
+
+    Raises:
+        WrongResult: its rate is not the one asked for: outputs that are right for it would not be a dropout's.
+    """
+    if kept.read is None:
+        raise WrongResult("the call dropped nothing")
+    mask = kept.read()
+    rate = 1 - mask.mean(dtype=torch.float64).item()
+    spread = (DROPOUT * (1 - DROPOUT) / mask.numel()) ** 0.5
+    # 15 bits an element make the rate right to 2^-16.
+    if abs(rate - DROPOUT) > 6 * spread + 2**-16:
+        raise WrongResult(f"dropout took {rate:.4f} of x, not {DROPOUT}")
+    return mask
 
 
 def error_limit(case: Case) -> float:

@@ -4,52 +4,43 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import bench_layers as layers
 import torch
 from bench_cases import Case
-from torch import Tensor, nn
-from torch.nn import functional as F
+from bench_layers import DROPOUT, Build
 
-from fusedlora import FusedLoRALinear, backends
+from fusedlora import backends
 
-SCALING = 2.0
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Layer:
-    """One set in the rotation: x [M, K], dy [M, N], W [N, K] and an adapter, in fp32 and rounded to W's dtype."""
-
-    x: Tensor
-    dy: Tensor
-    weight: Tensor
-    adapters: dict[str, tuple[Tensor, Tensor]]  # "same" (as W) and "fp32": A [r, K], B [N, r]
-
-
-@dataclass(frozen=True)
-class Built:
-    """A contender over one layer: the call, and the adapter's parameters it trains."""
-
-    call: Callable[[Tensor], Tensor]
-    parameters: tuple[Tensor, ...]
+TRAINING = ("forward", "backward", "training", "module")
+EVERY = (*TRAINING, "features", "decode")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the tables. rival: the eager row with the same adapter dtype and autocast, for ours."""
+    """A row of the tables. rival: the eager row with the same adapter dtype, autocast and feature, for ours."""
 
     name: str
     label: str
-    build: Callable[[Layer, Case], Built]
+    build: Build
     adapter: str | None  # "same", "fp32", None: no adapter
     autocast: bool = False
     rival: str | None = None
     compiled: bool = False
+    feature: str = ""  # "dropout", "dora"
+    groups: tuple[str, ...] = TRAINING
 
     @property
     def ours(self) -> bool:
         return self.rival is not None
+
+    @property
+    def setting(self) -> tuple[str | None, bool, str]:
+        """What two rows share that may be compared."""
+        return self.adapter, self.autocast, self.feature
 
     def adapter_itemsize(self, case: Case) -> int | None:
         if self.adapter is None:
@@ -62,130 +53,53 @@ class Contender:
         return torch.autocast(device.type, dtype=case.torch_dtype)
 
 
-def _frozen(layer: Layer, case: Case) -> Built:
-    linear = _linear(layer, case)
-    return Built(linear, ())
+def _pairs(case: Case) -> list[Contender]:
+    """For every setting our row and the eager row."""
+    kind = f"{case.dtype} adapters"
+    adapters = [("", kind, "same", False)]
+    if case.dtype != "fp32":
+        adapters += [
+            ("_amp", "fp32 adapters, autocast", "fp32", True),
+            ("_fp32", "fp32 adapters, no autocast", "fp32", False),
+        ]
+    rows = []
 
+    def add(suffix: str, label: str, ours: Build, eager: Build, **setting: Any) -> None:
+        rows.append(Contender(f"fusedlora{suffix}", f"fusedlora, {label}", ours, rival=f"eager{suffix}", **setting))
+        rows.append(Contender(f"eager{suffix}", f"PEFT arithmetic, {label}", eager, **setting))
 
-def _linear(layer: Layer, case: Case) -> nn.Linear:
-    linear = nn.Linear(case.K, case.N, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.weight, requires_grad=False)
-    return linear
-
-
-def eager_lora(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The arithmetic of PEFT's lora.Linear without dropout: x is cast to the adapter's dtype, the sum to the base's."""
-    base = F.linear(x, weight)
-    update = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B) * scaling
-    return (base + update).to(base.dtype)
-
-
-class EagerLoRA(nn.Module):
-    """`eager_lora` as a module, for the group that includes a module's host time."""
-
-    def __init__(self, weight: Tensor, lora_A: nn.Parameter, lora_B: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.lora_A = lora_A
-        self.lora_B = lora_B
-
-    def forward(self, x: Tensor) -> Tensor:
-        return eager_lora(x, self.weight, self.lora_A, self.lora_B, SCALING)
-
-
-def _parameters(layer: Layer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    a, b = layer.adapters[adapter]
-    return nn.Parameter(a), nn.Parameter(b)
-
-
-def _eager(adapter: str) -> Callable[[Layer, Case], Built]:
-    def build(layer: Layer, case: Case) -> Built:
-        a, b = _parameters(layer, adapter)
-        return Built(EagerLoRA(layer.weight, a, b), (a, b))
-
-    return build
-
-
-def _compiled(adapter: str, mode: str) -> Callable[[Layer, Case], Built]:
-    # The function, not a module for each set: one compilation then serves every set of the rotation.
-    # fullgraph: a graph break, or more recompilations than allowed, is an error and not a silent eager run.
-    compiled = torch.compile(eager_lora, mode=mode, fullgraph=True, dynamic=False)
-
-    def build(layer: Layer, case: Case) -> Built:
-        a, b = _parameters(layer, adapter)
-        return Built(lambda x: compiled(x, layer.weight, a, b, SCALING), (a, b))
-
-    return build
-
-
-def _peft(adapter: str) -> Callable[[Layer, Case], Built]:
-    def build(layer: Layer, case: Case) -> Built:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=case.r, lora_alpha=int(SCALING * case.r), target_modules=["0"], lora_dropout=0.0)
-        model = get_peft_model(nn.Sequential(_linear(layer, case)), config, autocast_adapter_dtype=adapter == "fp32")
-        module = model.base_model.model[0]
-        a, b = _parameters(layer, adapter)
-        module.lora_A["default"].weight = a
-        module.lora_B["default"].weight = b
-        return Built(module, (a, b))
-
-    return build
-
-
-def _fusedlora(adapter: str) -> Callable[[Layer, Case], Built]:
-    def build(layer: Layer, case: Case) -> Built:
-        a, b = _parameters(layer, adapter)
-        module = FusedLoRALinear.from_linear(
-            _linear(layer, case), r=case.r, lora_alpha=int(SCALING * case.r), adapter_dtype=a.dtype
-        )
-        module.lora_A, module.lora_B = a, b
-        return Built(module, (a, b))
-
-    return build
+    for suffix, label, adapter, autocast in adapters:
+        shared = {"adapter": adapter, "autocast": autocast}
+        groups = (*TRAINING, "features") if suffix else EVERY
+        add(suffix, label, layers.fusedlora(adapter), layers.eager(adapter), **shared, groups=groups)
+        ours, eager = layers.fusedlora(adapter, lora_dropout=DROPOUT), layers.eager_with_dropout(adapter)
+        shared |= {"feature": "dropout", "groups": ("features",)}
+        add(f"{suffix}_dropout", f"{label}, dropout {DROPOUT}", ours, eager, **shared)
+    ours, eager = layers.fusedlora("same", use_dora=True), layers.eager_with_dora("same")
+    add("_dora", f"{kind}, DoRA", ours, eager, adapter="same", feature="dora", groups=("features",))
+    return rows
 
 
 def contenders(case: Case, *, compile: bool, autotune: bool) -> list[Contender]:
-    """Every row of a case, the frozen linear first."""
+    """Every row of a case, the frozen linear first, then ours."""
     kind = case.dtype
-    rows = [
-        Contender("frozen", "frozen nn.Linear", _frozen, None),
-        Contender("fusedlora", f"fusedlora, {kind} adapters", _fusedlora("same"), "same", rival="eager"),
-    ]
     mixed = case.dtype != "fp32"
-    if mixed:
-        rows += [
-            Contender(
-                "fusedlora_amp", "fusedlora, fp32 adapters, autocast", _fusedlora("fp32"), "fp32", True, "eager_amp"
-            ),
-            Contender(
-                "fusedlora_fp32",
-                "fusedlora, fp32 adapters, no autocast",
-                _fusedlora("fp32"),
-                "fp32",
-                False,
-                "eager_fp32",
-            ),
-        ]
-    rows.append(Contender("eager", f"PEFT arithmetic, {kind} adapters", _eager("same"), "same"))
-    if mixed:
-        rows += [
-            Contender("eager_amp", "PEFT arithmetic, fp32 adapters, autocast", _eager("fp32"), "fp32", True),
-            Contender("eager_fp32", "PEFT arithmetic, fp32 adapters, no autocast", _eager("fp32"), "fp32"),
-        ]
+    pairs = _pairs(case)
+    frozen = Contender("frozen", "frozen nn.Linear", layers.frozen, None, groups=EVERY)
+    rows = [frozen, *(row for row in pairs if row.ours), *(row for row in pairs if not row.ours)]
     if find_spec("peft") is not None:
-        rows.append(Contender("peft", f"peft, {kind} adapters", _peft("same"), "same"))
+        rows.append(Contender("peft", f"peft, {kind} adapters", layers.peft("same"), "same"))
         if mixed:
-            rows.append(Contender("peft_amp", "peft, fp32 adapters, autocast", _peft("fp32"), "fp32", True))
+            rows.append(Contender("peft_amp", "peft, fp32 adapters, autocast", layers.peft("fp32"), "fp32", True))
     if compile:
-        build = _compiled("same", "default")
+        build = layers.compiled("same", "default")
         rows.append(Contender("compile", f"torch.compile, {kind} adapters", build, "same", compiled=True))
         if mixed:
-            build = _compiled("fp32", "default")
+            build = layers.compiled("fp32", "default")
             label = "torch.compile, fp32 adapters, autocast"
             rows.append(Contender("compile_amp", label, build, "fp32", True, compiled=True))
     if autotune:
-        build = _compiled("same", "max-autotune-no-cudagraphs")
+        build = layers.compiled("same", "max-autotune-no-cudagraphs")
         label = f"torch.compile max-autotune, {kind} adapters"
         rows.append(Contender("autotune", label, build, "same", compiled=True))
     return rows

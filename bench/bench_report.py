@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bench_cases import GROUPS, Case
-from bench_measure import CPU_BOUND, Row
+from bench_rows import CPU_BOUND, Row
 
 from fusedlora.timing import ratios
 
-LABEL_WIDTH = 46
+LABEL_WIDTH = 56
 
 
 def heading(machine: Mapping[str, str], state: Mapping[str, str], backend: str) -> list[str]:
@@ -117,13 +117,13 @@ def _cell(row: Row | None) -> str:
 
 
 def _losses(rows: Sequence[Row]) -> list[str]:
-    """Every place where a baseline with the same adapters and autocast is faster than ours."""
+    """Every place where a baseline with the same adapters, autocast and feature is faster than ours."""
     lines = []
     for ours in rows:
         if not ours.contender.ours or ours.seconds is None:
             continue
         for row in rows:
-            same = (row.contender.adapter, row.contender.autocast) == (ours.contender.adapter, ours.contender.autocast)
+            same = row.contender.setting == ours.contender.setting
             if row.case != ours.case or row.contender.ours or not same or row.seconds is None:
                 continue
             times = ratios(ours.times, row.times).median

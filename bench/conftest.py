@@ -13,10 +13,11 @@ import torch
 # The suite runs in importlib mode, which leaves sys.path alone; the helpers beside this file are found here.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bench_cases import GROUPS, Case, cpu_cases, gpu_cases, tiny_cases
+from bench_cases import GROUPS, Case, cases_of
 from bench_contenders import Contender, contenders
-from bench_measure import FULL, FULL_CPU, SMOKE, Failure, Lab, Row
+from bench_measure import Lab
 from bench_report import render, report, write_json, write_picture
+from bench_rows import FULL, FULL_CPU, SMOKE, Failure, Row
 
 from fusedlora.timing import machine
 
@@ -69,15 +70,17 @@ class Plan:
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else torch.device("cpu")
         self.backend = option.bench_backend or ("triton" if self.on_gpu else "reference")
         self.groups = list(GROUPS) if self.on_gpu else [g for g in GROUPS if g != "module"]
-        if not self.measure:
-            cases = tiny_cases(self.on_gpu)
-        else:
-            cases = gpu_cases() if self.on_gpu else cpu_cases()
-        self.cases = {case.id: case for case in cases}
+        of_group = {group: cases_of(group, self.on_gpu, self.measure) for group in self.groups}
+        self.cases = {case.id: case for cases in of_group.values() for case in cases}
         autotune = option.bench_autotune or "autotune" in option.keyword
         self.contenders = {
-            case.id: {c.name: c for c in contenders(case, compile=self.measure or self.on_gpu, autotune=autotune)}
-            for case in cases
+            name: {c.name: c for c in contenders(case, compile=self.measure or self.on_gpu, autotune=autotune)}
+            for name, case in self.cases.items()
+        }
+        # of each group the names of its shapes and rows
+        self.pairs = {
+            group: [(case.id, c.name) for case in cases for c in self.contenders[case.id].values() if group in c.groups]
+            for group, cases in of_group.items()
         }
         self.selected: dict[str, dict[str, list[str]]] = {}
 
@@ -128,9 +131,14 @@ class Plan:
             reporter.flush()
 
 
+def _of_function(name: str) -> str:
+    """The group that a test function is named after."""
+    return name.removeprefix("test_")
+
+
 def _group(item: pytest.Item) -> str | None:
-    """The group whose row the item is: what its function is named after."""
-    return item.originalname.removeprefix("test_") if "bench_group" in getattr(item, "fixturenames", ()) else None
+    """The group whose row the item is."""
+    return _of_function(item.originalname) if "bench_group" in getattr(item, "fixturenames", ()) else None
 
 
 PLAN: pytest.StashKey[Plan] = pytest.StashKey()
@@ -140,7 +148,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "bench_group" not in metafunc.fixturenames:
         return
     plan = metafunc.config.stash[PLAN]
-    pairs = [(case_id, name) for case_id in plan.cases for name in plan.contenders[case_id]]
+    pairs = plan.pairs.get(_of_function(metafunc.definition.originalname), [])
     metafunc.parametrize(("case", "contender"), pairs, ids=[f"{case_id}-{name}" for case_id, name in pairs])
 
 
@@ -192,9 +200,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write_json(folder / "bench.json", report(plan.recorded, facts, state, plan.backend))
     (folder / "bench.txt").write_text("\n".join(lines) + "\n")
     title = ", ".join(f"{name} {facts[name]}" for name in ("gpu", "cpu", "torch", "triton") if name in facts)
-    drawn = write_picture(folder / "tax.png", plan.recorded, title)
+    groups = [row.group for row in plan.recorded]
+    group = "training" if "training" in groups else groups[0]
+    drawn = write_picture(folder / "tax.png", plan.recorded, title, group)
     terminalreporter.section("fusedlora benchmarks")
     for line in lines:
         terminalreporter.write_line(line)
-    picture = ", tax.png" if drawn else "; no picture: needs matplotlib and the forward+backward group"
+    picture = ", tax.png" if drawn else "; no picture: needs matplotlib and a row beside the frozen linear's"
     terminalreporter.write_line(f"written to {folder}: bench.json, bench.txt{picture}")

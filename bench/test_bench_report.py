@@ -1,24 +1,16 @@
-"""The tables, the JSON and the picture from made-up rows; the laboratory against a stand-in for graph replay."""
+"""The tables, the JSON and the picture from made-up rows."""
 
-import contextlib
-import gc
 import json
 import subprocess
 import sys
-import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
-import bench_measure
 import bench_report
 import pytest
-import torch
 from bench_cases import HEADLINE, Case, gpu_cases, work
-from bench_check import WrongResult, compare
-from bench_contenders import BackendMismatch, Built, Contender, assert_backend, contenders
-from bench_measure import SMOKE, Effort, Lab, Row
+from bench_contenders import Contender, contenders
+from bench_rows import Row
 
-from fusedlora import lora_linear
 from fusedlora.timing import ratios, spread
 
 ONE = Case(8192, 4096, 4096, 16, headline=True)
@@ -106,133 +98,6 @@ def test_flop_floor():
     """Six of 2·M·N·K are the base's products forward and backward; the adapter adds what the tax can't go below."""
     case = Case(8192, 4096, 4096, 64)
     assert work(case, "training", 2).flops / work(case, "training", None).flops == pytest.approx(1.047, abs=5e-4)
-
-
-def test_a_wrong_output_is_not_timed():
-    good = torch.ones(4, dtype=torch.float64)
-    assert compare((good.float(),), (good,), 1e-6) == {"y": 0.0}
-    with pytest.raises(WrongResult, match="y is off by"):
-        compare((good * 1.1,), (good,), 1e-2)
-    with pytest.raises(WrongResult, match="dX is off by nan"):
-        compare((good, good * float("nan")), (good, good), 1e-2)
-
-
-def test_a_fallback_does_not_pass_for_the_backend():
-    x, w, a, b = torch.ones(2, 4), torch.ones(8, 4), torch.ones(1, 4), torch.ones(8, 1)
-    y = assert_backend("reference", lambda: lora_linear(x, w, a, b, scaling=1.0))
-    assert y.shape == (2, 8)
-    with pytest.raises(BackendMismatch, match="'triton', the call took 'reference'"):
-        assert_backend("triton", lambda: lora_linear(x, w, a, b, scaling=1.0))
-    with pytest.raises(BackendMismatch, match="the call took None"):
-        assert_backend("reference", lambda: x @ w.t())
-
-
-class ReplayedByCalling:
-    """GraphTimer's face on a CPU: outputs are memory of its own, rewritten when replayed."""
-
-    stale = False
-
-    def __init__(self, calls, *, stream, prepare=None, block_seconds=0.0):
-        self.calls, self.prepare, self.count, self.stream = calls, prepare, len(calls), stream
-        self.replays = 0
-        self.outputs = self.last()
-
-    def last(self):
-        return self.calls[-1](*(() if self.prepare is None else (self.prepare[-1](),)))
-
-    def replay(self):
-        self.replays += 1
-        if self.stale or self.replays > 3:  # the many replays that keep a GPU busy need no work here
-            return
-        fresh, outputs = self.last(), self.outputs
-        fresh, outputs = (t if isinstance(t, tuple) else (t,) for t in (fresh, outputs))
-        with torch.no_grad():
-            for out, new in zip(outputs, fresh):
-                out.copy_(new)
-
-    def __call__(self):
-        self.replay()
-        return 2e-3
-
-    def close(self):
-        pass
-
-
-@pytest.fixture
-def graph_lab(monkeypatch):
-    """A Lab that believes it has a GPU stream."""
-    monkeypatch.setattr(bench_measure, "GraphTimer", ReplayedByCalling)
-    monkeypatch.setattr(bench_measure, "_on", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(bench_measure, "gpu_state", lambda device: {"power_w": "700"})
-    lab = Lab(torch.device("cpu"), Effort(1, 0.0, 0.0), "reference")
-    lab.stream = SimpleNamespace(synchronize=lambda: None)
-    return lab
-
-
-def test_lab_measures_every_group_by_replay(graph_lab):
-    case = Case(16, 32, 48, 4)
-    chosen = [c for c in contenders(case, compile=False, autotune=False) if "peft" not in c.name]
-    found = graph_lab.measure(case, dict.fromkeys(("forward", "backward", "training", "module"), chosen))
-    assert {r.failed for r in found.values()} == {None}
-    assert found[("training", "fusedlora")].tax.median == pytest.approx(1.0)
-    assert found[("training", "fusedlora")].versus_rival.median == pytest.approx(1.0)
-    assert found[("backward", "fusedlora")].backend == "reference"
-    assert set(found[("training", "fusedlora_amp")].errors) == {"y", "dX", "dA", "dB"}
-    assert found[("module", "frozen")].seconds.median != 2e-3, "the module group is wall time, not replay"
-    assert graph_lab.state == {"power_w": "700"}
-
-
-def test_lab_keeps_a_failure_to_its_row(graph_lab):
-    case = Case(16, 32, 48, 4, "fp32")
-
-    def broken(layer, case):
-        raise RuntimeError("no such kernel\nsecond line")
-
-    def wrong(layer, case):
-        return Built(lambda x: x @ layer.weight.t() * 1.01, ())
-
-    known = {c.name: c for c in contenders(case, compile=False, autotune=False)}
-    rows = [known["frozen"], Contender("broken", "broken", broken, "same"), Contender("wrong", "wrong", wrong, None)]
-    found = graph_lab.measure(case, {"training": [*rows, known["fusedlora"]]})
-    assert found[("training", "broken")].failed == "RuntimeError: no such kernel"
-    assert found[("training", "wrong")].failed.startswith("WrongResult: y is off by 1.0e-02")
-    assert found[("training", "wrong")].times == []
-    assert found[("training", "fusedlora")].failed is None and found[("training", "frozen")].tax.median == 1.0
-
-
-def test_lab_checks_what_the_graph_wrote(graph_lab, monkeypatch):
-    """A graph whose replay leaves its outputs unwritten is caught by the poison."""
-    case = Case(16, 32, 48, 4, "fp32")
-    monkeypatch.setattr(ReplayedByCalling, "stale", True)
-    frozen = contenders(case, compile=False, autotune=False)[0]
-    found = graph_lab.measure(case, {"training": [frozen], "forward": [frozen], "backward": [frozen]})
-    assert {r.failed for r in found.values()} == {
-        "WrongResult: y is off by nan, the limit is 1e-05",
-        "WrongResult: dX is off by nan, the limit is 1e-05",
-    }
-
-
-def test_lab_holds_no_tensor_of_a_failed_shape(graph_lab):
-    """A stored exception would keep the frames, and with them the layers, of every failed row."""
-    case = Case(16, 32, 48, 4, "fp32")
-    held = []
-
-    def broken(layer, case):
-        held.append(weakref.ref(layer.x))
-        raise RuntimeError("no such kernel")
-
-    frozen = contenders(case, compile=False, autotune=False)[0]
-    found = graph_lab.measure(case, {"training": [frozen, Contender("broken", "broken", broken, "same")]})
-    gc.collect()
-    assert found[("training", "broken")].trace.endswith("RuntimeError: no such kernel\n")
-    assert held and held[0]() is None
-
-
-def test_lab_fails_our_row_when_another_backend_ran():
-    case = Case(16, 32, 48, 4, "fp32")
-    ours = contenders(case, compile=False, autotune=False)[1]
-    found = Lab(torch.device("cpu"), SMOKE, "triton").measure(case, {"training": [ours]})
-    assert found[("training", "fusedlora")].failed.startswith("BackendMismatch: the row is for backend 'triton'")
 
 
 @pytest.mark.parametrize("order", [("BENCH", "--benchmark"), ("--benchmark", "BENCH")], ids=["after", "before"])

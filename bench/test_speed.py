@@ -2,6 +2,9 @@
 
     pytest bench/ --benchmark                       everything (on a GPU: select with -k, a shape takes half a minute)
     pytest bench/ --benchmark -k headline           the six shapes of the README
+    pytest bench/ --benchmark -k "training and headline and not compile"
+    pytest bench/ --benchmark -k "features and headline"    what dropout, fp32 adapters and DoRA cost there
+    pytest bench/ --benchmark -k decode             a few rows, forward alone
     pytest bench/ --benchmark -k "training and M512 and r16 and not compile"
 
 The figures are taken outside of pytest-benchmark, in interleaved rounds over all rows of a shape, and handed to its
@@ -11,7 +14,7 @@ fixture round by round, so that its JSON, its comparison and its statistics work
 from collections.abc import Iterator
 
 import pytest
-from bench_measure import CPU_BOUND, Row
+from bench_rows import CPU_BOUND, Row
 
 
 class RecordedClock:
@@ -67,4 +70,14 @@ def test_training(benchmark, plan, bench_group, case, contender):
 
 @recorded
 def test_module(benchmark, plan, bench_group, case, contender):
+    record(benchmark, plan, bench_group, case, contender)
+
+
+@recorded
+def test_features(benchmark, plan, bench_group, case, contender):
+    record(benchmark, plan, bench_group, case, contender)
+
+
+@recorded
+def test_decode(benchmark, plan, bench_group, case, contender):
     record(benchmark, plan, bench_group, case, contender)
