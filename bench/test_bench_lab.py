@@ -125,7 +125,7 @@ def test_lab_measures_decode_without_gradients(graph_lab):
     ("build", "message"),
     [
         (layers.eager("same"), "the call dropped nothing"),
-        (lambda layer, case: dropping(layer, case, 0.5), "dropout took 0.5.* of x, not 0.1"),
+        (lambda layer, case: dropping(layer, case, 0.5), r"dropout took 0\.[45]\d+ of x, not 0.1"),
         (lambda layer, case: dropping(layer, case, layers.DROPOUT, stale=True), "y is off by"),
     ],
     ids=["none", "rate", "another mask"],
