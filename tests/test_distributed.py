@@ -61,7 +61,7 @@ def outcomes(family: str, folder: Path, config: pytest.Config) -> list[dict[str,
     if family not in _done:
         worker = str(Path(__file__).with_name("distributed_worker.py"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if config.getoption("--device") == "cpu":
+        if config.getoption("--device") == "cpu" or torch.cuda.device_count() < RANKS:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         logs = [(folder / f"{rank}.log").open("w") for rank in range(RANKS)]
         processes = [

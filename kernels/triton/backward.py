@@ -20,6 +20,7 @@ from fusedlora.kernels.common import (
     load_terms,
     lora_tile,
     masked,
+    regained,
     shrink_tasks,
     tile_coordinates,
     wait_for,
@@ -75,6 +76,8 @@ def stripe_job(
         acc = dot_skinny(big.T, high, middle, low, acc, TERMS, RANK_FIRST, PRECISION)
     if RANK_FIRST:
         acc = acc.T
+    if TERMS > 1:
+        acc = regained(acc, STRIPE_M)
     mask = (d_offs < depth)[:, None] & (r_offs < r)[None, :]
     offs = d_offs[:, None] * stride_od + r_offs[None, :] * stride_or
     if PARTIALS:
