@@ -1,0 +1,1 @@
+"""fusedlora under other libraries, a module for each; importing this package imports none of them."""
