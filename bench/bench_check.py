@@ -37,6 +37,13 @@ def make_layers(case: Case, device: torch.device, count: int) -> list[Layer]:
     return layers
 
 
+def memory_of(case: Case, rows: int) -> tuple[int, int]:
+    """Bytes of one set, and about those that the rest takes: references in float64, and a graph for each row."""
+    x, y, w, size = case.M * case.K, case.M * case.N, case.K * case.N, case.torch_dtype.itemsize
+    one = (x + y + w) * size + case.r * (case.K + case.N) * (4 + size)
+    return one, 8 * (2 * x + 3 * y + w + 2 * max(x, y)) + rows * 3 * (x + y) * size
+
+
 def reference(layer: Layer, adapter: str | None, feature: str = "", kept: Tensor | None = None) -> tuple[Tensor, ...]:
     """y, dX, dA, dB in float64, written out, and with DoRA dm; y and dX alone for the frozen linear.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ class Contender:
     rival: str | None = None
     compiled: bool = False
     feature: str = ""  # "dropout", "dora"
+    backend: str | None = None  # the one that must take ours, where it is not the session's
     groups: tuple[str, ...] = TRAINING
 
     @property
@@ -103,6 +104,17 @@ def contenders(case: Case, *, compile: bool, autotune: bool) -> list[Contender]:
         label = f"torch.compile max-autotune, {kind} adapters"
         rows.append(Contender("autotune", label, build, "same", compiled=True))
     return rows
+
+
+def sweep_contenders(case: Case, backend: str, *, compile: bool) -> list[Contender]:
+    """Frozen, ours by `auto`, which takes `backend`, the kernels by name where auto does not take them, eager."""
+    known = {c.name: c for c in contenders(case, compile=compile, autotune=False)}
+    rows = [known["frozen"], replace(known["fusedlora"], label="fusedlora, auto", backend=backend)]
+    if backend != "triton":
+        build = layers.fusedlora("same", backend="triton")
+        label = "fusedlora, kernels by name"
+        rows.append(replace(rows[1], name="fusedlora_triton", label=label, build=build, backend="triton"))
+    return [*rows, known["eager"], *([known["compile"]] if compile else [])]
 
 
 class BackendMismatch(AssertionError):

@@ -161,7 +161,7 @@ def peft(adapter: str) -> Build:
     return build
 
 
-def fusedlora(adapter: str, *, lora_dropout: float = 0.0, use_dora: bool = False) -> Build:
+def fusedlora(adapter: str, *, lora_dropout: float = 0.0, use_dora: bool = False, backend: str = "auto") -> Build:
     def build(layer: Layer, case: Case) -> Built:
         a, b = _parameters(layer, adapter)
         module = FusedLoRALinear.from_linear(
@@ -173,6 +173,7 @@ def fusedlora(adapter: str, *, lora_dropout: float = 0.0, use_dora: bool = False
             adapter_dtype=a.dtype,
         )
         module.lora_A, module.lora_B = a, b
+        module.backend = backend
         parameters: tuple[Tensor, ...] = (a, b)
         if use_dora:
             module.lora_magnitude_vector = nn.Parameter(layer.magnitude.to(a.dtype))

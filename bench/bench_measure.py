@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from bench_cases import Case
-from bench_check import Expected, make_layers
+from bench_check import Expected, make_layers, memory_of
 from bench_contenders import Contender, assert_backend
 from bench_rows import SMOKE, Effort, Failure, Row, above_cpu_bound
 from bench_runner import Runner
@@ -21,6 +21,10 @@ def _on(stream: "torch.cuda.Stream | None") -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
         stream.synchronize()
+
+
+class DoesNotFit(RuntimeError):
+    """The device's memory is too small for a shape and its check."""
 
 
 class Lab:
@@ -42,9 +46,7 @@ class Lab:
         wanted = {c.name: c for group in rows.values() for c in group}
         if any(c.compiled for c in wanted.values()):
             torch.compiler.reset()  # otherwise the shapes of a session add up to the recompilation limit
-        size = case.torch_dtype.itemsize
-        rotated = (case.M * case.K + case.K * case.N) * size  # forward alone does not touch dy
-        count = 2 if self.effort is SMOKE else set_count(rotated, self.device)
+        count = self._sets(case, len(wanted))
         layers = make_layers(case, self.device, count)
         self.say(f"{case.title}: {count} sets of W, x, dy")
         runners: dict[str, Runner] = {}
@@ -53,7 +55,7 @@ class Lab:
         for name, contender in wanted.items():
             try:
                 runner = runners[name] = Runner(contender, case, layers, self.device)
-                runner.check(self.backend, expected, only_decode=set(rows) == {"decode"})
+                runner.check(contender.backend or self.backend, expected, only_decode=set(rows) == {"decode"})
             except Exception as error:  # one contender's failure must not hide the others' rows
                 failures[name] = Failure.of(error)
                 runners.pop(name, None)
@@ -63,9 +65,33 @@ class Lab:
             found |= self._time(case, group, group_rows, runners, failures, expected)
         return found
 
+    def _sets(self, case: Case, rows: int) -> int:
+        """How many sets to rotate through: past the L2, as far as they fit beside all else that a check needs.
+
+        Raises:
+            DoesNotFit: not even one does.
+        """
+        if self.effort is SMOKE:
+            return 2
+        rotated = (case.M * case.K + case.K * case.N) * case.torch_dtype.itemsize  # forward alone does not touch dy
+        count = set_count(rotated, self.device)
+        if self.device.type != "cuda":
+            return count
+        unused, _ = torch.cuda.mem_get_info(self.device)
+        free = unused + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        one, rest = memory_of(case, rows)
+        fitting = (free - rest) // one
+        if fitting < 1:
+            raise DoesNotFit(f"{case.title} needs about {(one + rest) >> 30} GiB, {free >> 30} GiB are free")
+        count = min(count, fitting)
+        if rest + count * one > unused:
+            torch.cuda.empty_cache()  # what an earlier shape left in pieces
+        return count
+
     def _timer(self, runner: Runner, group: str, expected: Expected) -> GraphTimer | WallTimer:
         if runner.contender.ours:
-            return assert_backend(self.backend, lambda: runner.timer(group, self.stream, self.effort, expected))
+            backend = runner.contender.backend or self.backend
+            return assert_backend(backend, lambda: runner.timer(group, self.stream, self.effort, expected))
         return runner.timer(group, self.stream, self.effort, expected)
 
     def _time(
@@ -77,7 +103,7 @@ class Lab:
         failures: dict[str, Failure],
         expected: Expected,
     ) -> dict[tuple[str, str], Row]:
-        found = {c.name: Row(group, case, c, backend=self.backend if c.ours else None) for c in rows}
+        found = {c.name: Row(group, case, c, backend=(c.backend or self.backend) if c.ours else None) for c in rows}
         timers: dict[str, GraphTimer | WallTimer] = {}
         for name, row in found.items():
             failure = failures.get(name)

@@ -18,6 +18,7 @@ from bench_contenders import Contender, contenders
 from bench_measure import Lab
 from bench_report import render, report, write_json, write_picture
 from bench_rows import FULL, FULL_CPU, SMOKE, Failure, Row
+from bench_sweep_cases import sweep_cases_of
 
 from fusedlora.timing import machine
 
@@ -38,6 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--bench-backend", default=None, help="backend that our rows must take (triton on a GPU, else reference)"
     )
     group.addoption("--bench-out", default="bench-out", help="folder for the JSON, the text and the picture")
+    group.addoption("--sweep-seconds", type=float, default=None, help="start no further shape of the sweep after this")
+    group.addoption(
+        "--sweep-folder", default=None, help="folder of the sweep's file (bench/results on a GPU, else --bench-out)"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its own options
@@ -82,6 +87,7 @@ class Plan:
             group: [(case.id, c.name) for case in cases for c in self.contenders[case.id].values() if group in c.groups]
             for group, cases in of_group.items()
         }
+        self.sweep_cases = sweep_cases_of(self.on_gpu, self.measure)
         self.selected: dict[str, dict[str, list[str]]] = {}
 
     def select(self, items: list[pytest.Item]) -> None:
@@ -145,9 +151,11 @@ PLAN: pytest.StashKey[Plan] = pytest.StashKey()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    plan = metafunc.config.stash[PLAN]
+    if "sweep_case" in metafunc.fixturenames:
+        metafunc.parametrize("sweep_case", plan.sweep_cases, ids=[case.id for case in plan.sweep_cases])
     if "bench_group" not in metafunc.fixturenames:
         return
-    plan = metafunc.config.stash[PLAN]
     pairs = plan.pairs.get(_of_function(metafunc.definition.originalname), [])
     metafunc.parametrize(("case", "contender"), pairs, ids=[f"{case_id}-{name}" for case_id, name in pairs])
 
@@ -172,7 +180,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[PLAN].select(session.items)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plan(request: pytest.FixtureRequest) -> Plan:
     return request.config.stash[PLAN]
 

@@ -12,11 +12,11 @@ import bench_runner
 import pytest
 import torch
 from bench_cases import Case
-from bench_check import WrongResult, compare, make_layers
+from bench_check import WrongResult, compare, make_layers, memory_of
 from bench_contenders import BackendMismatch, Contender, assert_backend, contenders
 from bench_layers import Built
 from bench_measure import Lab
-from bench_rows import SMOKE, Effort
+from bench_rows import FULL, SMOKE, Effort
 from bench_runner import Runner
 
 from fusedlora import lora_linear
@@ -236,3 +236,22 @@ def test_the_eager_arithmetic_is_that_of_peft(feature, adapter, autocast):
         found.append((y, *torch.autograd.grad(y, (layer.x, *parameters), layer.dy)))
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_sets_that_fit_the_memory(monkeypatch):
+    """Fewer sets where the memory is small, an error where not one fits, the cache emptied where it is in the way."""
+    case, emptied = Case(8192, 4096, 4096, 16), []
+    one, rest = memory_of(case, 3)
+    lab = Lab(torch.device("cpu"), FULL, "triton")
+    lab.device = torch.device("cuda")
+    monkeypatch.setattr(bench_measure, "set_count", lambda size, device: 4)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * one)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: one)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    for unused, count in ((rest + 8 * one, 4), (rest + one, 4), (rest - 2 * one, 2)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, unused=unused: (unused, 0))
+        assert lab._sets(case, 3) == count
+    assert len(emptied) == 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    with pytest.raises(bench_measure.DoesNotFit, match=r"M=8192 .* needs about \d GiB, 0 GiB are free"):
+        lab._sets(case, 3)

@@ -11,27 +11,9 @@ The figures are taken outside of pytest-benchmark, in interleaved rounds over al
 fixture round by round, so that its JSON, its comparison and its statistics work on them.
 """
 
-from collections.abc import Iterator
-
 import pytest
+from bench_record import hand_over, recorded
 from bench_rows import CPU_BOUND, Row
-
-
-class RecordedClock:
-    """A timer for pytest-benchmark that only moves by durations already taken."""
-
-    now = 0.0
-
-    @classmethod
-    def read(cls) -> float:
-        return cls.now
-
-    @classmethod
-    def replay(cls, durations: Iterator[float]) -> None:
-        cls.now += next(durations, 0.0)
-
-
-recorded = pytest.mark.benchmark(timer=RecordedClock.read)
 
 
 def record(benchmark, plan, group: str, case: str, contender: str) -> Row:
@@ -42,11 +24,7 @@ def record(benchmark, plan, group: str, case: str, contender: str) -> Row:
         if row.contender.ours or contender == "frozen":
             raise AssertionError(f"{row.contender.label}, {row.case.title}: {row.failed}\n{row.trace}")
         pytest.skip(f"failed: {row.failed}")
-    benchmark.group = f"{group} {row.case.title}"
-    benchmark.extra_info.update(row.as_dict())
-    RecordedClock.now = 0.0
-    durations = iter(row.times)
-    benchmark.pedantic(RecordedClock.replay, args=(durations,), rounds=len(row.times), iterations=1)
+    hand_over(benchmark, f"{group} {row.case.title}", row.times, row.as_dict())
     return row
 
 
