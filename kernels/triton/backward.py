@@ -10,6 +10,7 @@ import triton.language as tl
 from fusedlora.config import BackwardConfig, Problem, backward_config
 from fusedlora.kernels.common import (
     ARRIVED,
+    CONVERTED,
     DONE,
     JOB,
     TICKET,
@@ -229,6 +230,8 @@ def backward_kernel(
             da_jobs = tl.cdiv(K, STRIPE_N) * parts
         if SHRINK and (NEED_DA or FUSE_DB):
             wait_for(sync_ptr + DONE, num_tasks)
+        if CONVERT and NEED_DB:
+            wait_for(sync_ptr + CONVERTED, first_ticket)
         job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
         while job < da_jobs + db_jobs:
             if NEED_DA:

@@ -20,7 +20,8 @@ Synchronisation words, int32, zero between launches:
 
 Why nothing can deadlock: a program claims conversions until none is left before it goes on to shrink tasks, and these
 until none is left before it computes its first tile. A conversion waits for nothing, a shrink task for conversions
-only. So whoever waits knows that a program which runs holds what it waits for, however few are resident at a time.
+only, a tile for shrink tasks. So whoever waits knows that a program which runs holds what it waits for, however few
+are resident at a time.
 
 fp32 adapters beside a 16-bit base: the first thing that a launch does is to write A and B, and in the backward S, as
 sums of 16-bit terms, one where the products run in 16 bits anyway (autocast), else three, whose 3 × 8 bits of mantissa
@@ -240,10 +241,10 @@ def conversions(
     sync_ptr, a_ptr, b_ptr, s_ptr, a_terms_ptr, b_terms_ptr, s_terms_ptr, a_size, b_size, s_size,
     TERMS: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
-    """Claims conversions until none is left and waits for all of them.
+    """Claims conversions until none is left.
 
-    Returns a claimed ticket for what comes next, and the ticket that this begins with. Three arrays, of which those
-    with size 0 are left out.
+    Returns a claimed ticket for what comes next, and the ticket that this begins with: the number of conversions, which
+    whoever reads terms waits for. Three arrays, of which those with size 0 are left out.
     """
     a_count = tl.cdiv(a_size, CONVERT_SIZE)
     b_count = tl.cdiv(b_size, CONVERT_SIZE)
@@ -259,7 +260,6 @@ def conversions(
         linger(sync_ptr, DELAY)
         publish(sync_ptr + CONVERTED)
         ticket = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
-    wait_for(sync_ptr + CONVERTED, count)
     return ticket, count
 
 
@@ -325,6 +325,8 @@ def shrink_tasks(
 ):  # fmt: skip
     """From its ticket on claims shrink tasks until none is left; returns its place in the order of finding none.
 
+    The tickets before `first_ticket` are those of the launch's conversions.
+
     out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. Task t takes the row
     blocks t, t + num_tasks, … and publishes each. With FUSE, for one term only, the same read of src also gives
     partial[block] = src[block]ᵀ @ small[block].
@@ -338,6 +340,9 @@ def shrink_tasks(
     if DROPOUT:
         seed_low, seed_high = load_seed(seed)
     task = ticket - first_ticket
+    if TERMS > 0:
+        if task < num_tasks:
+            wait_for(sync_ptr + CONVERTED, first_ticket)
     while task < num_tasks:
         for block in range(task, tl.cdiv(M, SHRINK_M), num_tasks):
             row = block * SHRINK_M
@@ -493,9 +498,11 @@ def lora_tile(
         progress_ptr = sync_ptr + PROGRESS + word
     if early:
         r_offs = tl.arange(0, BLOCK_R)
-        skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, r, cols, TWO)
         if WAIT:
             ready = published(progress_ptr) >= needed
+        # Shrink tasks wait for the terms of both A and B: where their rows are there, so are the terms of `skinny`.
+        there = r if TERMS == 0 else tl.where(ready, r, 0)
+        skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, there, cols, TWO)
         small, small_rest = load_small_terms(small_ptr, row, 0, M, r, ready, BLOCK_M, RANK_K, TERMS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
@@ -510,6 +517,10 @@ def lora_tile(
         if WAIT:
             if not ready:
                 wait_for(progress_ptr, needed)
+                if TERMS > 0:
+                    skinny, skinny_rest, _ = load_terms(
+                        skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, r, cols, TWO
+                    )
                 small, small_rest = load_small_terms(small_ptr, row, 0, M, r, True, BLOCK_M, RANK_K, TERMS)
     elif WAIT:
         wait_for(progress_ptr, needed)
