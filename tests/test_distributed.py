@@ -52,12 +52,22 @@ CASES = {
         "checkpointed_blocks_drop_the_same_again",
         "generators_apart_are_refused",
     ],
+    "peft": [
+        "ddp_trains_as_stock_on_one_process",
+        "fsdp_blocks_train_as_stock_on_one_process",
+        "fsdp_blocks_of_dora_train_as_stock",
+        "fsdp_of_whole_layers_is_fused",
+        "fsdp_inside_a_layer_stays_stock",
+        "fsdp_in_mixed_precision",
+    ],
 }
 _done: dict[str, list[dict[str, str | None]]] = {}
 
 
 def outcomes(family: str, folder: Path, config: pytest.Config) -> list[dict[str, str | None]]:
     """For each rank what came of each case; the processes run once, whatever tests are chosen."""
+    if family == "peft":
+        pytest.importorskip("peft")
     if family not in _done:
         worker = str(Path(__file__).with_name("distributed_worker.py"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -64,6 +64,8 @@ def make_report(model: nn.Module, why_not: Callable[[Any], str | None], last: st
         if not isinstance(module, LoraLayer):
             continue
         reason, latest = why_not(module), module.__dict__.get(last)
+        if isinstance(latest, str) and hasattr(getattr(module.get_base_layer(), "weight", None), "full_tensor"):
+            reason = None  # FSDP2 keeps a layer's parameters whole only while it is called
         if reason is None and isinstance(latest, tuple):
             reason = f"at its last call {latest[0]}"
         layers.append(

@@ -73,7 +73,11 @@ def parts_or_reason(layer: Any, x: Any, classes: tuple[type, ...]) -> Parts | st
         direction = modules["lora_magnitude_vector"]._modules[active]
         if type(direction) is not DoraLinearLayer or _watched(direction):
             return "lora_magnitude_vector is another class, has hooks or a forward of its own"
-        if layer.fan_in_fan_out or lora_bias is not None or (peft_dora.ENABLE_DORA_CACHING and not layer.training):
+        if (
+            layer.fan_in_fan_out
+            or lora_bias is not None
+            or (getattr(peft_dora, "ENABLE_DORA_CACHING", False) and not layer.training)
+        ):
             return "DoRA with fan_in_fan_out, lora_bias or its cache of norms"
         if dropout_p and layer.training:
             return WITH_DROPOUT

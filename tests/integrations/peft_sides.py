@@ -59,7 +59,7 @@ def build(case: Case, device: torch.device, names: tuple[str, ...] = ("default",
         if model is None:
             model = get_peft_model(base, config, name, autocast_adapter_dtype=False)
         else:
-            model.add_adapter(name, config, autocast_adapter_dtype=False)
+            model.add_adapter(name, config)
     for key, parameter in model.named_parameters():
         if "lora_" in key:
             parameter.data = parameter.data.to(case.adapter_dtype or case.dtype)

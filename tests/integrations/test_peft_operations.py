@@ -173,8 +173,11 @@ def test_tensor_scaling_and_hotswap(device: torch.device, tmp_path: Path) -> Non
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert isinstance(layers(fused)[0].scaling["default"], torch.Tensor)
     for _ in range(2):
-        ours, calls = sides.fused_calls(lambda: sides.run(fused, x, dy))
-        assert calls == FUSED
+        before = backend.calls["fused"]
+        ours = sides.run(fused, x, dy)
+        # peft 0.18 swaps in tensors that are no Parameters, which the rule leaves to PEFT
+        plain = sum(type(layer.lora_A["default"].weight) is nn.Parameter for layer in layers(fused))
+        assert backend.calls["fused"] - before == plain == (FUSED if peft.__version__ >= "0.21" else plain)
         sides.assert_close(ours, sides.run(stock, x, dy))
         for model in (stock, fused):
             hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device=str(device))
