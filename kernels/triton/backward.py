@@ -9,10 +9,10 @@ import triton.language as tl
 
 from fusedlora.config import BackwardConfig, Problem, backward_config
 from fusedlora.kernels.common import (
-    ARRIVED,
     CONVERTED,
     DONE,
     JOB,
+    PROGRESS,
     TICKET,
     conversions,
     dot_skinny,
@@ -39,7 +39,7 @@ from fusedlora.kernels.launch import (
     skinny_rows,
     sync_words,
 )
-from fusedlora.schedule import Schedule, backward_schedule, cdiv
+from fusedlora.schedule import SCHEDULED, Schedule, backward_schedule, cdiv
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def reduce_job(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
-@triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs", "parts", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "scaling", *SCHEDULED, "parts", "seed", "threshold"])
 def backward_kernel(
     # gradient of the output: dy [M, N]
     dy_ptr,
@@ -123,7 +123,7 @@ def backward_kernel(
     t_ptr, da_partial_ptr, db_partial_ptr, terms_ptr, sync_ptr,
     M, N, K, r,
     stride_ym, stride_xm, stride_wn, stride_ar, stride_bn,
-    scaling, num_tasks, tile_programs, parts,
+    scaling, num_tasks, shared_blocks, side_programs, tile_programs, parts,
     # with DROPOUT: a number or an address, and the least hash that is kept
     seed, threshold,
     DROPOUT: tl.constexpr,
@@ -137,9 +137,10 @@ def backward_kernel(
 ):  # fmt: skip
     """T = scaling · scale · dy B, rounded once; dX = dy W + T A in one fp32 accumulator; dA = Tᵀ x; dB = dyᵀ S.
 
-    SHRINK computes T in `num_tasks` tasks, REST everything else; with both, tiles wait for their rows of T and the
-    jobs of dA for all of it. A program computes its tiles, if its place is below `tile_programs`, and then takes jobs
-    until none is left. Programs without tiles so work on jobs while the others compute: tiles leave the memory idle.
+    SHRINK computes T in `num_tasks` tasks and on `side_programs` programs, REST everything else; with both, tiles wait
+    for their rows of T and the jobs of dA for all of it. A program computes its tiles, if its place is below
+    `tile_programs`, and then takes jobs until none is left. Programs without tiles so work on jobs while the others
+    compute: tiles leave the memory idle.
     With FUSE_DB the shrink tasks form dB from the same read of dy, a partial sum for each row block, and the jobs of
     dB only add these up; without, they are stripes like dA's. TERMS: A and B are fp32 beside a 16-bit dy, and CONVERT
     writes their terms.
@@ -190,7 +191,8 @@ def backward_kernel(
         src_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [SHRINK_M, SHRINK_K])
         place = shrink_tasks(
             ticket, first_ticket, src_desc, b_ptr, t_ptr, planes_ptr, sync_ptr, s_ptr, db_partial_ptr,
-            M, N, r, 1, stride_bn, scaling, num_tasks, None, None, FUSE_DB, 0, TERMS, PRECISION,
+            M, N, r, 1, stride_bn, scaling, num_tasks, shared_blocks, side_programs, None, None,
+            FUSE_DB, 0, TERMS, PRECISION,
             BLOCK_M, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
     elif CONVERT:
@@ -211,7 +213,7 @@ def backward_kernel(
                     col = tile_n * BLOCK_N
                     acc = lora_tile(
                         dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
-                        row, col, M, K, N, r, stride_ar, 1, num_tasks, seed, threshold,
+                        row, col, M, K, N, r, stride_ar, 1, seed, threshold,
                         dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
                         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                     )  # fmt: skip
@@ -228,34 +230,44 @@ def backward_kernel(
         if NEED_DA:
             x_stripes = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [STRIPE_M, STRIPE_N])
             da_jobs = tl.cdiv(K, STRIPE_N) * parts
-        if SHRINK and (NEED_DA or FUSE_DB):
-            wait_for(sync_ptr + DONE, num_tasks)
+        if SHRINK and FUSE_DB:
+            wait_for(sync_ptr + DONE, num_tasks + side_programs)
         if CONVERT and NEED_DB:
             wait_for(sync_ptr + CONVERTED, first_ticket)
+        arrived_ptr = sync_ptr + PROGRESS + tl.cdiv(M, max(BLOCK_M, SHRINK_M))
+        # Stripes of dB need no T, so they come before dA's; sums of partial ones come after.
+        first_da = 0 if FUSE_DB else db_jobs
+        first_db = da_jobs if FUSE_DB else 0
         job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
+        waited = job >= da_jobs + db_jobs
         while job < da_jobs + db_jobs:
             if NEED_DA:
-                if job < da_jobs:
+                if job >= first_da and job < first_da + da_jobs:
+                    if SHRINK and not FUSE_DB:
+                        if not waited:
+                            wait_for(sync_ptr + DONE, num_tasks + side_programs)
+                            waited = True
+                    index = job - first_da
                     stripe_job(
-                        x_stripes, planes_ptr, da_ptr, da_partial_ptr, sync_ptr + ARRIVED + job // parts,
-                        job // parts, job % parts, parts, M, K, r, K, 1, seed, threshold,
+                        x_stripes, planes_ptr, da_ptr, da_partial_ptr, arrived_ptr + job // parts,
+                        index // parts, index % parts, parts, M, K, r, K, 1, seed, threshold,
                         DROPOUT, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                     )  # fmt: skip
             if NEED_DB:
-                if job >= da_jobs:
-                    index = job - da_jobs
+                if job >= first_db and job < first_db + db_jobs:
+                    index = job - first_db
                     if FUSE_DB:
                         reduce_job(
                             db_partial_ptr, db_ptr, index * REDUCE_SIZE, N * r, tl.cdiv(M, SHRINK_M), 16, REDUCE_SIZE
                         )
                     else:
                         stripe_job(
-                            dy_stripes, s_ptr, db_ptr, db_partial_ptr, sync_ptr + ARRIVED + job // parts,
+                            dy_stripes, s_ptr, db_ptr, db_partial_ptr, arrived_ptr + job // parts,
                             index // parts, index % parts, parts, M, N, r, 1, r, None, None,
                             0, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                         )  # fmt: skip
             job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
-    leave(sync_ptr, DELAY)
+    leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +276,6 @@ class _Plan:
 
     schedule: Schedule
     launchers: tuple[Launcher, ...]
-    num_words: int
     da_partials: int
     db_partials: int
     # Elements of the workspace for terms.
@@ -310,7 +321,6 @@ def _plan(
     return _Plan(
         schedule,
         tuple(Launcher(backward_kernel, schedule.num_programs, device, constants | phase) for phase in phases),
-        num_words=ARRIVED.value + cdiv(N, config.STRIPE_N) + cdiv(K, config.STRIPE_N),
         da_partials=parts * K * r if parts > 1 and need_dA else 0,
         db_partials=db_sums * N * r if need_dB else 0,
         terms=terms * r * (K + N) + (2 * terms * M * r if terms > 1 else 0),
@@ -378,7 +388,7 @@ def lora_backward(
     partial = torch.empty(plan.da_partials + plan.db_partials, dtype=torch.float32, device=device)
     db_partial = partial[plan.da_partials :] if plan.da_partials else partial
     stream = current_stream(device)
-    words = sync_words(device, stream, plan.num_words)
+    words = sync_words(device, stream, plan.schedule.num_words)
     for launcher in plan.launchers:
         launcher(
             stream,
@@ -388,7 +398,7 @@ def lora_backward(
             *(t, partial, db_partial, terms, words),
             *(M, N, K, r),
             *(stride_ym, stride_xm, stride_wn, K, r),
-            *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs, plan.schedule.parts),
+            *(scaling, *plan.schedule.counts, plan.schedule.parts),
             *(seed, threshold),
         )
     return dx, da, db

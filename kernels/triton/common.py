@@ -11,17 +11,17 @@ So both run *shrink tasks* (S or T, memory-bound, one row block after another) b
 more step of depth r once their row block is published. The backward ends with the *jobs* of dA and dB.
 
 Synchronisation words, int32, zero between launches:
-    TICKET      next conversion or shrink task    DONE    shrink tasks finished
-    EXIT        programs that have left           JOB     next job of dA and dB to claim
+    TICKET      next conversion, shrink task or place    DONE    shrink tasks finished
+    EXIT        programs that have left                  JOB     next job of dA and dB to claim
     CONVERTED   conversions finished
-    PROGRESS    row blocks published, MAX_TASKS words: one for each shrink task where a row block holds whole tiles'
-                rows, else one for each BLOCK_M rows
-    ARRIVED     parts of a stripe of dA or dB that are stored, a word for each stripe
+    PROGRESS    row blocks published, a word for each max(BLOCK_M, SHRINK_M) rows
+    then        parts of a stripe of dA or dB that are stored, a word for each stripe
 
-Why nothing can deadlock: a program claims conversions until none is left before it goes on to shrink tasks, and these
-until none is left before it computes its first tile. A conversion waits for nothing, a shrink task for conversions
-only, a tile for shrink tasks. So whoever waits knows that a program which runs holds what it waits for, however few
-are resident at a time.
+A ticket says what a program does: first come the conversions, then the shrink tasks that everyone shares, then the
+places: the first `side_programs` of them take what is left of the shrink tasks while the others compute tiles.
+
+Why nothing can deadlock: a conversion waits for nothing, a shrink task for conversions, a tile or a job for shrink
+tasks: all of them for what has a lower ticket, and so for a program that runs, however few are resident at a time.
 
 fp32 adapters beside a 16-bit base: the first thing that a launch does is to write A and B, and in the backward S, as
 sums of 16-bit terms, one where the products run in 16 bits anyway (autocast), else three, whose 3 × 8 bits of mantissa
@@ -40,9 +40,9 @@ DONE = tl.constexpr(1)
 EXIT = tl.constexpr(2)
 JOB = tl.constexpr(3)
 CONVERTED = tl.constexpr(4)
-PROGRESS = tl.constexpr(5)
-MAX_TASKS = tl.constexpr(schedule.MAX_TASKS)
-ARRIVED = tl.constexpr(5 + schedule.MAX_TASKS)
+PROGRESS = tl.constexpr(schedule.FIXED_WORDS)
+# The place of a program that has done its part beside the tiles.
+NOWHERE = tl.constexpr(1 << 30)
 # Elements of fp32 that one conversion takes.
 CONVERT_SIZE = tl.constexpr(4096)
 
@@ -87,21 +87,22 @@ def wait_for(word_ptr, count):
 
 
 @triton.jit
-def progress_of(row, M, num_tasks, BLOCK_M: tl.constexpr, SHRINK_M: tl.constexpr):
+def progress_of(row, M, BLOCK_M: tl.constexpr, SHRINK_M: tl.constexpr):
     """Which PROGRESS word tells of a tile's rows, and the count that says they are there."""
-    block = row // SHRINK_M
-    if SHRINK_M >= BLOCK_M:
-        return block % num_tasks, block // num_tasks + 1
-    else:
-        return row // BLOCK_M, tl.cdiv(min(M - row, BLOCK_M), SHRINK_M)
+    ROWS: tl.constexpr = max(BLOCK_M, SHRINK_M)
+    word = row // ROWS
+    return word, tl.cdiv(min(M - word * ROWS, ROWS), SHRINK_M)
 
 
 @triton.jit
-def leave(sync_ptr, DELAY: tl.constexpr):
+def leave(sync_ptr, M, BLOCK_M: tl.constexpr, SHRINK_M: tl.constexpr, DELAY: tl.constexpr):
     """The last program to leave zeroes the words for the next launch. No other program touches them any more."""
     linger(sync_ptr, DELAY)
     if tl.atomic_add(sync_ptr + EXIT, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(sync_ptr + PROGRESS + tl.arange(0, MAX_TASKS), tl.zeros((MAX_TASKS,), tl.int32))
+        count = tl.cdiv(M, max(BLOCK_M, SHRINK_M))
+        for first in range(0, count, 256):
+            words = first + tl.arange(0, 256)
+            tl.store(sync_ptr + PROGRESS + words, tl.zeros((256,), tl.int32), mask=words < count)
         tl.store(sync_ptr + TICKET, 0)
         tl.store(sync_ptr + DONE, 0)
         tl.store(sync_ptr + JOB, 0)
@@ -318,17 +319,18 @@ def shrink_tasks(
     small_ptr, partial_ptr,
     M, depth, r,
     stride_r, stride_d,
-    scaling, num_tasks, seed, threshold,
+    scaling, num_tasks, shared_blocks, side_programs, seed, threshold,
     FUSE: tl.constexpr, DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
-    """From its ticket on claims shrink tasks until none is left; returns its place in the order of finding none.
+    """From its ticket on takes shrink tasks; returns the place at which the program goes on to tiles, or NOWHERE.
 
-    The tickets before `first_ticket` are those of the launch's conversions.
+    The tickets before `first_ticket` are those of the launch's conversions. `num_tasks` tasks share the first
+    `shared_blocks` row blocks, and `side_programs` programs the others.
 
-    out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. Task t takes the row
-    blocks t, t + num_tasks, … and publishes each. With FUSE, for one term only, the same read of src also gives
+    out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. A task takes every so
+    manieth row block and publishes each. With FUSE, for one term only, the same read of src also gives
     partial[block] = src[block]ᵀ @ small[block].
 
     TERMS: of skinny, which lie one after the other in memory. With more than one, planes [TERMS, M, r] gets the terms
@@ -341,10 +343,13 @@ def shrink_tasks(
         seed_low, seed_high = load_seed(seed)
     task = ticket - first_ticket
     if TERMS > 0:
-        if task < num_tasks:
+        if task < num_tasks + side_programs:
             wait_for(sync_ptr + CONVERTED, first_ticket)
-    while task < num_tasks:
-        for block in range(task, tl.cdiv(M, SHRINK_M), num_tasks):
+    while task < num_tasks + side_programs:
+        side = task >= num_tasks
+        begin = tl.where(side, task - num_tasks + shared_blocks, task)
+        end = tl.where(side, tl.cdiv(M, SHRINK_M), shared_blocks)
+        for block in range(begin, end, tl.where(side, side_programs, num_tasks)):
             row = block * SHRINK_M
             acc = tl.zeros((BLOCK_R, SHRINK_M) if RANK_FIRST else (SHRINK_M, BLOCK_R), tl.float32)
             if FUSE:
@@ -378,10 +383,13 @@ def shrink_tasks(
                     term, acc = next_term(acc, planes_ptr.dtype.element_ty)
                     tl.store(planes_ptr + i * tl.cast(M, tl.int64) * r + offs, term, mask=mask)
             linger(sync_ptr, DELAY)
-            publish(sync_ptr + PROGRESS + (task if SHRINK_M >= BLOCK_M else row // BLOCK_M))
+            publish(sync_ptr + PROGRESS + row // max(BLOCK_M, SHRINK_M))
         publish(sync_ptr + DONE)
-        task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed") - first_ticket
-    return task - num_tasks
+        if side:
+            task = NOWHERE + num_tasks + side_programs
+        else:
+            task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed") - first_ticket
+    return task - num_tasks - side_programs
 
 
 @triton.jit
@@ -473,7 +481,7 @@ def masked_product(
 @triton.jit
 def lora_tile(
     left_desc, right_desc, small_ptr, skinny_ptr, sync_ptr,
-    row, col, M, cols, depth, r, stride_r, stride_d, num_tasks, seed, threshold,
+    row, col, M, cols, depth, r, stride_r, stride_d, seed, threshold,
     dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr,
     DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
@@ -494,7 +502,7 @@ def lora_tile(
     plane = cols * r
     ready = True
     if WAIT:
-        word, needed = progress_of(row, M, num_tasks, BLOCK_M, SHRINK_M)
+        word, needed = progress_of(row, M, BLOCK_M, SHRINK_M)
         progress_ptr = sync_ptr + PROGRESS + word
     if early:
         r_offs = tl.arange(0, BLOCK_R)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import ForwardConfig, Problem, forward_config
-from fusedlora.kernels.common import ARRIVED, TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
+from fusedlora.kernels.common import TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
     Launcher,
     alignment,
@@ -23,10 +23,10 @@ from fusedlora.kernels.launch import (
     skinny_rows,
     sync_words,
 )
-from fusedlora.schedule import Schedule, forward_schedule
+from fusedlora.schedule import SCHEDULED, Schedule, forward_schedule
 
 
-@triton.jit(do_not_specialize=["M", "scaling", "num_tasks", "tile_programs", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "scaling", *SCHEDULED, "seed", "threshold"])
 def forward_kernel(
     # x [M, K], W [N, K], A [r, K], B [N, r]; each None or: bias [N], gain [N] fp32, scale []
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, gain_ptr, scale_ptr,
@@ -36,7 +36,7 @@ def forward_kernel(
     terms_ptr, sync_ptr,
     M, N, K, r,
     stride_xm, stride_wn, stride_ar, stride_bn,
-    scaling, num_tasks, tile_programs,
+    scaling, num_tasks, shared_blocks, side_programs, tile_programs,
     # with DROPOUT: a number or an address, and the least hash that is kept
     seed, threshold,
     DROPOUT: tl.constexpr, CONVERT: tl.constexpr, SHRINK: tl.constexpr, TILES: tl.constexpr,
@@ -47,9 +47,9 @@ def forward_kernel(
 ):  # fmt: skip
     """S = scaling · scale · x Aᵀ, rounded once to S's dtype; y = gain ∘ (x Wᵀ + S Bᵀ) + bias, one fp32 accumulator.
 
-    SHRINK computes S in `num_tasks` tasks, TILES computes y on `tile_programs` programs; with both a tile waits for
-    its rows of S. TERMS: A and B are fp32 beside a 16-bit x, and CONVERT writes their terms. R_ALIGN divides r and
-    stride_bn.
+    SHRINK computes S in `num_tasks` tasks and on `side_programs` programs, TILES computes y on `tile_programs`; with
+    both a tile waits for its rows of S. TERMS: A and B are fp32 beside a 16-bit x, and CONVERT writes their terms.
+    R_ALIGN divides r and stride_bn.
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
@@ -74,7 +74,7 @@ def forward_kernel(
         src_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [SHRINK_M, SHRINK_K])
         place = shrink_tasks(
             ticket, first_ticket, src_desc, a_ptr, s_ptr, small_ptr, sync_ptr, None, None, M, K, r, stride_ar, 1,
-            scaling, num_tasks, seed, threshold, False, DROPOUT, TERMS, PRECISION,
+            scaling, num_tasks, shared_blocks, side_programs, seed, threshold, False, DROPOUT, TERMS, PRECISION,
             BLOCK_M, BLOCK_R, SHRINK_M, SHRINK_K, SHRINK_STAGES, DELAY,
         )  # fmt: skip
     elif CONVERT:
@@ -94,7 +94,7 @@ def forward_kernel(
                 col = tile_n * BLOCK_N
                 acc = lora_tile(
                     x_desc, w_desc, small_ptr, b_ptr, sync_ptr,
-                    row, col, M, N, K, r, 1, stride_bn, num_tasks, None, None,
+                    row, col, M, N, K, r, 1, stride_bn, None, None,
                     x_ptr.dtype.element_ty, True, SHRINK, 0, TERMS, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                 )  # fmt: skip
@@ -105,7 +105,7 @@ def forward_kernel(
                     acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
                 y_desc.store([row, col], acc.to(y_ptr.dtype.element_ty))
     if SHRINK or CONVERT:
-        leave(sync_ptr, DELAY)
+        leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +206,12 @@ def lora_forward(
         plan = _plan(device, facts, sizes, *dtypes, seed is not None, config, one_launch, specialised)
         terms = torch.empty(plan.terms, dtype=dtype, device=device) if plan.terms else None
         stream = current_stream(device)
-        words = sync_words(device, stream, ARRIVED.value)
+        words = sync_words(device, stream, plan.schedule.num_words)
         tensors = (weight, lora_A, lora_B, bias, gain, scale)
         numbers = (
             *(M, N, K, r),
             *(stride_xm, stride_wn, K, r),
-            *(scaling, plan.schedule.num_tasks, plan.schedule.tile_programs),
+            *(scaling, *plan.schedule.counts),
             *(seed, threshold),
         )
         for launcher in plan.launchers:
