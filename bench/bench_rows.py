@@ -68,6 +68,7 @@ class Effort:
 FULL = Effort(rounds=15, block_seconds=0.006, wall_block_seconds=0.012)
 FULL_CPU = Effort(rounds=15, block_seconds=0.02, wall_block_seconds=0.02)
 SWEEP = Effort(rounds=7, block_seconds=0.004, wall_block_seconds=0.01)
+END_TO_END = Effort(rounds=7, block_seconds=0.0, wall_block_seconds=0.2)
 SMOKE = Effort(rounds=1, block_seconds=0.0, wall_block_seconds=0.0)
 
 

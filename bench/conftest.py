@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_cases import GROUPS, Case, cases_of
 from bench_contenders import Contender, contenders
 from bench_measure import Lab
+from bench_model import model_rows
 from bench_report import render, report, write_json, write_picture
 from bench_rows import FULL, FULL_CPU, SMOKE, Failure, Row
 from bench_sweep_cases import sweep_cases_of
@@ -87,6 +88,7 @@ class Plan:
             group: [(case.id, c.name) for case in cases for c in self.contenders[case.id].values() if group in c.groups]
             for group, cases in of_group.items()
         }
+        self.model_rows = model_rows(compile=self.measure and self.on_gpu)
         self.sweep_cases = sweep_cases_of(self.on_gpu, self.measure)
         self.selected: dict[str, dict[str, list[str]]] = {}
 
@@ -154,6 +156,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     plan = metafunc.config.stash[PLAN]
     if "sweep_case" in metafunc.fixturenames:
         metafunc.parametrize("sweep_case", plan.sweep_cases, ids=[case.id for case in plan.sweep_cases])
+    if "model_row" in metafunc.fixturenames:
+        pairs = [(setting, row) for setting in ("checkpointing_off", "checkpointing_on") for row in plan.model_rows]
+        ids = [f"{setting}-{row.name}" for setting, row in pairs]
+        metafunc.parametrize(("setting", "model_row"), pairs, ids=ids)
     if "bench_group" not in metafunc.fixturenames:
         return
     pairs = plan.pairs.get(_of_function(metafunc.definition.originalname), [])
