@@ -110,6 +110,8 @@ def backward_config(p: Problem) -> BackwardConfig:
         # Each step's terms are summed by truncating hardware: shorter steps keep fp32's precision.
         rows = 64 if wide > 32 or p.split else 128
         stripe = {"STRIPE_N": 128, "STRIPE_M": rows, "STRIPE_STAGES": 3 if p.split and wide > 32 else 4}
+    # Short jobs where few rows would leave most SMs without one, the more so where a mask makes them long.
+    stripe["stripe_rows"] = 2048 if p.M > 4096 else 512 if p.dropout or p.split else 1024
     return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not (fuse or p.split)), **stripe, FUSE_DB=fuse)
 
 
@@ -175,9 +177,9 @@ def _shrink(p: Problem, *, tall: bool, masked: bool = False) -> dict[str, int]:
         return shrink(rank_k, m=128, k=32, stages=4)
     if masked and not p.split and p.M <= 16384:
         # The mask takes longer than the memory: every SM makes its share.
-        if p.M <= 4096 and wide <= 32:
-            return shrink(rank_k, m=32, k=256, stages=3)
-        return shrink(rank_k, m=64, k=128 if wide <= 32 else 64, stages=4)
+        if wide > 32:
+            return shrink(rank_k, m=64, k=64, stages=4)
+        return shrink(rank_k, m=32 if p.M <= 4096 else 64, k=256, stages=3)
     if tall and p.M > 1024:
         return shrink(rank_k, m=256, k=64, stages=4)
     return shrink(rank_k, m=128, k=64 if (p.dropout or p.split) and wide > 16 else 128, stages=4)
