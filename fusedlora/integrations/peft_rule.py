@@ -1,14 +1,16 @@
 """Which calls of a peft.tuners.lora.Linear are fused: one rule, read afresh at each call."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from torch import Tensor, nn
+from torch import Tensor, float32, nn, strided
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
+from torch.nn import Dropout, Identity, Linear, Parameter
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import autocast_dtype
 from ..dora import WITH_DROPOUT
@@ -47,21 +49,18 @@ def parts_or_reason(layer: Any, x: Any, classes: tuple[type, ...]) -> Parts | st
     dropout = modules["lora_dropout"]._modules[active]
     scaling = layer.scaling[active]
 
-    for module in (base, A, B):
-        if type(module) is not nn.Linear or _watched(module):
-            return _not_plain(module, base, A, B)
+    if type(base) is not Linear or type(A) is not Linear or type(B) is not Linear:
+        name, module = next(pair for pair in _named(base, A, B) if type(pair[1]) is not Linear)
+        return f"{name} is a {_name(type(module))}, not exactly an nn.Linear"
     dropout_p = 0.0
-    if type(dropout) is nn.Dropout:
+    if type(dropout) is Dropout:
         if dropout.training:
             dropout_p = dropout.p
             if dropout.inplace or not 0.0 <= dropout_p < 1.0:
                 return f"lora_dropout is {dropout}"
-    elif type(dropout) is not nn.Identity:
+    elif type(dropout) is not Identity:
         return f"lora_dropout is a {_name(type(dropout))}"
-    if _watched(dropout):
-        return "lora_dropout has hooks or a forward of its own"
-    if torch_module._has_any_global_hook():
-        return "hooks for all modules are registered"
+    called: tuple[nn.Module, ...] = (base, A, B, dropout)
 
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     lora_A, lora_B = A._parameters.get("weight"), B._parameters.get("weight")
@@ -71,48 +70,58 @@ def parts_or_reason(layer: Any, x: Any, classes: tuple[type, ...]) -> Parts | st
         if type(layer.lora_variant[active]) is not DoraLinearVariant:
             return f"lora_variant is {_name(type(layer.lora_variant[active]))}"
         direction = modules["lora_magnitude_vector"]._modules[active]
-        if type(direction) is not DoraLinearLayer or _watched(direction):
-            return "lora_magnitude_vector is another class, has hooks or a forward of its own"
-        if (
-            layer.fan_in_fan_out
-            or lora_bias is not None
-            or (getattr(peft_dora, "ENABLE_DORA_CACHING", False) and not layer.training)
-        ):
+        if type(direction) is not DoraLinearLayer:
+            return f"lora_magnitude_vector is a {_name(type(direction))}"
+        if layer.fan_in_fan_out or lora_bias is not None or (_caches_norms() and not layer.training):
             return "DoRA with fan_in_fan_out, lora_bias or its cache of norms"
         if dropout_p and layer.training:
             return WITH_DROPOUT
         dropout_p = 0.0
+        called = (*called, direction)
         magnitude = direction._parameters.get("weight")
-        if type(magnitude) is not nn.Parameter:
+        if type(magnitude) is not Parameter:
             return "lora_magnitude_vector's weight is no plain Parameter"
 
-    for name, tensor in (("base_layer", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if type(tensor) is not nn.Parameter:
-            return f"{name}'s weight is no plain Parameter but a {_name(type(tensor))}"
-    if (bias is not None and type(bias) is not nn.Parameter) or A._parameters.get("bias") is not None:
+    for module in called:  # a fused call goes past whatever happens when one of these is called
+        if (
+            module._forward_pre_hooks
+            or module._forward_hooks
+            or module._backward_pre_hooks
+            or module._backward_hooks
+            or "forward" in module.__dict__
+        ):
+            name = next((name for name, m in _named(base, A, B, dropout) if m is module), "lora_magnitude_vector")
+            return f"{name} has hooks or a forward of its own, as FSDP, offloading and ZeRO give it"
+    if _has_any_global_hook():
+        return "hooks for all modules are registered"
+
+    if type(weight) is not Parameter or type(lora_A) is not Parameter or type(lora_B) is not Parameter:
+        name, tensor = next(pair for pair in _named(weight, lora_A, lora_B) if type(pair[1]) is not Parameter)
+        return f"{name}'s weight is no plain Parameter but a {_name(type(tensor))}"
+    if (bias is not None and type(bias) is not Parameter) or A._parameters.get("bias") is not None:
         return "base_layer's bias is no plain Parameter, or lora_A has one"
-    if lora_bias is not None and type(lora_bias) is not nn.Parameter:
+    if lora_bias is not None and type(lora_bias) is not Parameter:
         return "lora_B's bias is no plain Parameter"
-    assert weight is not None and lora_A is not None and lora_B is not None
     if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         return "a weight is not 2-d, as a partitioned one (ZeRO-3) is not"
     (N, K), r = weight.shape, lora_A.shape[0]
-    if lora_A.shape[1] != K or lora_B.shape[0] != N or lora_B.shape[1] != r or not (r and N and K):
+    if lora_A.shape[1] != K or lora_B.shape != (N, r) or not (r and N and K):
         return f"the shapes of weight {(N, K)}, lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)} do not fit"
-    if weight.layout is not torch.strided:
+    if weight.layout is not strided:
         return f"weight has layout {weight.layout}"
     device, dtype, param_dtype = weight.device, weight.dtype, lora_A.dtype
     if device.type == "meta":
         return "the weight is on the meta device"
     if dtype not in FLOATS or param_dtype not in FLOATS:
         return f"weight has dtype {dtype}, lora_A {param_dtype}"
-    given = (lora_A, lora_B, bias, lora_bias, magnitude)
-    for tensor in given:
-        if tensor is not None and tensor.device != device:
-            return f"parameters are on {device} and {tensor.device}"
+    if lora_A.device != device or lora_B.device != device:
+        return f"the weight is on {device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}"
+    for vector in (bias, lora_bias, magnitude):
+        if vector is not None and (vector.device != device or vector.shape != (N,)):
+            return f"a bias or the magnitude is on {vector.device}, of shape {tuple(vector.shape)}"
     if lora_B.dtype is not param_dtype or (lora_bias is not None and lora_bias.dtype is not param_dtype):
         return f"lora_A has dtype {param_dtype}, lora_B another one"
-    if magnitude is not None and magnitude.dtype is not param_dtype and magnitude.dtype is not torch.float32:
+    if magnitude is not None and magnitude.dtype is not param_dtype and magnitude.dtype is not float32:
         return f"lora_A has dtype {param_dtype}, lora_magnitude_vector {magnitude.dtype}"
     if not isinstance(scaling, (float, int)) and not (
         type(scaling) is Tensor
@@ -137,9 +146,9 @@ def _x_reason(
     param_dtype: torch.dtype,
     bias: Tensor | None,
 ) -> str | None:
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if type(x) is not Tensor and type(x) is not Parameter:
         return f"x is a {_name(type(x))}"
-    if x.layout is not torch.strided or x.dim() == 0 or x.shape[-1] != K:
+    if x.layout is not strided or x.dim() == 0 or x.shape[-1] != K:
         return f"x has layout {x.layout} or does not end in in_features {K}"
     if x.device != device:
         return f"x is on {x.device}, the weight on {device}"
@@ -148,14 +157,14 @@ def _x_reason(
     if autocast is None:
         if dtype is not weight_dtype:
             return f"x has dtype {dtype}, the weight {weight_dtype}, and autocast is off"
-        if param_dtype is not dtype and param_dtype is not torch.float32:
+        if param_dtype is not dtype and param_dtype is not float32:
             return f"lora_A has dtype {param_dtype}, x {dtype}"
         if bias is not None and bias.dtype is not dtype:
             return f"x has dtype {dtype}, base_layer's bias {bias.dtype}, and autocast is off"
     else:
         if dtype not in FLOATS or torch.float64 in (dtype, weight_dtype, param_dtype):
             return f"x has dtype {dtype}, the weight {weight_dtype}, lora_A {param_dtype}, under autocast"
-        if param_dtype is not dtype and param_dtype is not torch.float32 and param_dtype is not autocast:
+        if param_dtype is not dtype and param_dtype is not float32 and param_dtype is not autocast:
             return f"lora_A has dtype {param_dtype}, x {dtype}, under autocast to {autocast}"
     if param_dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return f"casting of inputs is disabled, and lora_A has dtype {param_dtype}, x {dtype}"
@@ -169,17 +178,6 @@ def _x_reason(
     return None
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether something besides the class's forward happens when the module is called, which a fused call goes past."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _fsdp_unit(kind: type, classes: tuple[type, ...]) -> bool:
     """Whether fully_shard made this class of one of `classes`: its hooks lie on the layer itself."""
     bases = kind.__bases__
@@ -190,11 +188,12 @@ def _how_many(present: list[str]) -> str:
     return f"{len(present)} active adapters" if present else "no active adapter in this layer"
 
 
-def _not_plain(module: nn.Module, base: nn.Module, A: nn.Module, B: nn.Module) -> str:
-    name = "base_layer" if module is base else "lora_A" if module is A else "lora_B"
-    if type(module) is not nn.Linear:
-        return f"{name} is a {_name(type(module))}, not exactly an nn.Linear"
-    return f"{name} has hooks or a forward of its own, as FSDP, offloading and ZeRO give it"
+def _named(*given: Any) -> Iterator[tuple[str, Any]]:
+    return zip(("base_layer", "lora_A", "lora_B", "lora_dropout"), given)
+
+
+def _caches_norms() -> bool:
+    return getattr(peft_dora, "ENABLE_DORA_CACHING", False)
 
 
 def _name(kind: type) -> str:

@@ -17,6 +17,10 @@ _spec = importlib.util.spec_from_file_location("peft_sides", Path(__file__).with
 assert _spec is not None and _spec.loader is not None
 sides = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
 _spec.loader.exec_module(sides)
+from peft import LoraConfig, get_peft_model  # noqa: E402
+
+from fusedlora.testing import error_ratios  # noqa: E402
+
 backend = sides.backend
 Case = sides.Case
 
@@ -279,3 +283,71 @@ def test_a_broken_path_is_noticed(part: str, device: torch.device, monkeypatch: 
 def test_unbroken_the_mutants_wrappers_pass(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     broken("nothing", monkeypatch)
     contract(device)
+
+
+NUMBERS = {
+    "bf16": Case(BF16, BF16, bias=False, options=(("r", 16),)),
+    "fp32-adapters": Case(BF16, FP32, bias=False, options=(("r", 16),)),
+    "fp32-adapters-autocast": Case(BF16, FP32, bias=False, autocast=BF16, options=(("r", 16),)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_errors_of_a_wide_layer_are_not_above_stocks(name: str, device: torch.device) -> None:
+    """y, dx, dA and dB of one layer against float64; at this width luck averages out."""
+    case = NUMBERS[name]
+    size, rows = 1024, 256
+    layer = peft_layer(size, case, device)
+    fused = backend.fuse(copy.deepcopy(layer))
+    x, dy = (torch.randn(rows, size, device=device, dtype=BF16) for _ in range(2))
+    ours, calls = sides.fused_calls(lambda: sides.run(fused, x, dy, case.autocast))
+    assert calls == 1
+    theirs, exact = sides.run(layer, x, dy, case.autocast), sides.run(layer.double(), x.double(), dy)
+    assert len(ours) == 4
+    for key, ratio in error_ratios(ours, theirs, exact).items():
+        assert ratio <= 1.01, (key, ratio)
+
+
+def peft_layer(size: int, case: Any, device: torch.device) -> Any:
+    net = nn.Sequential(nn.Linear(size, size, bias=False)).to(device, case.dtype)
+    config = LoraConfig(target_modules=["0"], init_lora_weights=False, **dict(case.options))
+    model = get_peft_model(net, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (parameter.data * 0.3).to(case.adapter_dtype)
+    return model.base_model.model[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("autocast", [None, BF16], ids=["", "autocast"])
+def test_no_copy_of_x_is_kept(autocast: torch.dtype | None, dropout: float, device: torch.device) -> None:
+    """Under PEFT's default, fp32 adapters over bf16: what three layers over one x keep for backward."""
+    case = Case(BF16, FP32, dropout=dropout, autocast=autocast)
+    stock = nn.ModuleList(sides.build(case, device).base_model.model.up for _ in range(3))
+    fused = backend.fuse(copy.deepcopy(stock))
+    x = torch.randn(1024, sides.K, device=device, dtype=BF16, requires_grad=True)
+
+    def kept(layers: nn.ModuleList) -> int:
+        """Bytes beside x and the parameters."""
+        known = {p.untyped_storage().data_ptr() for p in layers.parameters()} | {x.untyped_storage().data_ptr()}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast(x.device.type, autocast or BF16, enabled=autocast is not None),
+        ):
+            results = [layer(x) for layer in layers]
+        assert len(results) == 3
+        return sum(saved.values())
+
+    ours, theirs = kept(fused), kept(stock)
+    s = 3 * 4 * 4 * x.shape[0]  # three [M, r] of fp32
+    mask = 0 if x.is_cuda or not dropout else 3 * x.numel()  # on a CPU dropout keeps its mask, a byte an element
+    assert ours <= s + mask + 4096, ours
+    assert theirs >= 3 * x.numel() * 2, "which stock keeps"

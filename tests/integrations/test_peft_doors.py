@@ -320,6 +320,7 @@ REASONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "integer scaling tensor": (lambda l: l.scaling.update(default=torch.tensor(2)), "scaling is a torch.Tensor"),
     "scaling of a vector": (lambda l: l.scaling.update(default=torch.ones(1)), "scaling is a torch.Tensor"),
     "trained scaling": (lambda l: l.scaling.update(default=torch.tensor(1.0, requires_grad=True)), "scaling"),
+    "bias of another shape": (lambda l: setattr(l.base_layer, "bias", nn.Parameter(torch.ones(1))), "of shape"),
     "unknown variant": (lambda l: l.lora_variant.update(default=object()), "lora_variant"),
     "A has a bias": (lambda l: l.lora_A.update({"default": nn.Linear(sides.K, 4)}), "lora_A has one"),
 }
