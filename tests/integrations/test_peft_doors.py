@@ -452,13 +452,13 @@ def test_hooks_for_all_modules(model: Any, x: torch.Tensor) -> None:
 def test_transforms_take_the_stock_forward(model: Any, x: torch.Tensor) -> None:
     expected = model(x)
     backend.fuse(model)
-    assert fused_in(lambda: torch.testing.assert_close(torch.func.vmap(model)(x), expected)) == 0
+    assert fused_in(lambda: torch.testing.assert_close(torch.func.vmap(model)(x), expected, rtol=1e-4, atol=1e-4)) == 0
     with torch.autograd.forward_ad.dual_level():
         y = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
         assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_tracing_and_export_give_pytorchs_operators(model: Any, x: torch.Tensor) -> None:
     expected = model(x)
     backend.fuse(model)
@@ -494,7 +494,7 @@ class TestReport:
         report = backend.report(model)
         assert (len(report.layers), report.share()) == (2, 0.0)
         backend.fuse(model)
-        assert str(backend.report(model)).count("fused, not called yet") == 2
+        assert str(backend.report(model)).count("fused, no eager call yet") == 2
         down = model.base_model.model.down
         down.lora_A["default"].register_forward_hook(lambda *given: None)
         model(x)
