@@ -19,6 +19,8 @@ def make_layers(case: Case, device: torch.device, count: int) -> list[Layer]:
         return (torch.randn(rows, columns, device=device, generator=generator) * scale).to(dtype)
 
     dtype = case.torch_dtype
+    # dA grows as √(M · N / r) · dy, past fp16's largest number at the sweep's shapes
+    dy_scale = case.N**-0.5 if dtype == torch.float16 else 1.0
     layers = []
     for _ in range(count):
         a = draw(case.r, case.K, case.K**-0.5, torch.float32)
@@ -28,7 +30,7 @@ def make_layers(case: Case, device: torch.device, count: int) -> list[Layer]:
         layers.append(
             Layer(
                 x=draw(case.M, case.K, 1.0, dtype).requires_grad_(),
-                dy=draw(case.M, case.N, 1.0, dtype),
+                dy=draw(case.M, case.N, dy_scale, dtype),
                 weight=weight,
                 adapters={"same": (a.to(dtype), b.to(dtype)), "fp32": (a, b)},
                 magnitude=norm * (1 + draw(case.N, 1, 0.1, torch.float32).view(-1)),

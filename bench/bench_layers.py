@@ -117,7 +117,8 @@ def eager_with_dropout(adapter: str) -> Build:
             dropped = F.dropout(x, DROPOUT)
             if kept.wanted:
                 # An element of x that is itself zero reads as dropped; it only ever counts in dX, where x is random.
-                kept.read = lambda: dropped.detach() != 0
+                noted = dropped.detach()
+                kept.read = lambda: noted != 0
             return dropped
 
         return Built(lambda x: eager_lora(x, layer.weight, a, b, SCALING, drop), (a, b), kept)

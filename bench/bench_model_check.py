@@ -32,14 +32,14 @@ def errors(found: Outputs, expected: Outputs) -> dict[str, float]:
 
 
 class _Given(nn.Module):
-    """A dropout whose masks are given, one a call."""
+    """A dropout whose mask is given."""
 
-    def __init__(self, masks: Iterator[Tensor], p: float) -> None:
+    def __init__(self, mask: Tensor, p: float) -> None:
         super().__init__()
-        self.masks, self.p = masks, p
+        self.mask, self.p = mask, p
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * next(self.masks).view(x.shape) / (1 - self.p)
+        return x * self.mask.view(x.shape) / (1 - self.p)
 
 
 class Reference:
@@ -53,12 +53,12 @@ class Reference:
 
     def _outputs(self, adapter: str | None, p: float, masks: list[Tensor] | None) -> Outputs:
         row = ModelRow("frozen" if adapter is None else "peft", adapter, p)  # "bf16": no autocast over what is in fp32
-        model = with_adapters(self.base, row, checkpointing=False, precise=True)
+        # Checkpointed: attention in fp32 may be written out, a matrix of all pairs of tokens a head.
+        model = with_adapters(self.base, row, checkpointing=True, precise=True)
         if masks is not None:
-            order = iter(masks)
-            for layer in model.modules():
-                if hasattr(layer, "lora_dropout"):
-                    layer.lora_dropout["default"] = _Given(order, p)
+            layers = [module for module in model.modules() if hasattr(module, "lora_dropout")]  # in the calls' order
+            for layer, mask in zip(layers, masks, strict=True):
+                layer.lora_dropout["default"] = _Given(mask, p)
         x = self.x.detach().float().requires_grad_()
         return Run(row, model, x, self.dy).outputs()
 

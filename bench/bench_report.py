@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,7 @@ def write_picture(path: Path, rows: Sequence[Row], title: str, group: str = "tra
     axes = figure.add_subplot()
     axes.axvline(1.0, color="black", linewidth=1)
     marks = iter("osD^v<>PX*dph" * len(names))
+    reds = cycle(("#d62728", "#ff7f0e", "#8c564b", "#e377c2", "#9467bd", "#bcbd22", "#67000d"))
     for name in names:
         drawn = [row for row in mine if row.contender.name == name]
         ours = drawn[0].contender.ours
@@ -201,7 +203,7 @@ def write_picture(path: Path, rows: Sequence[Row], title: str, group: str = "tra
             [row.tax.median for row in drawn],
             [cases.index(row.case) for row in drawn],
             next(marks),
-            color=None if not ours else {"fusedlora": "#d62728", "fusedlora_amp": "#ff7f0e"}.get(name, "#8c564b"),
+            color=next(reds) if ours else None,
             markersize=9 if ours else 6,
             fillstyle="full" if ours else "none",
             label=labels.pop() if len(labels) == 1 else name,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bench_cases import Case
-from bench_check import memory_of
+from bench_check import make_layers, memory_of
 from bench_measure import DoesNotFit, Lab
 from bench_rows import SMOKE
 from bench_sweep import OutOfTime, Store, Sweep, code_id, file_name
@@ -78,6 +78,15 @@ def test_all_shapes_fit_an_h100():
     for case in sweep_cases():
         one, rest = memory_of(case, 4)
         assert one + rest < 78 << 30, case
+
+
+def test_gradients_stay_within_fp16():
+    """Of dA, the largest gradient: 2 · √(M · N / r) · dy; six standard deviations of it."""
+    (layer,) = make_layers(Case(64, 16, 4096, 1, "fp16"), torch.device("cpu"), 1)
+    assert layer.dy.float().std().item() == pytest.approx(1 / 64, rel=0.02)
+    for case in sweep_cases():
+        if case.dtype == "fp16":
+            assert 6 * 2 * (case.M * case.N / case.r) ** 0.5 * case.N**-0.5 < torch.finfo(torch.float16).max, case
 
 
 def test_comments_do_not_change_the_code_id(tmp_path, monkeypatch):
