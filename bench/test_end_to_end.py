@@ -1,7 +1,7 @@
 """A training step of a decoder with the shapes of Llama-3-8B: the frozen model, stock peft, and peft by fuse().
 
-    pytest bench/ --benchmark -k "test_end_to_end and not compiled"       two minutes
-    pytest bench/ --benchmark -k "test_end_to_end and checkpointing_off"  torch.compile takes about a minute a row
+    pytest bench/ --benchmark -k "test_end_to_end and not compiled"
+    pytest bench/ --benchmark -k "test_end_to_end and checkpointing_off"    with torch.compile, which compiles each row
 
 Every row is timed without and with clipping and AdamW. On a CPU a tiny decoder runs, without torch.compile.
 """
