@@ -33,12 +33,16 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run the two ops. why_not gives the reason against a call, or None."""
+    """A way to run the two ops. why_not gives the reason against a call, or None.
+
+    plan, where there is one, makes the Plan of calls whose tensors are packed: see plans.py.
+    """
 
     name: str
     why_not: Callable[[Call], str | None]
     forward: Callable[..., tuple[Tensor, Tensor | None]]
     backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+    plan: Callable[..., Any] | None = None
 
 
 def describe_call(
@@ -241,6 +245,12 @@ def _triton_backward(
     )
 
 
+def _triton_plan(x: Tensor, *arguments: Any) -> Any:
+    from fusedlora.kernels.packed import PackedPlan
+
+    return PackedPlan(x, *arguments, one_launch=_one_launch(x.device))
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast casts a floating tensor on this one's device to, None where it is off."""
     kind = tensor.device.type
@@ -266,7 +276,7 @@ def _reference_backward(dy: Tensor, *args: Any, **settings: Any) -> tuple[Tensor
         return reference.backward(dy, *args, **settings)
 
 
-TRITON = Backend("triton", _triton_why_not, _triton_forward, _triton_backward)
+TRITON = Backend("triton", _triton_why_not, _triton_forward, _triton_backward, _triton_plan)
 REFERENCE = Backend("reference", lambda call: None, _reference_forward, _reference_backward)
 BACKENDS = (TRITON, REFERENCE)
 NAMES = ("auto", *(backend.name for backend in BACKENDS))

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__, backends, functional, ops
+from .arguments import admit
 from .backends import without_autocast
 from .dora_ops import dora_gain, dora_scale
-from .functional import _unsafe_view, admit
+from .plans import _unsafe_view
 
 WITH_DROPOUT = "with dropout in training DoRA takes the product with the weight of the dropped x too"
 
@@ -175,7 +176,9 @@ class _DoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return functional.differentiable_once(ctx, dy, _gradients, _Once)
+        if torch.is_grad_enabled():
+            return functional.differentiable_once(ctx, dy, _gradients, _Once)
+        return _gradients(ctx, dy)
 
 
 _apply: Any = super(torch.autograd.Function, _DoRALinear).apply  # as functional's
@@ -238,6 +241,6 @@ functional.define_linear(
     "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor? scale, "
     "float scaling, ScalarType adapter_dtype, str backend, str version) -> Tensor",
     _without_grad,
-    _DoRALinear,
+    lambda *arguments: _DoRALinear.apply(*arguments),
     differentiable=6,
 )

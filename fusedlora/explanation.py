@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, dora
-from .functional import admit
+from .arguments import admit
 from .linear import FusedLoRALinear
 
 
@@ -126,7 +126,8 @@ def _triton_config(x: Tensor, call: backends.Call) -> str:
 
 
 def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
-    from fusedlora.kernels.launch import num_terms, row_major, skinny_rows, words_run_out
+    from fusedlora.kernels.launch import num_terms, row_major, skinny_rows
+    from fusedlora.kernels.memory import device_memory
 
     copies = []
     if row_major(x) is not x:
@@ -134,6 +135,6 @@ def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Cal
     copies += [f"{n}, made contiguous" for n, t in (("lora_A", lora_A), ("lora_B", lora_B)) if skinny_rows(t) is not t]
     if terms := num_terms(call.param_dtype, call.adapter_dtype, call.dtype):
         copies.append(f"lora_A and lora_B as {terms} {call.dtype} term(s), written by the launch itself")
-    if words_run_out(call.device):
+    if device_memory(call.device).words_run_out():
         copies.append("synchronisation words, zeroed by a memset in the captured graph")
     return copies

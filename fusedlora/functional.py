@@ -1,4 +1,4 @@
-"""lora_linear: the checks at the door, autocast, dropout, and the autograd.Function over the two ops."""
+"""lora_linear: from its arguments to a plan, and the autograd.Function around what the plan runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import __version__, dropout, ops
-from .backends import NAMES, autocast_dtype, without_autocast
-
-# what matmul itself uses: the result is no view, so that callers may write into it
-_unsafe_view = torch.ops.aten._unsafe_view.default
+from .arguments import cast, check, check_scaling
+from .backends import without_autocast
+from .plans import Plan, find
 
 
 def lora_linear(
@@ -52,19 +51,25 @@ def lora_linear(
 
     The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
     """
-    x, weight, lora_A, lora_B, bias, adapter_dtype = admit(
-        x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, backend=backend
-    )
-    mask = scale = None
-    if training and dropout_p > 0.0:
-        mask = dropout.draw(x, dropout_p, backend)
+    autocast = None
+    if torch._C._is_any_autocast_enabled():
+        x, weight, lora_A, lora_B, bias, autocast = cast(x, weight, lora_A, lora_B, bias)
+    scale = mask = None
     if isinstance(scaling, Tensor):
+        check_scaling(scaling, x)
         scale, scaling = scaling, 1.0
+    drops = training and dropout_p > 0.0
     if torch.compiler.is_compiling():
+        adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
+        if drops:
+            mask = dropout.draw(x, dropout_p, backend)
         return torch.ops.fusedlora.linear.default(
             x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend, __version__
         )
     _refuse_transforms()
+    plan = find(x, weight, lora_A, lora_B, bias, scale, dropout_p, drops, autocast, backend)
+    if drops:
+        mask = dropout.draw(x, dropout_p, backend)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
@@ -72,123 +77,14 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _apply(x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend)
-    return _without_grad(x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend)
-
-
-def admit(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    *,
-    scaling: float | Tensor,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype]:
-    """The tensors as the ops take them, autocast applied and checked, and the dtype of the adapter's products."""
-    dtype = autocast_dtype(x)
-    if dtype is not None and x.dtype is not torch.float64:
-        x, weight = _cast(x, dtype), _cast(weight, dtype)
-        if bias is not None and bias.dtype is not torch.float32:
-            bias = _cast(bias, dtype)
-        adapter_dtype = dtype
-        if lora_A.dtype is not torch.float32:
-            lora_A, lora_B = _cast(lora_A, dtype), _cast(lora_B, dtype)
-        dtype = x.dtype
-        param_dtype = lora_A.dtype
-    else:
-        dtype = x.dtype
-        param_dtype = lora_A.dtype
-        adapter_dtype = dtype if param_dtype is dtype else torch.promote_types(dtype, param_dtype)
-    if not dtype.is_floating_point:
-        raise TypeError(f"x has dtype {dtype}, must be floating point")
-    if x.dim() == 0:
-        raise ValueError("x has 0 dimensions, must be [..., in_features]")
-    shape_W, shape_A, shape_B = weight.shape, lora_A.shape, lora_B.shape
-    if not len(shape_W) == len(shape_A) == len(shape_B) == 2:
-        name, shape = next(
-            (n, s) for n, s in (("weight", shape_W), ("lora_A", shape_A), ("lora_B", shape_B)) if len(s) != 2
-        )
-        hint = ": a partitioned parameter (ZeRO-3) is gathered by calling its module" if shape == (0,) else ""
-        raise ValueError(f"{name} has shape {tuple(shape)}, must have 2 dimensions{hint}")
-    N, K = shape_W
-    r = shape_A[0]
-    if r < 1 or N < 1 or K < 1:
-        name, value = min(("r", r), ("out_features", N), ("in_features", K), key=lambda pair: pair[1])
-        raise ValueError(f"{name} is {value}, must be at least 1")
-    if x.shape[-1] != K:
-        raise ValueError(f"weight has in_features {K}, x has {x.shape[-1]}")
-    if shape_A[1] != K:
-        raise ValueError(f"lora_A has in_features {shape_A[1]}, x has {K}")
-    if shape_B[1] != r:
-        raise ValueError(f"lora_B has rank {shape_B[1]}, lora_A has {r}")
-    if shape_B[0] != N:
-        raise ValueError(f"lora_B has out_features {shape_B[0]}, weight has {N}")
-    if weight.dtype is not dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, x has {dtype}: they must be equal outside autocast")
-    if param_dtype is not dtype and param_dtype is not torch.float32:
-        raise TypeError(f"lora_A has dtype {param_dtype}, must be x's {dtype} or torch.float32")
-    if lora_B.dtype is not param_dtype:
-        raise TypeError(f"lora_B has dtype {lora_B.dtype}, lora_A has {param_dtype}: they must be equal")
-    device = x.device
-    if weight.device != device or lora_A.device != device or lora_B.device != device:
-        found = f"weight is on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}"
-        raise ValueError(f"x is on {device}, {found}: they must be on one device")
-    if bias is not None:
-        if bias.shape != (N,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}, must be ({N},)")
-        if bias.dtype is not dtype and not (bias.dtype is torch.float32 and dtype.itemsize == 2):
-            raise TypeError(f"bias has dtype {bias.dtype}, must be x's {dtype} or, over 16 bits, torch.float32")
-        if bias.device != device:
-            raise ValueError(f"bias is on {bias.device}, x is on {device}: they must be on one device")
-    if isinstance(scaling, Tensor):
-        if scaling.requires_grad:
-            raise TypeError("scaling requires a gradient, must not: none would reach it")
-        if scaling.dim() != 0 or not scaling.is_floating_point():
-            found = f"shape {tuple(scaling.shape)} and dtype {scaling.dtype}"
-            raise TypeError(f"scaling is a tensor with {found}, must be a number or a floating point tensor of 0-d")
-        if scaling.device != device:
-            raise ValueError(f"scaling is on {scaling.device}, x is on {device}: they must be on one device")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, must be in [0, 1)")
-    if backend not in NAMES:
-        raise ValueError(f"backend is {backend!r}, must be one of {', '.join(NAMES)}")
-    return x, weight, lora_A, lora_B, bias, adapter_dtype
+        y: Tensor = _apply(x, weight, lora_A, lora_B, bias, mask, scale, scaling, plan)
+        return y
+    return plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, False)[0]
 
 
 def _refuse_transforms() -> None:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError("lora_linear supports neither torch.func transforms (vmap, grad, jvp) nor forward-mode AD")
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: floating tensors, but not float64 ones."""
-    own = tensor.dtype
-    if own is dtype or own is torch.float64 or not own.is_floating_point:
-        return tensor
-    return tensor.to(dtype)
-
-
-def _without_grad(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    adapter_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    shape = x.shape
-    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    given = (flat, weight, lora_A, lora_B, bias, mask, scale, None)
-    y, _ = ops.forward(*given, scaling, dropout_p, adapter_dtype, False, backend)
-    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], weight.shape[0]))
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -205,15 +101,10 @@ class _LoRALinear(torch.autograd.Function):
         mask: Tensor | None,
         scale: Tensor | None,
         scaling: float,
-        dropout_p: float,
-        adapter_dtype: torch.dtype,
-        backend: str,
+        plan: Plan,
     ) -> Tensor:
-        need_x, need_W, need_A, need_B, *_ = ctx.needs_input_grad
-        shape = x.shape
-        flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-        given = (flat, weight, lora_A, lora_B, bias, mask, scale, None)
-        y, s = ops.forward(*given, scaling, dropout_p, adapter_dtype, need_B, backend)
+        need_x, need_W, need_A, need_B = ctx.needs_input_grad[:4]
+        y, s = plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, need_B)
         ctx.save_for_backward(
             x if need_A or need_W else None,
             weight if need_x else None,
@@ -223,12 +114,12 @@ class _LoRALinear(torch.autograd.Function):
             mask if need_x or need_A else None,
             scale,
         )
-        ctx.call = (shape, scaling, dropout_p, adapter_dtype, None if bias is None else bias.dtype, backend)
-        return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], weight.shape[0]))
+        ctx.call = (plan, scaling, x.shape, None if bias is None else bias.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return differentiable_once(ctx, dy, _gradients, _Once)
+        return differentiable_once(ctx, dy, _gradients, _Once) if torch.is_grad_enabled() else _gradients(ctx, dy)
 
 
 # Function.apply is a layer of Python for functorch, whose transforms lora_linear has ruled out
@@ -236,48 +127,28 @@ _apply: Any = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, s, mask, scale = ctx.saved_tensors
-    shape, scaling, dropout_p, adapter_dtype, bias_dtype, backend = ctx.call
-    need_x, need_W, need_A, need_B, need_b, *_ = ctx.needs_input_grad
-    flat = len(shape) == 2
-    if not flat:
-        dy = dy.reshape(-1, dy.shape[-1])
-        x = None if x is None else x.reshape(-1, shape[-1])
+    plan, scaling, shape, bias_dtype = ctx.call
+    need_x, need_W, need_A, need_B, need_b = ctx.needs_input_grad[:5]
+    saved = ctx.saved_tensors
     dx = dW = dA = dB = db = None
     if need_x or need_A or need_B:
-        dx, dA, dB = ops.backward(
-            dy,
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            s,
-            mask,
-            scale,
-            scaling,
-            dropout_p,
-            adapter_dtype,
-            need_x,
-            need_A,
-            need_B,
-            backend,
-        )
-        dx = None if not need_x else dx if flat or dx is None else dx.view(shape)
-        dA = dA if need_A else None
-        dB = dB if need_B else None
-    if need_W:
-        with without_autocast(dy):
-            dW = dy.t() @ x
-    if need_b:
-        db = dy.sum(0, dtype=bias_dtype)
-    return dx, dW, dA, dB, db, None, None, None, None, None, None
+        dx, dA, dB = plan.backward(dy, saved, scaling, shape, (need_x, need_A, need_B))
+    if need_W or need_b:
+        flat = dy.reshape(-1, dy.shape[-1])
+        if need_W:
+            with without_autocast(dy):
+                dW = flat.t() @ saved[0].reshape(-1, shape[-1])
+        if need_b:
+            db = flat.sum(0, dtype=bias_dtype)
+    return dx, dW, dA, dB, db, None, None, None, None
 
 
 def differentiable_once(ctx: Any, dy: Tensor, gradients: Callable[..., Any], once: Any) -> Any:
-    """gradients(ctx, dy), which raise where they are differentiated again; x, W, A and B were saved first."""
-    if not torch.is_grad_enabled():
-        return gradients(ctx, dy)
-    with torch.no_grad():  # create_graph=True
+    """gradients(ctx, dy) under create_graph=True: they raise where they are differentiated again.
+
+    x, W, A and B were saved first.
+    """
+    with torch.no_grad():
         grads = gradients(ctx, dy)
     read = (dy.new_empty(0).requires_grad_(), dy, *ctx.saved_tensors[:4])
     return once.apply(len(read), *read, *grads)
@@ -299,7 +170,9 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("lora_linear can be differentiated only once: it has no double backward")
 
 
-def define_linear(schema: str, without_grad: Callable[..., Tensor], function: Any, *, differentiable: int) -> None:
+def define_linear(
+    schema: str, without_grad: Callable[..., Tensor], with_grad: Callable[..., Tensor], *, differentiable: int
+) -> None:
     """Defines what torch.compile sees in place of an autograd.Function; its first arguments may require gradients.
 
     Dynamo takes it as one op and AOTAutograd differentiates it through the Function itself, so that no second
@@ -317,7 +190,7 @@ def define_linear(schema: str, without_grad: Callable[..., Tensor], function: An
         _refuse_transforms()
         tensors = arguments[:differentiable]
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            return function.apply(*arguments[:-1])
+            return with_grad(*arguments[:-1])
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
@@ -329,10 +202,31 @@ def define_linear(schema: str, without_grad: Callable[..., Tensor], function: An
     torch.library.register_fake(f"fusedlora::{name}", linear_fake, lib=ops.LIB)
 
 
+def _planned(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    scaling: float,
+    *settings: Any,
+) -> tuple[Any, ...]:
+    """_LoRALinear's arguments of the op's."""
+    return x, weight, lora_A, lora_B, bias, mask, scale, scaling, Plan(*settings)
+
+
+def _op_without_grad(*arguments: Any) -> Tensor:
+    *given, scaling, plan = _planned(*arguments)
+    y: Tensor = plan.forward(tuple(given), scaling, False)[0]
+    return y
+
+
 define_linear(
     "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mask, Tensor? scale, "
     "float scaling, float dropout_p, ScalarType adapter_dtype, str backend, str version) -> Tensor",
-    _without_grad,
-    _LoRALinear,
+    _op_without_grad,
+    lambda *arguments: _LoRALinear.apply(*_planned(*arguments)),
     differentiable=5,
 )

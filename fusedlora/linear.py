@@ -1,13 +1,14 @@
 """FusedLoRALinear: an nn.Linear with a LoRA adapter. Its merging and its state_dict are in merging.py."""
 
 import math
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import backends, inference
+from . import backends
 from .dora import dora_linear
 from .functional import lora_linear
 from .layer_options import check_options, with_lora_bias
@@ -203,23 +204,27 @@ class FusedLoRALinear(Mergeable):
                     "adapters_enabled is False, but the adapter is merged into the weight: unmerge() first"
                 )
             return F.linear(x, self.weight, self.bias)
-        short = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if short and (repeated := inference.repeat(self, x)) is not None:
-            self.__dict__["last_backend"] = backends.last_used
-            return repeated
-        weight, scaling = self.weight, self.scaling
-        bias: Tensor | None = self.bias
-        if self.lora_bias is not None:
-            bias = with_lora_bias(bias, self.lora_bias, scaling, weight.dtype)
-        magnitude = (self.lora_magnitude_vector,) if self.use_dora else ()
-        linear: Any = dora_linear if self.use_dora else lora_linear
+        own: Any = self._parameters
+        bias: Tensor | None
+        try:  # past nn.Module.__getattr__, which takes as long as a launch
+            weight, lora_A, lora_B = own["weight"], own["lora_A"], own["lora_B"]
+            bias, lora_bias = own["bias"], own["lora_bias"]
+        except KeyError:  # something computes one of them, such as a parametrization
+            weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
+            bias, lora_bias = self.bias, self.lora_bias
+        scaling = self.scaling
+        if lora_bias is not None:
+            bias = with_lora_bias(bias, lora_bias, scaling, weight.dtype)
+        linear: Any = lora_linear
+        magnitude = self.lora_magnitude_vector if self.use_dora else None
+        if magnitude is not None:
+            linear = partial(dora_linear, magnitude=magnitude)
         y: Tensor = linear(
             x,
             weight,
-            self.lora_A,
-            self.lora_B,
-            *magnitude,
-            bias,
+            lora_A,
+            lora_B,
+            bias=bias,
             scaling=scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
@@ -227,8 +232,6 @@ class FusedLoRALinear(Mergeable):
         )
         if not torch.compiler.is_compiling():
             self.__dict__["last_backend"] = backends.last_used  # past nn.Module.__setattr__, which takes longer
-        if short:
-            inference.keep(self, x)
         return y
 
     def extra_repr(self) -> str:

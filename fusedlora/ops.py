@@ -11,6 +11,7 @@ mask is what `dropout.draw` gave: a bool mask [M, K], or a seed int64 [1]. scale
 only known on the device. gain [N], float32, multiplies y before the bias.
 """
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -172,25 +173,30 @@ torch.library.register_fake("fusedlora::backward", _backward_fake, lib=LIB)
 forward_op = torch.ops.fusedlora.forward.default
 backward_op = torch.ops.fusedlora.backward.default
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, NoneType))
 
 
-def _dispatched(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether anyone but the backends has a say in what an op does to these tensors.
+def dispatched(
+    x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None = None
+) -> bool:
+    """Whether anyone but the backends has a say in what an op does to these tensors; x may be dy.
 
     That are modes (compilers, FakeTensor, tests), subclasses of Tensor, and lazy negation.
     """
-    if torch._C._len_torch_dispatch_stack() > 0 or x.is_neg() or type(x) not in _PLAIN:
-        return True
-    for tensor in others:
-        if tensor is not None and type(tensor) not in _PLAIN:
-            return True
-    return False
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or x.is_neg()
+        or type(x) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or type(lora_A) not in _PLAIN
+        or type(lora_B) not in _PLAIN
+        or type(bias) not in _PLAIN
+    )
 
 
 def forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     """forward_op, past the dispatcher where it would do nothing: its host time is that of half a launch."""
-    call = forward_op if _dispatched(x, weight, lora_A, lora_B) else _forward
+    call = forward_op if dispatched(x, weight, lora_A, lora_B) else _forward
     return call(x, weight, lora_A, lora_B, *rest)
 
 
@@ -198,5 +204,5 @@ def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """backward_op, as `forward`."""
-    call = backward_op if _dispatched(dy, x, weight, lora_A, lora_B) else _backward
+    call = backward_op if dispatched(dy, x, weight, lora_A, lora_B) else _backward
     return call(dy, x, weight, lora_A, lora_B, *rest)

@@ -1,8 +1,10 @@
 """Inputs, exact answers and error measures that tests and benchmarks share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -133,6 +135,29 @@ def run(linear: Callable[..., Tensor], inputs: Inputs, **settings: object) -> di
     y = linear(i.x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=i.scaling, **settings)
     dx, dA, dB = torch.autograd.grad(y, (i.x, i.lora_A, i.lora_B), i.dy.to(y.dtype))
     return {"y": y.detach(), "dx": dx, "dA": dA, "dB": dB}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, whatever torch.empty and Tensor.new_empty give starts as NaN, and launches share no memory."""
+    from fusedlora.kernels.memory import Reused
+
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def poison(out: Tensor) -> Tensor:
+        if out.dtype is torch.uint8:  # to become some of a floating dtype
+            return out.fill_(255)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    def fresh(self: Reused, size: int, shared: bool = True) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    with (
+        mock.patch.object(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs))),
+        mock.patch.object(Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs))),
+        mock.patch.object(Reused, "take", fresh),
+    ):
+        yield
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:

@@ -1,6 +1,5 @@
 """dX = dy W + T A, dA = Tᵀ x and dB = dyᵀ S, with T = scaling · dy B, in one launch."""
 
-import dataclasses
 import functools
 
 import torch
@@ -28,18 +27,18 @@ from fusedlora.kernels.common import (
 )
 from fusedlora.kernels.launch import (
     Launcher,
+    LaunchPlan,
     alignment,
     common_constants,
-    current_stream,
     device_facts,
     launch_dropout,
     num_terms,
     row_major,
     separate,
     skinny_rows,
-    sync_words,
 )
-from fusedlora.schedule import SCHEDULED, Schedule, backward_schedule, cdiv
+from fusedlora.kernels.memory import Workspace, device_memory
+from fusedlora.schedule import SCHEDULED, backward_schedule, cdiv
 
 
 @triton.jit
@@ -270,23 +269,12 @@ def backward_kernel(
     leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All that a launch of one kind needs beside its tensors. Sizes of the partial sums are in fp32 elements."""
-
-    schedule: Schedule
-    launchers: tuple[Launcher, ...]
-    da_partials: int
-    db_partials: int
-    # Elements of the workspace for terms.
-    terms: int
-
-
 @functools.lru_cache(maxsize=4096)
 def _plan(
     device: torch.device,
     facts: tuple[int, int],
     sizes: tuple[int, int, int, int],
+    strides: tuple[int, int, int],
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     adapter_dtype: torch.dtype,
@@ -295,8 +283,8 @@ def _plan(
     config: BackwardConfig | None,
     one_launch: bool,
     specialised: object,
-) -> _Plan:
-    """`specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are."""
+) -> LaunchPlan:
+    """`specialised` is what else Triton compiles for: other dtypes, alignment, which tensors there are."""
     M, N, K, r = sizes
     need_dx, need_dA, need_dB = needs
     terms = num_terms(param_dtype, adapter_dtype, dtype)
@@ -318,13 +306,50 @@ def _plan(
     phases = [{"CONVERT": terms > 0, "SHRINK": needs_t, "REST": True}]
     if not one_launch:
         phases = separate(phases[0])
-    return _Plan(
-        schedule,
+    return LaunchPlan(
         tuple(Launcher(backward_kernel, schedule.num_programs, device, constants | phase) for phase in phases),
-        da_partials=parts * K * r if parts > 1 and need_dA else 0,
-        db_partials=db_sums * N * r if need_dB else 0,
-        terms=terms * r * (K + N) + (2 * terms * M * r if terms > 1 else 0),
+        device_memory(device),
+        Workspace(  # T, the partial sums of dA and of dB, terms of A, B, T and S
+            (dtype, M * r) if adapter_dtype == dtype and needs_t else None,
+            (torch.float32, parts * K * r if parts > 1 and need_dA else 0),
+            (torch.float32, db_sums * N * r if need_dB else 0),
+            (dtype, terms * r * (K + N) + (2 * terms * M * r if terms > 1 else 0)) if terms else None,
+        ),
+        schedule.num_words,
+        (*sizes, *strides, K, r),
+        (*schedule.counts, parts),
     )
+
+
+def backward_plan(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: torch.Tensor | None,
+    *,
+    scale: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    adapter_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+    config: BackwardConfig | None = None,
+    one_launch: bool,
+) -> LaunchPlan:
+    """The launch for these tensors, dy [M, N] and x as `row_major`, lora_A and lora_B as `skinny_rows` give them.
+
+    It serves all tensors that have their shapes, strides, dtypes and device, and addresses aligned to 16 bytes alike.
+    """
+    device = dy.device
+    sizes = (*dy.shape, weight.shape[1], lora_A.shape[0])
+    dtypes = (dy.dtype, lora_A.dtype, adapter_dtype)
+    optional = (None if scale is None else scale.dtype, seed is None or seed.is_cuda)
+    specialised = (*optional, alignment(lora_A, lora_B, s, scale))
+    strides = (dy.stride(0), x.stride(0), weight.stride(0))
+    facts = device_facts(device)
+    return _plan(
+        device, facts, sizes, strides, *dtypes, needs, seed is not None, config, one_launch, specialised
+    )  # fmt: skip
 
 
 def lora_backward(
@@ -363,10 +388,9 @@ def lora_backward(
     M, N = dy.shape
     K = weight.shape[1]
     r = lora_A.shape[0]
-    device, dtype = dy.device, dy.dtype
-    dx = torch.empty((M, K), dtype=dtype, device=device) if need_dx else None
-    da = torch.empty((r, K), dtype=lora_A.dtype, device=device) if need_dA else None
-    db = torch.empty((N, r), dtype=lora_B.dtype, device=device) if need_dB else None
+    dx = dy.new_empty(M, K) if need_dx else None
+    da = lora_A.new_empty(r, K) if need_dA else None
+    db = lora_B.new_empty(N, r) if need_dB else None
     if M == 0:
         return dx, da if da is None else da.zero_(), db if db is None else db.zero_()
     if not (need_dx or need_dA or need_dB):
@@ -374,31 +398,20 @@ def lora_backward(
     dy, lora_A, lora_B = row_major(dy), skinny_rows(lora_A), skinny_rows(lora_B)
     x = row_major(x) if need_dA else dy
     s = s if need_dB else None
-    stride_ym, stride_xm, stride_wn = dy.stride(0), x.stride(0), weight.stride(0)
-    scaling, seed, threshold = launch_dropout(seed, dropout_p, scaling)
-    optional = (None if scale is None else scale.dtype, type(seed), alignment(lora_A, lora_B, s, scale))
-    specialised = (stride_ym, stride_xm, stride_wn, optional)
-    sizes = (M, N, K, r)
-    needs = (need_dx, need_dA, need_dB)
-    facts = device_facts(device)
-    dtypes = (dtype, lora_A.dtype, adapter_dtype)
-    plan = _plan(device, facts, sizes, *dtypes, needs, seed is not None, config, one_launch, specialised)
-    terms = torch.empty(plan.terms, dtype=dtype, device=device) if plan.terms else None
-    t = torch.empty((M, r), dtype=dtype, device=device) if adapter_dtype == dtype and (need_dx or need_dA) else None
-    partial = torch.empty(plan.da_partials + plan.db_partials, dtype=torch.float32, device=device)
-    db_partial = partial[plan.da_partials :] if plan.da_partials else partial
-    stream = current_stream(device)
-    words = sync_words(device, stream, plan.schedule.num_words)
-    for launcher in plan.launchers:
-        launcher(
-            stream,
-            dy,
-            *(x, s, weight, lora_A, lora_B, scale),
-            *(dx, da, db),
-            *(t, partial, db_partial, terms, words),
-            *(M, N, K, r),
-            *(stride_ym, stride_xm, stride_wn, K, r),
-            *(scaling, *plan.schedule.counts, plan.schedule.parts),
-            *(seed, threshold),
-        )
+    plan = backward_plan(
+        dy,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        s,
+        scale=scale,
+        seed=seed,
+        adapter_dtype=adapter_dtype,
+        needs=(need_dx, need_dA, need_dB),
+        config=config,
+        one_launch=one_launch,
+    )
+    tensors = (dy, x, s, weight, lora_A, lora_B, scale, dx, da, db)
+    plan.launch(tensors, *launch_dropout(seed, dropout_p, scaling))
     return dx, da, db

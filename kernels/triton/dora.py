@@ -23,11 +23,10 @@ from fusedlora.kernels.launch import (
     PRECISION,
     Launcher,
     alignment,
-    current_stream,
     device_facts,
     skinny_rows,
-    sync_words,
 )
+from fusedlora.kernels.memory import device_memory
 from fusedlora.schedule import cdiv
 
 # Where |gain| is below this, u is computed again rather than taken as (y - bias) / gain: y's rounding, divided by a
@@ -280,13 +279,8 @@ def dora_gain(
         (False, False),
         specialised,
     )
-    launcher(
-        current_stream(device),
-        *(weight, lora_A, lora_B, magnitude, scale),
-        *(gain, norm),
-        *(N, K, r, stride_wn),
-        scaling,
-    )
+    arguments = (weight, lora_A, lora_B, magnitude, scale, gain, norm, N, K, r, stride_wn, float(scaling))
+    launcher(device_memory(device).of_current_stream(), arguments)
     return gain, norm
 
 
@@ -348,19 +342,12 @@ def dora_scale(
         (need_dy, need_dm),
         (dtypes, strides, bias is None, alignment(*tensors)),
     )
-    stream = current_stream(device)
+    stream = device_memory(device).of_current_stream()
     partial = words = None
     if need_dm:
         partial = torch.empty((parts, N), dtype=torch.float32, device=device)
-        words = sync_words(device, stream, cdiv(N, launcher.constants["BLOCK_N"]))
-    launcher(
-        stream,
-        *(dy, y, gain, norm, bias),
-        *(x, weight, s, lora_B),
-        *(out, dm),
-        *(partial, words),
-        *(M, N, K, r),
-        *strides,
-        *(rows, parts, LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS),
-    )
+        words = stream.words(cdiv(N, launcher.constants["BLOCK_N"]))
+    least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
+    given = (dy, y, gain, norm, bias, x, weight, s, lora_B)
+    launcher(stream, (*given, out, dm, partial, words, M, N, K, r, *strides, rows, parts, least))
     return out, dm

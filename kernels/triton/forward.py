@@ -1,8 +1,6 @@
 """y = gain ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias in one launch."""
 
-import dataclasses
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -12,18 +10,18 @@ from fusedlora.config import ForwardConfig, Problem, forward_config
 from fusedlora.kernels.common import TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
     Launcher,
+    LaunchPlan,
     alignment,
     common_constants,
-    current_stream,
     device_facts,
     launch_dropout,
     num_terms,
     row_major,
     separate,
     skinny_rows,
-    sync_words,
 )
-from fusedlora.schedule import SCHEDULED, Schedule, forward_schedule
+from fusedlora.kernels.memory import Workspace, device_memory
+from fusedlora.schedule import SCHEDULED, forward_schedule
 
 
 @triton.jit(do_not_specialize=["M", "scaling", *SCHEDULED, "seed", "threshold"])
@@ -108,30 +106,22 @@ def forward_kernel(
         leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All that a launch of one kind needs beside its tensors."""
-
-    schedule: Schedule
-    launchers: tuple[Launcher, ...]
-    # Elements of the workspace for terms.
-    terms: int
-
-
 @functools.lru_cache(maxsize=4096)
 def _plan(
     device: torch.device,
     facts: tuple[int, int],
     sizes: tuple[int, int, int, int],
+    strides: tuple[int, int],
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     dropout: bool,
+    save_s: bool,
     config: ForwardConfig | None,
     one_launch: bool,
     specialised: object,
-) -> _Plan:
-    """`specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are."""
+) -> LaunchPlan:
+    """`specialised` is what else Triton compiles for: other dtypes, alignment, which tensors there are."""
     M, N, K, r = sizes
     terms = num_terms(param_dtype, adapter_dtype, dtype)
     problem = Problem(M, N, K, r, dtype.itemsize, terms > 1, *facts, dropout)
@@ -141,11 +131,47 @@ def _plan(
     phases = [{"CONVERT": terms > 0, "SHRINK": True, "TILES": True}]
     if not one_launch:
         phases = separate(phases[0])
-    return _Plan(
-        schedule,
+    own_s = () if save_s else ((adapter_dtype, M * r),)
+    terms_size = terms * r * (K + N) + (terms * M * r if terms > 1 else 0)
+    return LaunchPlan(
         tuple(Launcher(forward_kernel, schedule.num_programs, device, constants | phase) for phase in phases),
-        terms * r * (K + N) + (terms * M * r if terms > 1 else 0),
+        device_memory(device),
+        Workspace(*own_s, (dtype, terms_size) if terms else None),
+        schedule.num_words,
+        (*sizes, *strides, K, r),
+        schedule.counts,
     )
+
+
+def forward_plan(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    scale: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    adapter_dtype: torch.dtype,
+    save_s: bool,
+    config: ForwardConfig | None = None,
+    one_launch: bool,
+) -> LaunchPlan:
+    """The launch for these tensors, x [M, K] as `row_major` and lora_A and lora_B as `skinny_rows` give them.
+
+    It serves all tensors that have their shapes, strides, dtypes and device, and addresses aligned to 16 bytes alike.
+    """
+    device = x.device
+    sizes = (*x.shape[:1], *weight.shape, lora_A.shape[0])
+    dtypes = (x.dtype, lora_A.dtype, adapter_dtype)
+    optional = [None if tensor is None else tensor.dtype for tensor in (bias, scale)]
+    specialised = (*optional, gain is None, seed is None or seed.is_cuda, alignment(lora_A, lora_B, bias, gain, scale))
+    strides = (x.stride(0), weight.stride(0))
+    facts = device_facts(device)
+    return _plan(
+        device, facts, sizes, strides, *dtypes, seed is not None, save_s, config, one_launch, specialised
+    )  # fmt: skip
 
 
 def lora_forward(
@@ -164,7 +190,6 @@ def lora_forward(
     save_s: bool,
     config: ForwardConfig | None = None,
     one_launch: bool = True,
-    bind: list["BoundForward"] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launches the forward kernel.
 
@@ -181,75 +206,30 @@ def lora_forward(
         adapter_dtype: dtype of S and of the adapter's products: x's, or fp32 to keep fp32 adapters' precision.
         save_s: whether S is wanted back.
         config: tile sizes; None takes the heuristic's.
-        bind: gets the launches made, to be repeated.
         one_launch: False computes S, and before it terms, in launches of their own; nothing waits for anything.
 
     Returns:
         y [M, N] of x's dtype and S [M, r] of `adapter_dtype` (None unless `save_s`).
     """
-    M, K = x.shape
-    N = weight.shape[0]
-    r = lora_A.shape[0]
-    device, dtype = x.device, x.dtype
-    y = torch.empty((M, N), dtype=dtype, device=device)
-    s = torch.empty((M, r), dtype=adapter_dtype, device=device)
+    M, N, r = x.shape[0], weight.shape[0], lora_A.shape[0]
+    y = x.new_empty(M, N)
+    s = x.new_empty(M, r, dtype=adapter_dtype) if save_s else None
     if M > 0:
         x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
-        stride_xm, stride_wn = x.stride(0), weight.stride(0)
-        scaling, seed, threshold = launch_dropout(seed, dropout_p, scaling)
-        scale_dtype = None if scale is None else scale.dtype
-        optional = (scale_dtype, gain is None, type(seed), alignment(lora_A, lora_B, bias, gain, scale))
-        specialised = (stride_xm, stride_wn, None if bias is None else bias.dtype, optional)
-        sizes = (M, N, K, r)
-        facts = device_facts(device)
-        dtypes = (dtype, lora_A.dtype, adapter_dtype)
-        plan = _plan(device, facts, sizes, *dtypes, seed is not None, config, one_launch, specialised)
-        terms = torch.empty(plan.terms, dtype=dtype, device=device) if plan.terms else None
-        stream = current_stream(device)
-        words = sync_words(device, stream, plan.schedule.num_words)
-        tensors = (weight, lora_A, lora_B, bias, gain, scale)
-        numbers = (
-            *(M, N, K, r),
-            *(stride_xm, stride_wn, K, r),
-            *(scaling, *plan.schedule.counts),
-            *(seed, threshold),
+        plan = forward_plan(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            scale=scale,
+            gain=gain,
+            seed=seed,
+            adapter_dtype=adapter_dtype,
+            save_s=save_s,
+            config=config,
+            one_launch=one_launch,
         )
-        for launcher in plan.launchers:
-            launcher(stream, x, *tensors, y, s, terms, words, *numbers)
-        if bind is not None:
-            bind.append(BoundForward(plan.launchers, stream, (s, terms, words), numbers, y))
-    return y, s if save_s else None
-
-
-class BoundForward:
-    """The launches of one `lora_forward` without dropout, gain and scale, to be made again for tensors like its own.
-
-    It owns its S, and belongs to one stream, on which launches follow one another. It keeps no parameter alive. All
-    tensors must have the shapes, dtypes and alignments they had; x, lora_A and lora_B must be contiguous, and x must
-    start at a multiple of 16 bytes.
-    """
-
-    def __init__(
-        self,
-        launchers: tuple[Launcher, ...],
-        stream: int,
-        workspaces: tuple[torch.Tensor | None, ...],
-        numbers: tuple[Any, ...],
-        y: torch.Tensor,
-    ) -> None:
-        self.launchers, self.stream = launchers, stream
-        self.rest = (*workspaces, *numbers)
-        self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for launcher in self.launchers:
-            launcher(self.stream, x, weight, lora_A, lora_B, bias, None, None, y, *self.rest)
-        return y
+        tensors = (x, weight, lora_A, lora_B, bias, gain, scale, y)
+        plan.launch(tensors if s is None else (*tensors, s), *launch_dropout(seed, dropout_p, scaling))
+    return y, s

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from fusedlora.kernels import backward, dora, forward
 from fusedlora.kernels.launch import Launcher
+from fusedlora.kernels.memory import StreamMemory
 
 # SMs of a typical GPU of each compute capability: A100, A10, RTX 4090, H100, B200, RTX 5090.
 TYPICAL_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -55,7 +56,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
     seen: list[Launch] = []
 
     class Recorder(Launcher):
-        def __call__(self, stream: int, *arguments: Any) -> None:
+        def __call__(self, memory: StreamMemory, arguments: tuple[Any, ...]) -> None:
             names = [parameter.name for parameter in self.kernel.params if not parameter.is_constexpr]
             seen.append(Launch(self.kernel, dict(zip(names, arguments, strict=True)) | self.constants))
 
@@ -65,7 +66,6 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
             for name, stand_in in (
                 ("Launcher", Recorder),
                 ("_plan", module._plan.__wrapped__),  # a plan made here must not be kept
-                ("current_stream", lambda device: 0),
                 ("device_facts", lambda device: facts),
             ):
                 stack.enter_context(mock.patch.object(module, name, stand_in))

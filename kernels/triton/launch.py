@@ -1,9 +1,9 @@
-"""What both launchers need from the host: synchronisation words, the descriptors' scratch, launches."""
+"""What all launchers need from the host: the launch itself, and how tensors and settings reach a kernel."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -13,104 +13,12 @@ from triton.runtime import _allocation
 from fusedlora import dropout
 from fusedlora.config import block_r
 from fusedlora.kernels.common import INTERPRET, PAIRED, PLAIN
+from fusedlora.kernels.memory import DeviceMemory, StreamMemory, Workspace
 
-# Words of one device's slab. A captured graph keeps the words of its launches for good, since it may be replayed at
-# any time: a layer's forward and backward take some 600 words.
-SLAB_WORDS = 1 << 20
-_WORDS_PER_LINE = 32
-
-
-class _Slab:
-    """Zeroed int32 words of one device, handed out once and never taken back."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.lock = threading.Lock()
-        self.used = SLAB_WORDS
-        # Kept for good: graphs hold addresses in them.
-        self.slabs: list[torch.Tensor] = []
-        self.by_stream: dict[int, torch.Tensor] = {}
-
-    def take(self, count: int, capturing: bool) -> torch.Tensor | None:
-        """`count` zeroed words, or None where a capture finds none left (memory can't be zeroed eagerly there)."""
-        count = -(-count // _WORDS_PER_LINE) * _WORDS_PER_LINE
-        with self.lock:
-            if self.used + count > SLAB_WORDS // 2 and not capturing:
-                # Renewed with half left, so that a capture, which can't renew it, always finds some.
-                self.slabs.append(torch.zeros(max(SLAB_WORDS, 2 * count), dtype=torch.int32, device=self.device))
-                self.used = 0
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()
-            if not self.slabs or self.used + count > self.slabs[-1].numel():
-                return None
-            taken = self.slabs[-1][self.used : self.used + count]
-            self.used += count
-            return taken
-
-
-@functools.cache
-def _slab(device: torch.device) -> _Slab:
-    return _Slab(device)
-
-
-def sync_words(device: torch.device, stream: int, count: int) -> torch.Tensor:
-    """At least `count` int32 words that are zero when the next launch on this stream begins; the kernel zeroes them.
-
-    Eager launches on one stream follow one another and share theirs. Inside a graph capture each launch gets words
-    of its own that nobody else ever uses; where the slab has none left, the zeroing is captured with the launch.
-    """
-    slab = _slab(device)
-    if _capturing(device):
-        words = slab.take(count, capturing=True)
-        return torch.zeros(count, dtype=torch.int32, device=device) if words is None else words
-    words = slab.by_stream.get(stream)
-    if words is None or words.numel() < count:
-        words = slab.take(max(count, 1024), capturing=False)
-        assert words is not None
-        slab.by_stream[stream] = words
-    return words
-
-
-def words_run_out(device: torch.device) -> bool:
-    """Whether a launch captured now would find no words of its own left, and so capture their zeroing."""
-    slab = _slab(device)
-    return _capturing(device) and (not slab.slabs or slab.used + 1024 > slab.slabs[-1].numel())
-
-
-def _capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    if torch._C._cuda_getDevice() == device.index:
-        return bool(torch._C._cuda_isCurrentStreamCapturing())
-    with torch.cuda.device(device):
-        return bool(torch._C._cuda_isCurrentStreamCapturing())
-
-
-class _Scratch:
-    """One device's memory for device-made descriptors.
-
-    Launches on one stream follow one another and share it; a graph has its own. Triton asks the allocator of the thread
-    that launches, with the device made current; the caller's own is put back at once.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.by_stream: dict[int, torch.Tensor] = {}
-
-    def __call__(self, size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        if stream is None or torch._C._cuda_isCurrentStreamCapturing():
-            return torch.empty(size, dtype=torch.int8, device=self.device)
-        buffer = self.by_stream.get(stream)
-        if buffer is None or buffer.numel() < size:
-            buffer = self.by_stream[stream] = torch.empty(size, dtype=torch.int8, device=self.device)
-        return buffer
-
-
-_scratch = functools.cache(_Scratch)
-
-
-# Triton keeps the launch of a compiled kernel to itself; these versions were read (3.6 also run) and agree on it.
-_DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 10)
+# Triton keeps the launch of a compiled kernel to itself. These versions were read; 3.6 and 3.9 were also run.
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_READ = (3, 6) <= _VERSION < (3, 10)
+_runtime = triton.knobs.runtime
 
 # Where a thread's allocator for descriptors' memory is kept; a triton without it can't be used, and says so on import.
 _allocator = _allocation._allocator
@@ -119,48 +27,104 @@ _allocator = _allocation._allocator
 class Launcher:
     """One kernel with its constexpr arguments, for one device and one kind of run-time arguments.
 
-    The first launch goes through Triton and leaves the compiled kernel, which later ones call directly: Triton's own
-    way of finding it takes longer than many a layer's forward. No address is kept. What Triton would specialise (the
+    The first launch goes through Triton and leaves the compiled kernel. Later ones call the C function below Triton's
+    launcher: what lies between takes three times as long. No address is kept. What Triton would specialise (the
     divisibility of sizes, strides and addresses) must be the same at each call: it belongs in the caller's key.
+
+    Pointers may be given as addresses once `compiled` is there.
     """
 
     def __init__(self, kernel: Any, num_programs: int, device: torch.device, constants: dict[str, Any]) -> None:
         self.kernel, self.num_programs, self.device, self.constants = kernel, num_programs, device, constants
         names = [parameter.name for parameter in kernel.params if parameter.is_constexpr] if not INTERPRET else []
         self.tail = tuple(constants[name] for name in names)
-        self.scratch = _scratch(device)
+        self.index = device.index
         self.compiled: Any = None
+        self.scratch_size = 0
+        # Below Triton's launcher: its C function, and what that takes beside a stream, scratch and arguments.
+        self.launch: Any = None
+        self.what: tuple[Any, ...] = ()
+        self.settings: tuple[Any, ...] = ()
 
-    def __call__(self, stream: int, *arguments: Any) -> None:
+    def __call__(self, memory: StreamMemory, arguments: tuple[Any, ...]) -> None:
+        """Launches on the stream of `memory`."""
+        if (
+            self.launch is None
+            or torch._C._cuda_getDevice() != self.index
+            or _runtime.launch_enter_hook.calls
+            or _runtime.launch_exit_hook.calls
+        ):
+            self._through_triton(memory, arguments)
+            return
+        scratch = memory.descriptors.take(self.scratch_size)
+        head = (self.num_programs, 1, 1, memory.stream, *self.what, scratch, None, *self.settings)
+        if _VERSION < (3, 7):
+            self.launch(*head, *arguments, *self.tail)
+        else:
+            self.launch(*head, arguments + self.tail)
+
+    def _through_triton(self, memory: StreamMemory, arguments: tuple[Any, ...]) -> None:
         if INTERPRET:
             self.kernel[(self.num_programs,)](*arguments, **self.constants)
             return
-        token = _allocator.set(self.scratch)
+        # Triton asks the allocator of the thread that launches; the caller's own is put back at once.
+        token = _allocator.set(memory)
         try:
-            index = self.device.index
-            if torch._C._cuda_getDevice() == index:
-                self._launch(stream, arguments)
-            else:
-                with torch.cuda.device(index):
-                    self._launch(stream, arguments)
+            with torch.cuda.device(self.index):
+                if self.compiled is not None:
+                    self.compiled[(self.num_programs, 1, 1)](*arguments, *self.tail, stream=memory.stream)
+                    return
+                compiled = self.kernel[(self.num_programs,)](*arguments, **self.constants)
         finally:
             _allocator.reset(token)
-
-    def _launch(self, stream: int, arguments: tuple[Any, ...]) -> None:
-        compiled = self.compiled
-        runtime = triton.knobs.runtime
-        if compiled is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            compiled = self.kernel[(self.num_programs,)](*arguments, **self.constants)
-            self.compiled = compiled if _DIRECT else None
+        if not _READ:
             return
-        compiled.run(
-            self.num_programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
-            None, None, None, *arguments, *self.tail,
-        )  # fmt: skip
+        self.compiled = compiled
+        run, metadata, no_hooks = compiled.run, compiled.packed_metadata, (None, None, None)
+        if run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+            return
+        self.scratch_size = self.num_programs * run.num_ctas * run.global_scratch_size
+        self.what = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+        if _VERSION < (3, 7):
+            self.settings = (metadata, *no_hooks)
+        else:
+            self.what = (*self.what, metadata, *no_hooks)
+            self.settings = (run.arg_annotations, run.kernel_signature)
+        self.launch = run.launch
 
 
-def current_stream(device: torch.device) -> int:
-    return 0 if INTERPRET else torch._C._cuda_getCurrentRawStream(device.index)
+@dataclasses.dataclass(frozen=True)
+class LaunchPlan:
+    """All that the launches of one kind of call need beside its tensors. They are given the same arguments, in order:
+
+    tensors, the pieces of the workspace, synchronisation words, sizes, scaling, counts, seed, threshold.
+    """
+
+    launchers: tuple[Launcher, ...]
+    memory: DeviceMemory
+    workspace: Workspace
+    num_words: int
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    def launch(
+        self,
+        tensors: tuple[torch.Tensor | None, ...],
+        scaling: float,
+        seed: torch.Tensor | int | None,
+        threshold: int | None,
+    ) -> None:
+        """scaling, seed and threshold are those of `launch_dropout`."""
+        stream = self.memory.of_current_stream()
+        workspace = self.workspace
+        # the second of two launches reads what the first left, when another thread may have launched between them
+        work = stream.work.take(workspace.size, shared=len(self.launchers) == 1)
+        compiled = self.launchers[-1].compiled is not None
+        pieces = workspace.addresses(work) if compiled else workspace.tensors(work)
+        words = stream.words(self.num_words)
+        arguments = (*tensors, *pieces, words, *self.sizes, scaling, *self.counts, seed, threshold)
+        for launcher in self.launchers:
+            launcher(stream, arguments)
 
 
 @functools.cache
@@ -201,6 +165,7 @@ def launch_dropout(
 
     A seed on the CPU goes along as a number; being 2⁶² or more it is always typed alike.
     """
+    scaling = float(scaling)  # a launch is typed for a float
     if seed is None:
         return scaling, None, None
     number = seed if seed.is_cuda else seed.item()

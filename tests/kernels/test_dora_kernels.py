@@ -17,7 +17,8 @@ from fusedlora.dora import dora_linear
 from fusedlora.kernels import launch
 from fusedlora.kernels.common import INTERPRET
 from fusedlora.kernels.dora import LEAST_GAIN, LEAST_GAIN_BESIDE_BIAS, dora_gain, dora_scale
-from fusedlora.testing import error_ratios, make_inputs, relative_error
+from fusedlora.kernels.memory import device_memory
+from fusedlora.testing import error_ratios, make_inputs, poisoned_memory, relative_error
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
@@ -136,16 +137,11 @@ DRAWS = 3 if INTERPRET else 24
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errors_are_not_above_the_eager_path(case: Case) -> None:
-    empty, logs = torch.empty, {}
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
+    logs = {}
     for seed in range(DRAWS):
         given = make(case, seed)
         want = exact(given)
-        with mock.patch.object(torch, "empty", poisoned):
+        with poisoned_memory():
             got = answers(dora_linear, case, given, backend="triton")
         assert backends.last_used == "triton"
         theirs = answers(eager, case, given)
@@ -271,8 +267,8 @@ def test_no_rows() -> None:
 
 def test_words_are_zero_after_a_launch() -> None:
     answers(dora_linear, CASES[3], make(CASES[3]), backend="triton")
-    slab = launch._slab(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE))
-    assert slab.slabs and not any(words.any() for words in slab.slabs)
+    slabs = device_memory(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)).slabs
+    assert slabs and not any(words.any() for words in slabs)
 
 
 @pytest.mark.parametrize("case, backward", [(CASES[0], 2), (CASES[9], 2), (CASES[6], 3)], ids=str)

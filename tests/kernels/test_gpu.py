@@ -15,9 +15,19 @@ pytest.importorskip("triton")
 import triton
 
 import fusedlora
-from fusedlora import dropout
+from fusedlora import dropout, plans
 from fusedlora.kernels import backward, forward, launch
-from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, relative_error, run
+from fusedlora.kernels.memory import SLAB_WORDS, device_memory
+from fusedlora.testing import (
+    Inputs,
+    eager_peft,
+    error_ratios,
+    exact,
+    make_inputs,
+    poisoned_memory,
+    relative_error,
+    run,
+)
 
 pytestmark = pytest.mark.gpu
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -159,7 +169,6 @@ def test_no_race_and_no_hang_with_delays(kind: str, grid: int, beside: bool) -> 
     settings = {"dropout_p": 0.3} if kind == "dropout" else {}
     seed = torch.tensor([2**62 + 3])
     capability, _ = launch.device_facts(i.x.device)
-    empty = torch.empty
     other = torch.cuda.Stream()
     big = torch.randn(8192, 8192, device="cuda", dtype=BF16)
 
@@ -167,16 +176,14 @@ def test_no_race_and_no_hang_with_delays(kind: str, grid: int, beside: bool) -> 
         def __init__(self, kernel, num_programs, device, constants):
             super().__init__(kernel, num_programs, device, constants | {"DELAY": 50})
 
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(dropout, "draw", lambda *args: seed))
         for module in (forward, backward):
             stack.enter_context(mock.patch.object(module, "device_facts", lambda device: (capability, grid)))
+        stack.enter_context(mock.patch.object(plans, "_plans", {}))
         expected = forward_backward(i, **settings)
+        stack.enter_context(mock.patch.object(plans, "_plans", {}))
         for module in (forward, backward):
             stack.enter_context(mock.patch.object(module, "Launcher", Delayed))
             fresh = functools.lru_cache(module._plan.__wrapped__)  # no plan with an undelayed launcher
@@ -185,7 +192,7 @@ def test_no_race_and_no_hang_with_delays(kind: str, grid: int, beside: bool) -> 
             if beside and n % 25 == 0:
                 with torch.cuda.stream(other):
                     big @ big
-            with mock.patch.object(torch, "empty", poisoned):
+            with poisoned_memory():
                 got = forward_backward(i, **settings)
             for a, b in zip(got, expected):
                 wrong += (a != b).sum()
@@ -206,10 +213,10 @@ def test_the_tensors_device_not_the_current_one() -> None:
 def test_a_capture_that_finds_no_words_captures_their_zeroing() -> None:
     i = make_inputs(300, 512, 512, 16, BF16, device="cuda")
     expected = forward_backward(i)
-    slab = launch._slab(i.x.device)
+    slab = device_memory(i.x.device)
     graph = torch.cuda.CUDAGraph()
     tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
-    with mock.patch.object(slab, "used", launch.SLAB_WORDS), torch.cuda.graph(graph), torch.no_grad():
+    with mock.patch.object(slab, "used", SLAB_WORDS), torch.cuda.graph(graph), torch.no_grad():
         told = fusedlora.explain(*tensors[:4], backend="triton")
         y = fusedlora.lora_linear(*tensors, scaling=i.scaling, backend="triton")
     assert [copy for copy in told.copies if "memset" in copy]

@@ -13,12 +13,12 @@ import torch
 pytest.importorskip("triton")
 
 import fusedlora
-from fusedlora import dropout
+from fusedlora import dropout, ops, plans
 from fusedlora.config import BackwardConfig, ForwardConfig
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.common import INTERPRET
 from fusedlora.kernels.forward import lora_forward
-from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, run
+from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, poisoned_memory, run
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
@@ -95,16 +95,10 @@ def launch_both(case: Case, i: Inputs, small_tiles: bool) -> dict[str, torch.Ten
     backward = BackwardConfig(**SMALL_BACKWARD, FUSE_DB=case.fuse_db) if small_tiles else None
     keep = case.adapter_dtype is not None and not case.autocast
     adapter_dtype = torch.float32 if keep else case.dtype
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
     common = {"scaling": i.scaling, "adapter_dtype": adapter_dtype, "one_launch": case.one_launch}
     if case.dropout_p:
         common |= {"seed": SEED, "dropout_p": case.dropout_p}
-    with mock.patch.object(torch, "empty", poisoned):
+    with poisoned_memory():
         y, s = lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, save_s=True, config=forward, **common)
         needs = {"need_dx": True, "need_dA": True, "need_dB": True}
         dx, dA, dB = lora_backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, config=backward, **needs, **common)
@@ -187,18 +181,64 @@ def test_layouts_a_descriptor_cannot_read(layout: str) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=str)
-def test_a_bound_forward_repeats_with_the_parameters_as_they_are(adapter_dtype) -> None:
-    i = make_inputs(20, 64, 72, 4, HALF, adapter_dtype, DEVICE)
-    settings = {"scaling": 0.5, "adapter_dtype": i.lora_A.dtype, "save_s": False}
-    bound = []
-    lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, bind=bound, **settings)
-    first = bound[0](i.x, i.weight, i.lora_A, i.lora_B, i.bias)
-    other = make_inputs(20, 64, 72, 4, HALF, adapter_dtype, DEVICE, seed=1)
-    i.lora_B.mul_(-2.0)
-    again = bound[0](other.x, i.weight, i.lora_A, i.lora_B, i.bias)
-    assert torch.equal(again, lora_forward(other.x, i.weight, i.lora_A, i.lora_B, i.bias, **settings)[0])
-    assert not torch.equal(again, first)
+KINDS = {
+    "plain": {},
+    "vector": {"lead": ()},
+    "fp32-adapters": {"adapter_dtype": torch.float32, "autocast": True},
+    "dropout": {"dropout_p": 0.3},
+    "scale": {"scaling": torch.tensor(0.5, device=DEVICE)},
+    "number": {"scaling": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_a_repeated_call_is_a_launch_and_no_more(kind: dict, grad: bool, monkeypatch) -> None:
+    """Neither checks nor choices nor reshapes come back, and the numbers are those of the ops."""
+    kind = {"lead": (2, 3), "scaling": 0.5, "adapter_dtype": None, "autocast": False} | kind
+    lead, adapter_dtype, autocast = (kind.pop(name) for name in ("lead", "adapter_dtype", "autocast"))
+    monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(dropout, "draw", lambda *args: SEED)
+
+    def results(seed: int) -> list[torch.Tensor]:
+        i = make_inputs(6, 64, 72, 4, HALF, adapter_dtype, DEVICE, bias=True, seed=seed).leaves()
+        x = (i.x[0] if lead == () else i.x.view(*lead, 64)).detach().clone().requires_grad_()
+        with torch.set_grad_enabled(grad), torch.autocast(DEVICE, HALF, enabled=autocast):
+            y = fusedlora.lora_linear(x, i.weight, i.lora_A, i.lora_B, i.bias, backend="triton", **kind)
+        dy = i.dy[0] if lead == () else i.dy.view(*lead, 72)
+        grads = torch.autograd.grad(y, (x, i.lora_A, i.lora_B), dy) if grad else ()
+        assert y.shape == dy.shape and all(a.shape == b.shape for a, b in zip(grads, (x, i.lora_A, i.lora_B)))
+        return [y, *grads]
+
+    with mock.patch.object(plans, "packed", lambda *tensors: False):
+        want = [results(seed) for seed in range(2)]
+    results(2)
+    for module, name in ((ops, "forward"), (ops, "backward"), (plans, "check"), (plans, "select")):
+        monkeypatch.setattr(module, name, mock.Mock(side_effect=AssertionError(name)))
+    with poisoned_memory():
+        got = [results(seed) for seed in range(2)]
+    for a, b in zip(got, want):
+        assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
+
+
+def test_backward_of_other_layouts_and_needs_takes_the_op(monkeypatch) -> None:
+    i = make_inputs(6, 64, 72, 4, HALF, device=DEVICE, bias=False).leaves()
+    wrt = (i.x, i.lora_A, i.lora_B)
+
+    def grads(dy: torch.Tensor, wrt) -> tuple[torch.Tensor, ...]:
+        y = fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=0.5, backend="triton")
+        return torch.autograd.grad(y, wrt, dy)
+
+    want = grads(i.dy, wrt)
+    monkeypatch.setattr(ops, "backward", mock.Mock(side_effect=ops.backward))
+    assert all(map(torch.equal, grads(torch.cat([i.dy, i.dy], 1)[:, :72], wrt), want))
+    assert ops.backward.call_count == 1
+    assert all(map(torch.equal, grads(i.dy, wrt), want)) and ops.backward.call_count == 1
+    for n in range(3):
+        for tensor in wrt:
+            tensor.requires_grad_(tensor is wrt[n])
+        assert torch.equal(grads(i.dy, wrt[n : n + 1])[0], want[n])
+    assert ops.backward.call_count == 4
 
 
 def test_no_rows() -> None:
@@ -209,12 +249,12 @@ def test_no_rows() -> None:
 
 
 def test_words_are_zero_after_a_launch() -> None:
-    from fusedlora.kernels import launch
+    from fusedlora.kernels.memory import device_memory
 
     i = make_inputs(200, 64, 72, 16, HALF, device=DEVICE, bias=False)
     launch_both(Case(200, 64, 72, 16), i, True)
-    slab = launch._slab(i.x.device)
-    assert slab.slabs and not any(words.any() for words in slab.slabs)
+    slabs = device_memory(i.x.device).slabs
+    assert slabs and not any(words.any() for words in slabs)
 
 
 def test_explain_tells_the_launch() -> None:

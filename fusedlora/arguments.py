@@ -1,0 +1,123 @@
+"""The door of lora_linear and dora_linear: what autocast casts, and which tensors and settings go together."""
+
+import torch
+from torch import Tensor
+
+from .backends import NAMES, autocast_dtype
+
+
+def admit(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    *,
+    scaling: float | Tensor,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype]:
+    """The tensors as the ops take them, autocast applied and checked, and the dtype of the adapter's products."""
+    x, weight, lora_A, lora_B, bias, autocast = cast(x, weight, lora_A, lora_B, bias)
+    adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
+    if isinstance(scaling, Tensor):
+        check_scaling(scaling, x)
+    return x, weight, lora_A, lora_B, bias, adapter_dtype
+
+
+def cast(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype | None]:
+    """The tensors as autocast gives them, and the dtype that it casts to; None where it is off or x is float64.
+
+    What is float32 in the adapter or the bias stays: the backends round it themselves.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype is torch.float64:
+        return x, weight, lora_A, lora_B, bias, None
+    if bias is not None and bias.dtype is not torch.float32:
+        bias = _cast(bias, dtype)
+    if lora_A.dtype is not torch.float32:
+        lora_A, lora_B = _cast(lora_A, dtype), _cast(lora_B, dtype)
+    return _cast(x, dtype), _cast(weight, dtype), lora_A, lora_B, bias, dtype
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: floating tensors, but not float64 ones."""
+    own = tensor.dtype
+    if own is dtype or own is torch.float64 or not own.is_floating_point:
+        return tensor
+    return tensor.to(dtype)
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    autocast: torch.dtype | None,
+    dropout_p: float,
+    backend: str,
+) -> torch.dtype:
+    """The dtype of the adapter's products. Raises TypeError and ValueError that name the argument and the rule."""
+    dtype, param_dtype = x.dtype, lora_A.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"x has dtype {dtype}, must be floating point")
+    if x.dim() == 0:
+        raise ValueError("x has 0 dimensions, must be [..., in_features]")
+    shape_W, shape_A, shape_B = weight.shape, lora_A.shape, lora_B.shape
+    if not len(shape_W) == len(shape_A) == len(shape_B) == 2:
+        name, shape = next(
+            (n, s) for n, s in (("weight", shape_W), ("lora_A", shape_A), ("lora_B", shape_B)) if len(s) != 2
+        )
+        hint = ": a partitioned parameter (ZeRO-3) is gathered by calling its module" if shape == (0,) else ""
+        raise ValueError(f"{name} has shape {tuple(shape)}, must have 2 dimensions{hint}")
+    N, K = shape_W
+    r = shape_A[0]
+    if r < 1 or N < 1 or K < 1:
+        name, value = min(("r", r), ("out_features", N), ("in_features", K), key=lambda pair: pair[1])
+        raise ValueError(f"{name} is {value}, must be at least 1")
+    if x.shape[-1] != K:
+        raise ValueError(f"weight has in_features {K}, x has {x.shape[-1]}")
+    if shape_A[1] != K:
+        raise ValueError(f"lora_A has in_features {shape_A[1]}, x has {K}")
+    if shape_B[1] != r:
+        raise ValueError(f"lora_B has rank {shape_B[1]}, lora_A has {r}")
+    if shape_B[0] != N:
+        raise ValueError(f"lora_B has out_features {shape_B[0]}, weight has {N}")
+    if weight.dtype is not dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}, x has {dtype}: they must be equal outside autocast")
+    if param_dtype is not dtype and param_dtype is not torch.float32:
+        raise TypeError(f"lora_A has dtype {param_dtype}, must be x's {dtype} or torch.float32")
+    if lora_B.dtype is not param_dtype:
+        raise TypeError(f"lora_B has dtype {lora_B.dtype}, lora_A has {param_dtype}: they must be equal")
+    device = x.device
+    if weight.device != device or lora_A.device != device or lora_B.device != device:
+        found = f"weight is on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}"
+        raise ValueError(f"x is on {device}, {found}: they must be on one device")
+    if bias is not None:
+        if bias.shape != (N,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, must be ({N},)")
+        if bias.dtype is not dtype and not (bias.dtype is torch.float32 and dtype.itemsize == 2):
+            raise TypeError(f"bias has dtype {bias.dtype}, must be x's {dtype} or, over 16 bits, torch.float32")
+        if bias.device != device:
+            raise ValueError(f"bias is on {bias.device}, x is on {device}: they must be on one device")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, must be in [0, 1)")
+    if backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}, must be one of {', '.join(NAMES)}")
+    if autocast is not None:
+        return autocast
+    return dtype if param_dtype is dtype else torch.promote_types(dtype, param_dtype)
+
+
+def check_scaling(scaling: Tensor, x: Tensor) -> None:
+    """As `check`, for the factor that is read on the device."""
+    if scaling.requires_grad:
+        raise TypeError("scaling requires a gradient, must not: none would reach it")
+    if scaling.dim() != 0 or not scaling.is_floating_point():
+        found = f"shape {tuple(scaling.shape)} and dtype {scaling.dtype}"
+        raise TypeError(f"scaling is a tensor with {found}, must be a number or a floating point tensor of 0-d")
+    if scaling.device != x.device:
+        raise ValueError(f"scaling is on {scaling.device}, x is on {x.device}: they must be on one device")

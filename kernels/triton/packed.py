@@ -1,0 +1,104 @@
+"""The plan of calls whose tensors are packed: nothing is left to decide, copy or reshape before a launch."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedlora import backends
+from fusedlora.kernels.backward import backward_plan
+from fusedlora.kernels.forward import forward_plan
+from fusedlora.kernels.launch import LaunchPlan, launch_dropout
+from fusedlora.ops import dispatched
+from fusedlora.plans import Given, Plan, Saved, aligned, packed
+
+_ALL = (True, True, True)
+
+
+class PackedPlan(Plan):
+    """Calls that the kernels take, with `packed` tensors of one kind. x, y, dy and dx keep their leading dimensions."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        dropout_p: float,
+        adapter_dtype: torch.dtype,
+        backend: str,
+        one_launch: bool,
+    ) -> None:
+        super().__init__(dropout_p, adapter_dtype, backend)
+        (self.N, self.K), self.r = weight.shape, lora_A.shape[0]
+        self.M = x.numel() // self.K
+        self.y_shape = (*x.shape[:-1], self.N)
+        self.s_like_x = adapter_dtype is x.dtype
+        self.one_launch = one_launch
+        self.forwards: dict[bool, LaunchPlan] = {}  # by whether S is asked for
+        self.gradients: LaunchPlan | None = None  # all three
+
+    def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, weight, lora_A, lora_B, bias, seed, scale = given
+        if seed is not None and seed.is_cuda:  # captured or compiled: another launch, in no hurry
+            return super().forward(given, scaling, save_s)
+        plan = self.forwards.get(save_s)
+        if plan is None:
+            plan = self.forwards[save_s] = forward_plan(
+                x.as_strided((self.M, self.K), (self.K, 1)),
+                weight,
+                lora_A,
+                lora_B,
+                bias,
+                scale=scale,
+                gain=None,
+                seed=seed,
+                adapter_dtype=self.adapter_dtype,
+                save_s=save_s,
+                one_launch=self.one_launch,
+            )
+        backends.last_used = "triton"
+        y = x.new_empty(*self.y_shape)
+        numbers = launch_dropout(seed, self.dropout_p, scaling)
+        if not save_s:
+            plan.launch((x, weight, lora_A, lora_B, bias, None, scale, y), *numbers)
+            return y, None
+        s = (x if self.s_like_x else lora_A).new_empty(self.M, self.r)
+        plan.launch((x, weight, lora_A, lora_B, bias, None, scale, y, s), *numbers)
+        return y, s
+
+    def backward(
+        self, dy: torch.Tensor, saved: Saved, scaling: float, shape: torch.Size, needs: tuple[bool, bool, bool]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        x, weight, lora_A, lora_B, s, seed, scale = saved
+        if (
+            needs != _ALL
+            or x is None
+            or weight is None
+            or s is None
+            or dispatched(dy, x, weight, lora_A, lora_B)
+            or not (packed(x, weight, lora_A, lora_B) and aligned(dy) and aligned(s))
+            or (scale is not None and not aligned(scale))
+            or (seed is not None and seed.is_cuda)
+        ):
+            return super().backward(dy, saved, scaling, shape, needs)
+        plan = self.gradients
+        if plan is None:
+            plan = self.gradients = backward_plan(
+                dy.as_strided((self.M, self.N), (self.N, 1)),
+                x.as_strided((self.M, self.K), (self.K, 1)),
+                weight,
+                lora_A,
+                lora_B,
+                s,
+                scale=scale,
+                seed=seed,
+                adapter_dtype=self.adapter_dtype,
+                needs=_ALL,
+                one_launch=self.one_launch,
+            )
+        backends.last_used = "triton"
+        dx = dy.new_empty(*shape)
+        dA = lora_A.new_empty(self.r, self.K)
+        dB = lora_B.new_empty(self.N, self.r)
+        numbers = launch_dropout(seed, self.dropout_p, scaling)
+        plan.launch((dy, x, s, weight, lora_A, lora_B, scale, dx, dA, dB), *numbers)
+        return dx, dA, dB
