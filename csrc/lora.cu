@@ -1,0 +1,215 @@
+// The C interface: checks, workspaces' layout, tensor maps and the launch. No torch header is needed.
+#include <cstdio>
+#include <mutex>
+
+#include "lora.cuh"
+
+namespace fusedlora {
+namespace {
+
+// What went wrong last in this thread.
+thread_local char problem[256] = "";
+
+int fail(const char* what, int code) {
+  snprintf(problem, sizeof(problem), "%s: error %d", what, code);
+  return code ? code : -1;
+}
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+Encode encoder() {
+  static Encode found = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &status);
+    return reinterpret_cast<Encode>(entry);
+  }();
+  return found;
+}
+
+// A map of [rows, cols] in boxes of [box_rows, 64], swizzled 128 bytes wide.
+bool encode(CUtensorMap* map, bool is_bf16, const void* from, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
+  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(pitch) * 2};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const auto type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return encoder()(map, type, 2, const_cast<void*>(from), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+}  // namespace
+
+// What Python fills in; every member has eight bytes. Null: not there, or not wanted.
+struct Arguments {
+  int64_t is_bf16, param_is_float, bias_is_float, block_n, group, programs, shrink_clusters, parts_a, parts_b;
+  int64_t M, N, K, r;
+  int64_t x_pitch, dy_pitch, w_pitch, a_pitch, b_pitch;
+  const void *x, *dy, *w, *a, *b, *bias, *gain, *s;
+  void *y, *saved_s, *dx, *da, *db;
+  void *workspace, *words, *stream;
+  double scaling;
+  int64_t has_seed, seed, bound;
+};
+
+namespace {
+
+// Places in a workspace, each at a multiple of 256 bytes.
+struct Places {
+  char* base;
+  int64_t used = 0;
+  template <typename P>
+  P* take(int64_t count) {
+    P* at = reinterpret_cast<P*>(base + used);
+    used += (count * int64_t(sizeof(P)) + 255) / 256 * 256;
+    return at;
+  }
+};
+
+int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
+
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
+int launch(const Arguments& a, const Call<T>& call) {
+  auto kernel = lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT>;
+  constexpr int bytes = Layout<BLOCK_N, RANKS>::TOTAL;
+  static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (allowed != cudaSuccess) return fail("cudaFuncSetAttribute", allowed);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(a.programs));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(a.stream);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {CLUSTER, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, call);
+  return status == cudaSuccess ? 0 : fail("cudaLaunchKernelEx", status);
+}
+
+template <typename T, int RANKS, bool BACKWARD>
+int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
+  constexpr int R = 16 * RANKS;
+  Places places{static_cast<char*>(a.workspace)};
+  c = {};
+  c.M = int(a.M), c.r = int(a.r), c.group = int(a.group), c.words = static_cast<int*>(a.words);
+  c.cols = int(BACKWARD ? a.K : a.N), c.depth = int(BACKWARD ? a.N : a.K);
+  c.mask = {uint32_t(a.seed), uint32_t(uint64_t(a.seed) >> 32), uint32_t(a.bound) * 0x10001u};
+  [[maybe_unused]] const bool is_float = a.param_is_float;
+  const int N = int(a.N), K = int(a.K), M = int(a.M);
+  Shrink<T>& shrink = c.shrink;
+  shrink.scaling = float(a.scaling), shrink.pitch = padded(M);
+  if constexpr (!BACKWARD) {
+    T* skinny = places.take<T>(int64_t(R) * K);
+    T* wide = places.take<T>(int64_t(N) * R);
+    c.preparations[c.num_preparations++] = {a.a, skinny, K, K, 1, a.a_pitch, 1, K, is_float};
+    c.preparations[c.num_preparations++] = {a.b, wide, N, N, a.b_pitch, 1, R, 1, is_float};
+    c.wide = wide;
+    skinny_operand = skinny;
+    shrink.out = places.take<T>(int64_t(M) * R);
+    shrink.saved = static_cast<T*>(a.saved_s);
+    c.gain = static_cast<const float*>(a.gain), c.bias = a.bias, c.bias_is_float = a.bias_is_float;
+    c.tiles = true;
+  } else {
+    const bool needs_t = a.dx || a.da;
+    if (needs_t) {
+      T* skinny = places.take<T>(int64_t(R) * N);
+      c.preparations[c.num_preparations++] = {a.b, skinny, N, N, a.b_pitch, 1, 1, N, is_float};
+      skinny_operand = skinny;
+      shrink.out = places.take<T>(int64_t(M) * R);
+      shrink.out_transposed = a.da ? places.take<T>(R * padded(M)) : nullptr;
+    }
+    if (a.dx) {
+      T* wide = places.take<T>(int64_t(K) * R);
+      c.preparations[c.num_preparations++] = {a.a, wide, K, K, 1, a.a_pitch, R, 1, is_float};
+      c.wide = wide;
+      c.tiles = true;
+    }
+    const int64_t blocks = (a.M + BLOCK_M - 1) / BLOCK_M;
+    int* arrived = c.words + PROGRESS + blocks;
+    constexpr int64_t WIDE = 8 * WIDTH<RANKS>;
+    if (a.db) {
+      T* small = places.take<T>(R * padded(M));
+      c.preparations[c.num_preparations++] = {a.s, small, M, int(padded(M)), a.r, 1, 1, padded(M), false};
+      float* partial = a.parts_b > 1 ? places.take<float>(a.parts_b * R * (N + WIDE)) : nullptr;
+      c.stripes[0] = {static_cast<const T*>(a.dy), a.dy_pitch, small, padded(M), partial, arrived, a.db, a.r, 1, is_float,
+                      M, N, c.r, int(a.parts_b)};
+    }
+    if (a.da) {
+      float* partial = a.parts_a > 1 ? places.take<float>(a.parts_a * R * (K + WIDE)) : nullptr;
+      c.stripes[1] = {static_cast<const T*>(a.x), a.x_pitch, shrink.out_transposed, padded(M), partial,
+                      arrived + (a.N + WIDE - 1) / WIDE, a.da, 1, a.K, is_float, M, K, c.r, int(a.parts_a)};
+    }
+    for (auto& stripes : c.stripes) stripes.parts = stripes.out ? stripes.parts : 1;
+    c.num_stripes = 2;
+  }
+  return places.used;
+}
+
+template <typename T, int RANKS, bool BACKWARD>
+int run(const Arguments& a, int64_t* bytes) {
+  Call<T> call;
+  const T* skinny = nullptr;
+  const int64_t used = prepare_call<T, RANKS, BACKWARD>(a, call, skinny);
+  if (bytes) {
+    *bytes = used;
+    return 0;
+  }
+  const void* left = BACKWARD ? a.dy : a.x;
+  const int64_t left_pitch = BACKWARD ? a.dy_pitch : a.x_pitch;
+  if (skinny) {
+    call.shrink.clusters = int(a.shrink_clusters);
+    if (!encode(&call.left, a.is_bf16, left, a.M, call.depth, left_pitch, BLOCK_M) ||
+        !encode(&call.skinny, a.is_bf16, skinny, 16 * RANKS, call.depth, call.depth, 16 * RANKS)) {
+      return fail("cuTensorMapEncodeTiled", -2);
+    }
+  }
+  if (call.tiles) {
+    void* out = BACKWARD ? a.dx : a.y;
+    if (!encode(&call.right, a.is_bf16, a.w, a.N, a.K, a.w_pitch, BACKWARD ? 64 : int(a.block_n) / 2) ||
+        !encode(&call.out, a.is_bf16, out, a.M, call.cols, call.cols, 64)) {
+      return fail("cuTensorMapEncodeTiled", -2);
+    }
+  }
+  const bool masked = a.has_seed != 0;
+  if (a.block_n == 256) {
+    return masked ? launch<T, 256, RANKS, BACKWARD, true>(a, call) : launch<T, 256, RANKS, BACKWARD, false>(a, call);
+  }
+  return masked ? launch<T, 128, RANKS, BACKWARD, true>(a, call) : launch<T, 128, RANKS, BACKWARD, false>(a, call);
+}
+
+#ifndef FUSEDLORA_RANKS
+#define FUSEDLORA_RANKS 4
+#endif
+
+template <typename T, bool BACKWARD>
+int by_rank(const Arguments& a, int64_t* bytes) {
+  if (a.r <= 16) return run<T, 1, BACKWARD>(a, bytes);
+#if FUSEDLORA_RANKS >= 4
+  if (a.r <= 32) return run<T, 2, BACKWARD>(a, bytes);
+  if (a.r <= 64) return run<T, 4, BACKWARD>(a, bytes);
+#endif
+  return fail("r", -3);
+}
+
+template <bool BACKWARD>
+int by_type(const Arguments& a, int64_t* bytes) {
+#ifndef FUSEDLORA_BF16_ONLY
+  if (!a.is_bf16) return by_rank<__half, BACKWARD>(a, bytes);
+#endif
+  return by_rank<__nv_bfloat16, BACKWARD>(a, bytes);
+}
+
+}  // namespace
+}  // namespace fusedlora
+
+using fusedlora::Arguments;
+
+extern "C" {
+// 0, or an error of which fusedlora_problem() tells. With `bytes` nothing runs: it gets the workspace's size.
+int fusedlora_forward(const Arguments* a, int64_t* bytes) { return fusedlora::by_type<false>(*a, bytes); }
+int fusedlora_backward(const Arguments* a, int64_t* bytes) { return fusedlora::by_type<true>(*a, bytes); }
+const char* fusedlora_problem() { return fusedlora::problem; }
+}

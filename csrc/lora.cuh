@@ -1,0 +1,398 @@
+// One launch of a LoRA linear, forward or backward:
+//
+//     forward     out = left · rightᵀ + small · wideᵀ     x, W [N, K], S, B       S = scaling · x Aᵀ
+//     backward    out = left · right + small · wideᵀ      dy, W [N, K], T, Aᵀ     T = scaling · dy B, and dA, dB
+//
+// Two consumer warpgroups multiply tiles of 128 rows, fed by one TMA thread; two blocks of a cluster take two row
+// blocks beside the same columns and share what they load of `right`. Some clusters, as a rule those that have a tile
+// less than the others, first multiply row blocks by the skinny matrix, which gives S or T. The three other warps of
+// the first warpgroup, the side warps, form dB and dA beside the tiles, which leave memory idle.
+#pragma once
+#include "skinny.cuh"
+#include "wgmma.cuh"
+
+namespace fusedlora {
+
+constexpr int BLOCK_M = 128, BLOCK_K = 64, CLUSTER = 2;
+constexpr int CONSUMERS = 256, THREADS = 128 + CONSUMERS;
+constexpr int SIDE_REGISTERS = 136, CONSUMER_REGISTERS = 184;
+
+// Words in global memory, zero between launches.
+enum Word { PLACE, TICKET, PREPARED, EXIT, PROGRESS = 8 };
+
+// out [M, R] = scaling · left · skinnyᵀ, skinny [R, depth].
+template <typename T>
+struct Shrink {
+  T* out;             // [M, R], or null
+  T* out_transposed;  // [R, pitch], or null; zeros from row M on
+  T* saved;           // [M, r], or null
+  int64_t pitch;
+  float scaling;
+  int clusters;  // how many take part
+};
+
+template <typename T>
+struct Call {
+  CUtensorMap left, right, skinny, out;
+  Preparation preparations[3];
+  int num_preparations;
+  Shrink<T> shrink;
+  Stripes<T> stripes[2];  // dB's, which need no T, then dA's
+  int num_stripes;
+  const T* wide;      // [cols, R]
+  const float* gain;  // [cols] or null
+  const void* bias;   // [cols] or null
+  bool bias_is_float;
+  Mask mask;
+  bool tiles;
+  int M, cols, depth, r, group;
+  int* words;
+};
+
+template <int BLOCK_N, int RANKS>
+struct Layout {
+  static constexpr int R = 16 * RANKS;
+  static constexpr int LEFT = BLOCK_M * BLOCK_K * 2, RIGHT = BLOCK_N * BLOCK_K * 2, STAGE = LEFT + RIGHT;
+  static constexpr int STAGES = BLOCK_N == 256 ? 3 : 5;
+  static constexpr int OUT = BLOCK_M * BLOCK_N * 2;
+  // `wide` waits where the tile before left its output, in rows so far apart that no two threads meet in a bank.
+  static constexpr int WIDE_PITCH = 2 * R + (RANKS > 1 ? 32 : 0);
+  static_assert(WIDE_PITCH * BLOCK_N <= OUT);
+  static constexpr int SUMS = 4 * STRIPE_SUMS<RANKS>;
+  static constexpr int SKINNY = R * BLOCK_K * 2;
+  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + SUMS + 16 * STAGES + 16;
+};
+
+// The row block (of the pair's first) and the column block of a pair of tiles, in column-major groups of `group` pairs
+// of rows, so that L2 is reused.
+__device__ inline void pair_coordinates(int index, int pairs_m, int tiles_n, int group, int& pair_m, int& tile_n) {
+  const int first = index / (group * tiles_n) * group, rows = min(pairs_m - first, group);
+  const int within = index % (group * tiles_n);
+  pair_m = first + within % rows;
+  tile_n = within / rows;
+}
+
+template <typename T, int RANKS, bool BACKWARD, bool DROPOUT>
+__device__ void side_work(const Call<T>& c, float* sums, volatile int* next, int warp, int lane) {
+  const int thread = warp * 32 + lane;
+  int prepared = 0;
+  for (int i = 0; i < c.num_preparations; i++) prepared += preparation_tasks(c.preparations[i]);
+  int jobs[2] = {0, 0};
+  if constexpr (BACKWARD) {
+    constexpr int WIDE = 8 * WIDTH<RANKS>;
+    for (int i = 0; i < c.num_stripes; i++) jobs[i] = (c.stripes[i].cols + WIDE - 1) / WIDE * c.stripes[i].parts;
+  }
+  const int tickets = prepared + jobs[0] + jobs[1];
+  bool waited = false;
+  int ahead = thread == 0 ? claim(c.words + TICKET) : 0;
+  while (true) {
+    if (thread == 0) {
+      *next = ahead;
+      if (ahead < tickets) ahead = claim(c.words + TICKET);
+    }
+    meet(1, SIDE_THREADS);
+    int ticket = *next;
+    meet(1, SIDE_THREADS);
+    if (ticket >= tickets) return;
+    if (ticket < prepared) {
+      for (int i = 0, task = ticket; i < c.num_preparations; i++) {
+        const int count = preparation_tasks(c.preparations[i]);
+        if (task >= 0 && task < count) prepare<T, RANKS>(c.preparations[i], task, c.r, thread);
+        task -= count;
+      }
+      meet(1, SIDE_THREADS);
+      if (thread == 0) publish(c.words + PREPARED);
+      continue;
+    }
+    if (!waited) {
+      if (lane == 0) wait_for(c.words + PREPARED, prepared);
+      __syncwarp();
+      waited = true;
+    }
+    if constexpr (BACKWARD) {
+      const int job = ticket - prepared;
+      if (job < jobs[0]) {
+        const Stripes<T>& p = c.stripes[0];
+        stripe_job<T, RANKS, false>(p, c.mask, job / p.parts, job % p.parts, sums, warp, lane);
+      } else {
+        // Parts in their order, since T comes row by row.
+        const Stripes<T>& p = c.stripes[1];
+        const int count = jobs[1] / p.parts, part = (job - jobs[0]) / count;
+        const int rows = part_rows(c.M, p.parts);
+        const int last = (min((part + 1) * rows, c.M) + BLOCK_M - 1) / BLOCK_M;
+        for (int b = part * rows / BLOCK_M + lane; b < last; b += 32) {
+          wait_for(c.words + PROGRESS + b, 1);
+        }
+        __syncwarp();
+        stripe_job<T, RANKS, DROPOUT>(p, c.mask, (job - jobs[0]) % count, part, sums, warp, lane);
+      }
+      meet(1, SIDE_THREADS);
+    }
+  }
+}
+
+// Consumers: out [128, R] = scaling · left · skinnyᵀ for the row block from `row` on, published.
+template <typename T, int BLOCK_N, int RANKS, bool DROPOUT>
+__device__ void shrink_rows(
+    const Call<T>& c, int row, int steps, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
+    int lane) {
+  using L = Layout<BLOCK_N, RANKS>;
+  constexpr int R = L::R, TILES = R / 8;
+  const int g = lane / 4, t = lane % 4;
+  const int left_row = 16 * warp + lane % 16, right_row = lane / 16 * 8 + lane % 8;
+  uint32_t pair[2];
+  for (int h = 0; h < 2; h++) pair[h] = uint32_t(row + 16 * warp + g + 8 * h) * uint32_t(c.depth / 2) + t;
+  float acc[TILES][4] = {};
+  for (int k = 0; k < steps; k++) {
+    const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT;
+    barrier_wait(full + 8 * stage, phase);
+#pragma unroll
+    for (int i = 0; i < BLOCK_K / 16; i++) {
+      uint32_t a[4], b[4];
+      load_matrices(a, left + left_row * 128 + (((2 * i + lane / 16) ^ (left_row % 8)) * 16));
+      if constexpr (DROPOUT) {
+        for (int j = 0; j < 4; j++) a[j] = c.mask.template keep<T>(a[j], pair[j % 2] + (k * BLOCK_K + 16 * i + 8 * (j / 2)) / 2);
+      }
+#pragma unroll
+      for (int n = 0; n < TILES; n += 2) {
+        load_matrices(b, right + (8 * n + right_row) * 128 + (((2 * i + lane / 8 % 2) ^ (lane % 8)) * 16));
+        Type<T>::mma(acc[n], a, b[0], b[1]);
+        Type<T>::mma(acc[n + 1], a, b[2], b[3]);
+      }
+    }
+    __syncwarp();
+    meet(3 + warp / 4, 128);
+    if (warp % 4 == 0 && lane < CLUSTER) barrier_arrive(empty + 8 * stage, lane);
+    if (++stage == L::STAGES) stage = 0, phase ^= 1;
+  }
+#pragma unroll
+  for (int n = 0; n < TILES; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int m = row + 16 * warp + g + 8 * (i / 2), k = 8 * n + 2 * t + i % 2;
+      const T value = Type<T>::from(m < c.M ? acc[n][i] * c.shrink.scaling : 0.0f);
+      if (c.shrink.out_transposed && m < c.shrink.pitch) c.shrink.out_transposed[k * c.shrink.pitch + m] = value;
+      if (m < c.M) {
+        c.shrink.out[int64_t(m) * R + k] = value;
+        if (c.shrink.saved && k < c.r) c.shrink.saved[int64_t(m) * c.r + k] = value;
+      }
+    }
+  }
+  meet(2, CONSUMERS);
+  if (warp == 0 && lane == 0 && row < c.M) publish(c.words + PROGRESS + row / BLOCK_M);
+}
+
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
+__global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant__ Call<T> c) {
+  using L = Layout<BLOCK_N, RANKS>;
+  constexpr int STAGES = L::STAGES, ACCS = BLOCK_N / 2;
+  extern __shared__ uint8_t raw[];
+  const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
+  uint8_t* memory = raw + (base - shared_address(raw));
+  const uint32_t stages = base, out = base + STAGES * L::STAGE;
+  float* sums = reinterpret_cast<float*>(memory + STAGES * L::STAGE + L::OUT);
+  const uint32_t full = out + L::OUT + L::SUMS, empty = full + 8 * STAGES;
+  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + L::SUMS + 16 * STAGES);
+  volatile int* own_place = next + 1;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, CLUSTER * CONSUMERS / 128);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (rank == 0) tell_cluster(shared_address(const_cast<int*>(own_place)), claim(c.words + PLACE), CLUSTER);
+    tma_prefetch(&c.left);
+    tma_prefetch(&c.right);
+    tma_prefetch(&c.out);
+  }
+  cluster_meet();
+
+  const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, tiles_n = (c.cols + BLOCK_N - 1) / BLOCK_N;
+  const int pairs_m = (tiles_m + CLUSTER - 1) / CLUSTER;
+  const int pairs = c.tiles ? pairs_m * tiles_n : 0, steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
+  // Whoever waits, waits for clusters that came earlier. These have fewer tiles, as they may have row blocks first.
+  const int stride = gridDim.x / CLUSTER, place = *own_place, first = stride - 1 - place;
+  const int shrink_end = place < c.shrink.clusters ? pairs_m : 0;
+  int prepared = 0;
+  for (int i = 0; i < c.num_preparations; i++) prepared += preparation_tasks(c.preparations[i]);
+
+  if (warp < 4) {
+    give_registers<SIDE_REGISTERS>();
+    if (warp == 0) {
+      if (lane == 0) {
+        int stage = 0, phase = 0;
+        if (place < c.shrink.clusters) {
+          wait_for(c.words + PREPARED, prepared);
+          fence_all_to_tma();
+        }
+        for (int pair_m = place; pair_m < shrink_end; pair_m += c.shrink.clusters) {
+          for (int k = 0; k < steps; k++) {
+            const uint32_t left = stages + stage * L::STAGE, barrier = full + 8 * stage;
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            barrier_expect(barrier, L::LEFT + L::SKINNY);
+            tma_load(left, &c.left, barrier, k * BLOCK_K, (pair_m * CLUSTER + rank) * BLOCK_M);
+            tma_load(left + L::LEFT, &c.skinny, barrier, k * BLOCK_K, 0);
+            if (++stage == STAGES) stage = 0, phase ^= 1;
+          }
+        }
+        for (int pair = first; pair < pairs; pair += stride) {
+          int pair_m, tile_n;
+          pair_coordinates(pair, pairs_m, tiles_n, c.group, pair_m, tile_n);
+          const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
+          for (int k = 0; k < steps; k++) {
+            const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            barrier_expect(barrier, L::STAGE);
+            tma_load(left, &c.left, barrier, k * BLOCK_K, row);
+            if constexpr (BACKWARD) {
+              for (int i = rank * (BLOCK_N / 128); i < int(rank + 1) * (BLOCK_N / 128); i++) {
+                tma_multicast(right + i * 8192, &c.right, barrier, col + 64 * i, k * BLOCK_K, 3);
+              }
+            } else {
+              tma_multicast(right + rank * (L::RIGHT / 2), &c.right, barrier, k * BLOCK_K, col + rank * (BLOCK_N / 2), 3);
+            }
+            if (++stage == STAGES) stage = 0, phase ^= 1;
+          }
+        }
+      }
+    } else {
+      side_work<T, RANKS, BACKWARD, DROPOUT>(c, sums, next, warp - 1, lane);
+    }
+  } else {
+    take_registers<CONSUMER_REGISTERS>();
+    const int group = warp / 4 - 1, thread = threadIdx.x - 128, in_group = thread % 128;
+    const int g = lane / 4, t = lane % 4;
+    int stage = 0, phase = 0;
+    for (int pair_m = place; pair_m < shrink_end; pair_m += c.shrink.clusters) {
+      shrink_rows<T, BLOCK_N, RANKS, DROPOUT && !BACKWARD>(
+          c, (pair_m * CLUSTER + int(rank)) * BLOCK_M, steps, stages, full, empty, stage, phase, warp - 4, lane);
+    }
+    float acc[ACCS];
+    for (int pair = first; pair < pairs; pair += stride) {
+      int pair_m, tile_n;
+      pair_coordinates(pair, pairs_m, tiles_n, c.group, pair_m, tile_n);
+      const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
+      const int own_row = row + 64 * group + 16 * (warp % 4) + g;
+      for (int k = 0; k < steps; k++) {
+        const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2);
+        const uint32_t right = stages + stage * L::STAGE + L::LEFT;
+        barrier_wait(full + 8 * stage, phase);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 16; i++) {
+          const uint64_t a = matrix_descriptor(left + 32 * i, 16);
+          if constexpr (BACKWARD) {
+            Wgmma<T, BLOCK_N, 1>::run(acc, a, matrix_descriptor(right + 2048 * i, 8192), k + i > 0);
+          } else {
+            Wgmma<T, BLOCK_N, 0>::run(acc, a, matrix_descriptor(right + 32 * i, 16), k + i > 0);
+          }
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (k > 0 && in_group < CLUSTER) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), in_group);
+        if (k == steps / 2) {
+          // The tile before has been stored: its place takes the skinny operand of this one's columns.
+          if (in_group == 0) tma_wait_read();
+          if (lane == 0) wait_for(c.words + PREPARED, prepared);
+          __syncwarp();
+          meet(2, CONSUMERS);
+          constexpr int CHUNKS = L::R / 8;
+          for (int i = thread; i < BLOCK_N * CHUNKS; i += CONSUMERS) {
+            const int n = i / CHUNKS, chunk = i % CHUNKS;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(out + n * L::WIDE_PITCH + 16 * chunk),
+                         "l"(c.wide + int64_t(min(col + n, c.cols - 1)) * L::R + 8 * chunk) : "memory");
+          }
+        }
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
+      // The rows of `small` are there as a rule; loading them overlaps the last products.
+      if (row < c.M && lane == 0) wait_for(c.words + PROGRESS + row / BLOCK_M, 1);
+      __syncwarp();
+      uint2 few[RANKS][2];
+      for (int q = 0; q < RANKS; q++) {
+        for (int h = 0; h < 2; h++) {
+          const T* from = c.shrink.out + int64_t(min(own_row + 8 * h, c.M - 1)) * L::R + 16 * q + 4 * t;
+          asm volatile("ld.global.cg.v2.b32 {%0, %1}, [%2];" : "=r"(few[q][h].x), "=r"(few[q][h].y) : "l"(from) : "memory");
+        }
+      }
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < ACCS; i++) asm volatile("" : "+f"(acc[i])::"memory");
+      if (in_group < CLUSTER) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), in_group);
+      meet(2, CONSUMERS);
+#pragma unroll
+      for (int n = 0; n < BLOCK_N / 8; n++) {
+        float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if constexpr (!(DROPOUT && BACKWARD)) {
+          for (int i = 0; i < 4; i++) d[i] = acc[4 * n + i];
+        }
+#pragma unroll
+        for (int q = 0; q < RANKS; q++) {
+          uint32_t b0, b1;
+          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                       : "=r"(b0), "=r"(b1)
+                       : "r"(out + (8 * n + g) * L::WIDE_PITCH + 32 * q + 8 * t));
+          const uint32_t a[4] = {few[q][0].x, few[q][1].x, few[q][0].y, few[q][1].y};
+          Type<T>::mma(d, a, b0, b1);
+        }
+        if constexpr (DROPOUT && BACKWARD) {
+          for (int h = 0; h < 2; h++) {
+            const uint32_t pair = uint32_t(own_row + 8 * h) * uint32_t(c.cols / 2) + (col + 8 * n) / 2 + t;
+            const uint32_t hash = c.mask.hash(pair), bound = c.mask.bound & 0xFFFF;
+            if ((hash & 0xFFFF) >= bound) acc[4 * n + 2 * h] += d[2 * h];
+            if (hash >> 16 >= bound) acc[4 * n + 2 * h + 1] += d[2 * h + 1];
+          }
+        } else {
+          for (int i = 0; i < 4; i++) acc[4 * n + i] = d[i];
+        }
+      }
+      if constexpr (!BACKWARD) {
+        if (c.gain) {
+#pragma unroll
+          for (int i = 0; i < ACCS; i++) acc[i] *= c.gain[min(col + i / 4 * 8 + 2 * t + i % 2, c.cols - 1)];
+        }
+        if (c.bias) {
+#pragma unroll
+          for (int i = 0; i < ACCS; i++) {
+            const int at = min(col + i / 4 * 8 + 2 * t + i % 2, c.cols - 1);
+            acc[i] += c.bias_is_float ? static_cast<const float*>(c.bias)[at] : float(static_cast<const T*>(c.bias)[at]);
+          }
+        }
+      }
+      meet(2, CONSUMERS);
+      // 16 bits, in blocks of [64, 64] as the store's swizzle wants them
+      const uint32_t own = out + group * (L::OUT / 2);
+      const int r = 16 * (warp % 4) + lane % 16;
+#pragma unroll
+      for (int n = 0; n < BLOCK_N / 8; n += 2) {
+        const uint32_t to = own + n / 8 * 8192 + r * 128 + (((n % 8 + lane / 16) ^ (r % 8)) * 16);
+        store_matrices(to, Type<T>::pack(acc[4 * n], acc[4 * n + 1]), Type<T>::pack(acc[4 * n + 2], acc[4 * n + 3]),
+                       Type<T>::pack(acc[4 * n + 4], acc[4 * n + 5]), Type<T>::pack(acc[4 * n + 6], acc[4 * n + 7]));
+      }
+      fence_to_tma();
+      meet(3 + group, 128);
+      if (in_group == 0 && row + 64 * group < c.M) {
+        for (int i = 0; i < BLOCK_N / 64; i++) {
+          if (col + 64 * i < c.cols) tma_store(&c.out, own + 8192 * i, col + 64 * i, row + 64 * group);
+        }
+      }
+      if (in_group == 0) tma_commit();
+    }
+    if (in_group == 0) tma_wait();
+  }
+  __syncwarp();
+  cluster_meet();
+  if (warp == 0) {
+    int before = lane == 0 ? arrive(c.words + EXIT) : 0;
+    if (__shfl_sync(0xFFFFFFFFu, before, 0) == int(gridDim.x) - 1) {
+      for (int i = lane; i < tiles_m; i += 32) c.words[PROGRESS + i] = 0;
+      if (lane < PROGRESS) c.words[lane] = 0;
+    }
+  }
+}
+
+}  // namespace fusedlora

@@ -1,0 +1,256 @@
+// Thin wrappers of the PTX instructions that the kernels use. Shared-memory addresses are 32-bit.
+#pragma once
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fusedlora {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// mbarriers
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Arrives at the same barrier of another block of the cluster, or of this one.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
+}
+
+// `count` threads of the block meet at barrier `id`, 1 to 15.
+__device__ __forceinline__ void meet(int id, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
+// thread-block clusters
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Writes a word to the same place in every block of the cluster's shared memory.
+__device__ __forceinline__ void tell_cluster(uint32_t address, uint32_t value, uint32_t blocks) {
+  for (uint32_t rank = 0; rank < blocks; rank++) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.u32 [there], %2;\n}" ::"r"(
+                     address),
+                 "r"(rank), "r"(value) : "memory");
+  }
+}
+
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// TMA
+
+__device__ __forceinline__ void tma_load(
+    uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t inner, int32_t outer) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(inner), "r"(outer) : "memory");
+}
+
+// To the same address of every block in `blocks`, whose barriers at the same address each count the bytes.
+__device__ __forceinline__ void tma_multicast(
+    uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t inner, int32_t outer, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(inner), "r"(outer), "h"(blocks) : "memory");
+}
+
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int32_t inner, int32_t outer) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(inner),
+      "r"(outer) : "memory");
+}
+
+__device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until the stores have read shared memory.
+__device__ __forceinline__ void tma_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+__device__ __forceinline__ void tma_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Ordinary writes, to global memory too, become visible to TMA.
+__device__ __forceinline__ void fence_all_to_tma() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Ordinary writes to shared memory become visible to TMA.
+__device__ __forceinline__ void fence_to_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// words that programs of one launch synchronise by
+
+__device__ __forceinline__ int claim(int* word) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(word) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ int arrive(int* word) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(word) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ void publish(int* word) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(word) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(const int* word, int count) {
+  int found;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
+  } while (found < count);
+}
+
+// loads: `cached` for what nobody writes during a launch, `fresh` for what programs of it have published
+
+__device__ __forceinline__ uint4 load_streamed(const void* pointer, bool there) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (there) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(pointer));
+  }
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_streamed_half(const void* pointer, bool there) {
+  uint2 v = make_uint2(0, 0);
+  if (there) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer));
+  }
+  return v;
+}
+
+__device__ __forceinline__ uint4 load_fresh(const void* pointer, bool there) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (there) {
+    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(pointer)
+                 : "memory");
+  }
+  return v;
+}
+
+// matrix instructions
+
+template <typename T>
+struct Type;
+
+template <>
+struct Type<__nv_bfloat16> {
+  __device__ static uint32_t pack(float low, float high) {
+    uint32_t out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+  }
+  __device__ static __nv_bfloat16 from(float value) { return __float2bfloat16_rn(value); }
+  // d += a [16, 16] · b [16, 8]
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  // The elements of a pair whose bits of `hash` reach those of `bound`; the others become zero.
+  __device__ static uint32_t keep(uint32_t pair, uint32_t hash, uint32_t bound) {
+    uint32_t out;
+    asm("{\n.reg .b32 one;\nset.geu.bf16x2.bf16x2 one, %2, %3;\nmul.rn.bf16x2 %0, %1, one;\n}"
+        : "=r"(out)
+        : "r"(pair), "r"(hash), "r"(bound));
+    return out;
+  }
+};
+
+template <>
+struct Type<__half> {
+  __device__ static uint32_t pack(float low, float high) {
+    uint32_t out;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+  }
+  __device__ static __half from(float value) { return __float2half_rn(value); }
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  __device__ static uint32_t keep(uint32_t pair, uint32_t hash, uint32_t bound) {
+    uint32_t out;
+    asm("{\n.reg .b32 one;\nset.geu.f16x2.f16x2 one, %2, %3;\nmul.rn.f16x2 %0, %1, one;\n}"
+        : "=r"(out)
+        : "r"(pair), "r"(hash), "r"(bound));
+    return out;
+  }
+};
+
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
+               "r"(d) : "memory");
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// A shared-memory matrix in rows of 128 bytes, swizzled as TMA's 128B mode does it. `leading` bytes lie between column
+// blocks of 64 where columns are not what is summed over; 1024 bytes between groups of eight rows.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
+  return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(leading >> 4) << 16) |
+         ((address & 0x3FFFF) >> 4);
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+}  // namespace fusedlora
