@@ -103,7 +103,7 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float,
         plan: Plan,
     ) -> Tensor:
-        need_x, need_W, need_A, need_B = ctx.needs_input_grad[:4]
+        needs = need_x, need_W, need_A, need_B, _ = ctx.needs_input_grad[:5]
         y, s = plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, need_B)
         ctx.save_for_backward(
             x if need_A or need_W else None,
@@ -114,7 +114,7 @@ class _LoRALinear(torch.autograd.Function):
             mask if need_x or need_A else None,
             scale,
         )
-        ctx.call = (plan, scaling, x.shape, None if bias is None else bias.dtype)
+        ctx.call = (plan, scaling, x.shape, needs, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
@@ -127,8 +127,7 @@ _apply: Any = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    plan, scaling, shape, bias_dtype = ctx.call
-    need_x, need_W, need_A, need_B, need_b = ctx.needs_input_grad[:5]
+    plan, scaling, shape, (need_x, need_W, need_A, need_B, need_b), bias_dtype = ctx.call
     saved = ctx.saved_tensors
     dx = dW = dA = dB = db = None
     if need_x or need_A or need_B:
