@@ -124,6 +124,9 @@ class _LoRALinear(torch.autograd.Function):
 
 # Function.apply is a layer of Python for functorch, whose transforms lora_linear has ruled out
 _apply: Any = super(torch.autograd.Function, _LoRALinear).apply
+# and so is its node's, which looks up `backward` each time
+if (_node := getattr(_LoRALinear, "_backward_cls", None)) is not None:
+    _node.apply = _LoRALinear.backward
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
