@@ -102,12 +102,20 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
   Shrink<T>& shrink = c.shrink;
   shrink.scaling = float(a.scaling), shrink.pitch = padded(M);
   if constexpr (!BACKWARD) {
-    T* skinny = places.take<T>(int64_t(R) * K);
-    T* wide = places.take<T>(int64_t(N) * R);
-    c.preparations[c.num_preparations++] = {a.a, skinny, K, K, 1, a.a_pitch, 1, K, is_float};
-    c.preparations[c.num_preparations++] = {a.b, wide, N, N, a.b_pitch, 1, R, 1, is_float};
-    c.wide = wide;
-    skinny_operand = skinny;
+    const bool as_is = !is_float && a.r == R;
+    skinny_operand = static_cast<const T*>(a.a);
+    if (!as_is || a.a_pitch != K || reinterpret_cast<uintptr_t>(a.a) % 16) {
+      T* skinny = places.take<T>(int64_t(R) * K);
+      c.preparations[c.num_preparations++] = {a.a, skinny, K, K, 1, a.a_pitch, 1, K, is_float};
+      c.prepares_skinny = true;
+      skinny_operand = skinny;
+    }
+    c.wide = static_cast<const T*>(a.b);
+    if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
+      T* wide = places.take<T>(int64_t(N) * R);
+      c.preparations[c.num_preparations++] = {a.b, wide, N, N, a.b_pitch, 1, R, 1, is_float};
+      c.wide = wide;
+    }
     shrink.out = places.take<T>(int64_t(M) * R);
     shrink.saved = static_cast<T*>(a.saved_s);
     c.gain = static_cast<const float*>(a.gain), c.bias = a.bias, c.bias_is_float = a.bias_is_float;
@@ -117,6 +125,7 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
     if (needs_t) {
       T* skinny = places.take<T>(int64_t(R) * N);
       c.preparations[c.num_preparations++] = {a.b, skinny, N, N, a.b_pitch, 1, 1, N, is_float};
+      c.prepares_skinny = true;
       skinny_operand = skinny;
       shrink.out = places.take<T>(int64_t(M) * R);
       shrink.out_transposed = a.da ? places.take<T>(R * padded(M)) : nullptr;

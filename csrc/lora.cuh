@@ -18,7 +18,7 @@ constexpr int CONSUMERS = 256, THREADS = 128 + CONSUMERS;
 constexpr int SIDE_REGISTERS = 136, CONSUMER_REGISTERS = 184;
 
 // Words in global memory, zero between launches.
-enum Word { PLACE, TICKET, PREPARED, EXIT, PROGRESS = 8 };
+enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
 
 // out [M, R] = scaling · left · skinnyᵀ, skinny [R, depth].
 template <typename T>
@@ -34,8 +34,10 @@ struct Shrink {
 template <typename T>
 struct Call {
   CUtensorMap left, right, skinny, out;
+  // The first is of `skinny`, where that needs one; row blocks wait for that alone.
   Preparation preparations[3];
   int num_preparations;
+  bool prepares_skinny;
   Shrink<T> shrink;
   Stripes<T> stripes[2];  // dB's, which need no T, then dA's
   int num_stripes;
@@ -59,7 +61,9 @@ struct Layout {
   static constexpr int WIDE_PITCH = 2 * R + (RANKS > 1 ? 32 : 0);
   static_assert(WIDE_PITCH * BLOCK_N <= OUT);
   static constexpr int SUMS = 4 * STRIPE_SUMS<RANKS>;
-  static constexpr int SKINNY = R * BLOCK_K * 2;
+  // Shrinking takes as many boxes of BLOCK_K columns at a time as a stage holds.
+  static constexpr int SKINNY = R * BLOCK_K * 2, BOXES = BLOCK_N == 256 ? 2 : 1;
+  static_assert(BOXES * (LEFT + SKINNY) <= STAGE);
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + SUMS + 16 * STAGES + 16;
 };
 
@@ -72,11 +76,23 @@ __device__ inline void pair_coordinates(int index, int pairs_m, int tiles_n, int
   tile_n = within / rows;
 }
 
+// How many tasks of preparation SKINNY_PREPARED and PREPARED count.
+template <typename T>
+__device__ int skinny_tasks(const Call<T>& c) {
+  return c.prepares_skinny ? preparation_tasks(c.preparations[0]) : 0;
+}
+
+template <typename T>
+__device__ int other_tasks(const Call<T>& c) {
+  int count = 0;
+  for (int i = c.prepares_skinny; i < c.num_preparations; i++) count += preparation_tasks(c.preparations[i]);
+  return count;
+}
+
 template <typename T, int RANKS, bool BACKWARD, bool DROPOUT>
 __device__ void side_work(const Call<T>& c, float* sums, volatile int* next, int warp, int lane) {
   const int thread = warp * 32 + lane;
-  int prepared = 0;
-  for (int i = 0; i < c.num_preparations; i++) prepared += preparation_tasks(c.preparations[i]);
+  const int others = other_tasks(c), prepared = skinny_tasks(c) + others;
   int jobs[2] = {0, 0};
   if constexpr (BACKWARD) {
     constexpr int WIDE = 8 * WIDTH<RANKS>;
@@ -101,11 +117,12 @@ __device__ void side_work(const Call<T>& c, float* sums, volatile int* next, int
         task -= count;
       }
       meet(1, SIDE_THREADS);
-      if (thread == 0) publish(c.words + PREPARED);
+      const bool skinny = c.prepares_skinny && ticket < preparation_tasks(c.preparations[0]);
+      if (thread == 0) publish(c.words + (skinny ? SKINNY_PREPARED : PREPARED));
       continue;
     }
     if (!waited) {
-      if (lane == 0) wait_for(c.words + PREPARED, prepared);
+      if (lane == 0) wait_for(c.words + PREPARED, others);
       __syncwarp();
       waited = true;
     }
@@ -131,10 +148,28 @@ __device__ void side_work(const Call<T>& c, float* sums, volatile int* next, int
   }
 }
 
+// Rows row and row + 8 of small [M, 16 · RANKS], as the first operand of mma.sync; a thread's four ranks lie together.
+template <typename T, int RANKS>
+__device__ void load_rows(uint2 (&few)[RANKS][2], const T* small, int row, int M, int t) {
+  for (int q = 0; q < RANKS; q++) {
+    for (int h = 0; h < 2; h++) {
+      few[q][h] = load_fresh_half(small + int64_t(min(row + 8 * h, M - 1)) * 16 * RANKS + 16 * q + 4 * t);
+    }
+  }
+}
+
+// Shifts two bits in at the top: whether the halves of `hash` reach those of `bound`.
+template <int WORDS>
+__device__ __forceinline__ void keep_bits(uint32_t (&kept)[WORDS], uint32_t hash, uint32_t bound) {
+  const uint32_t bits = ((hash & 0xFFFF) >= (bound & 0xFFFF) ? 1 : 0) + (hash >> 16 >= bound >> 16 ? 2 : 0);
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) kept[i] = __funnelshift_r(kept[i], i + 1 < WORDS ? kept[i + 1] : bits, 2);
+}
+
 // Consumers: out [128, R] = scaling · left · skinnyᵀ for the row block from `row` on, published.
 template <typename T, int BLOCK_N, int RANKS, bool DROPOUT>
 __device__ void shrink_rows(
-    const Call<T>& c, int row, int steps, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
+    const Call<T>& c, int row, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
     int lane) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int R = L::R, TILES = R / 8;
@@ -143,15 +178,17 @@ __device__ void shrink_rows(
   uint32_t pair[2];
   for (int h = 0; h < 2; h++) pair[h] = uint32_t(row + 16 * warp + g + 8 * h) * uint32_t(c.depth / 2) + t;
   float acc[TILES][4] = {};
-  for (int k = 0; k < steps; k++) {
-    const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT;
+  for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
     barrier_wait(full + 8 * stage, phase);
 #pragma unroll
-    for (int i = 0; i < BLOCK_K / 16; i++) {
+    for (int step = 0; step < L::BOXES * BLOCK_K / 16; step++) {
+      const int box = step / (BLOCK_K / 16), i = step % (BLOCK_K / 16);
+      const uint32_t left = stages + stage * L::STAGE + box * L::LEFT;
+      const uint32_t right = stages + stage * L::STAGE + L::BOXES * L::LEFT + box * L::SKINNY;
       uint32_t a[4], b[4];
       load_matrices(a, left + left_row * 128 + (((2 * i + lane / 16) ^ (left_row % 8)) * 16));
       if constexpr (DROPOUT) {
-        for (int j = 0; j < 4; j++) a[j] = c.mask.template keep<T>(a[j], pair[j % 2] + (k * BLOCK_K + 16 * i + 8 * (j / 2)) / 2);
+        for (int j = 0; j < 4; j++) a[j] = c.mask.template keep<T>(a[j], pair[j % 2] + (k + 16 * step + 8 * (j / 2)) / 2);
       }
 #pragma unroll
       for (int n = 0; n < TILES; n += 2) {
@@ -216,8 +253,6 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   // Whoever waits, waits for clusters that came earlier. These have fewer tiles, as they may have row blocks first.
   const int stride = gridDim.x / CLUSTER, place = *own_place, first = stride - 1 - place;
   const int shrink_end = place < c.shrink.clusters ? pairs_m : 0;
-  int prepared = 0;
-  for (int i = 0; i < c.num_preparations; i++) prepared += preparation_tasks(c.preparations[i]);
 
   if (warp < 4) {
     give_registers<SIDE_REGISTERS>();
@@ -225,16 +260,18 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       if (lane == 0) {
         int stage = 0, phase = 0;
         if (place < c.shrink.clusters) {
-          wait_for(c.words + PREPARED, prepared);
+          wait_for(c.words + SKINNY_PREPARED, skinny_tasks(c));
           fence_all_to_tma();
         }
         for (int pair_m = place; pair_m < shrink_end; pair_m += c.shrink.clusters) {
-          for (int k = 0; k < steps; k++) {
-            const uint32_t left = stages + stage * L::STAGE, barrier = full + 8 * stage;
+          for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
+            const uint32_t left = stages + stage * L::STAGE, right = left + L::BOXES * L::LEFT, barrier = full + 8 * stage;
             barrier_wait(empty + 8 * stage, phase ^ 1);
-            barrier_expect(barrier, L::LEFT + L::SKINNY);
-            tma_load(left, &c.left, barrier, k * BLOCK_K, (pair_m * CLUSTER + rank) * BLOCK_M);
-            tma_load(left + L::LEFT, &c.skinny, barrier, k * BLOCK_K, 0);
+            barrier_expect(barrier, L::BOXES * (L::LEFT + L::SKINNY));
+            for (int b = 0; b < L::BOXES; b++) {
+              tma_load(left + b * L::LEFT, &c.left, barrier, k + b * BLOCK_K, (pair_m * CLUSTER + rank) * BLOCK_M);
+              tma_load(right + b * L::SKINNY, &c.skinny, barrier, k + b * BLOCK_K, 0);
+            }
             if (++stage == STAGES) stage = 0, phase ^= 1;
           }
         }
@@ -268,14 +305,23 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     int stage = 0, phase = 0;
     for (int pair_m = place; pair_m < shrink_end; pair_m += c.shrink.clusters) {
       shrink_rows<T, BLOCK_N, RANKS, DROPOUT && !BACKWARD>(
-          c, (pair_m * CLUSTER + int(rank)) * BLOCK_M, steps, stages, full, empty, stage, phase, warp - 4, lane);
+          c, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
     }
+    const int others = other_tasks(c);
     float acc[ACCS];
     for (int pair = first; pair < pairs; pair += stride) {
       int pair_m, tile_n;
       pair_coordinates(pair, pairs_m, tiles_n, c.group, pair_m, tile_n);
       const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
       const int own_row = row + 64 * group + 16 * (warp % 4) + g;
+      const int* progress = c.words + PROGRESS + row / BLOCK_M;
+      uint2 few[RANKS][2];
+      bool early = false;
+      // Which elements of the tile the dropout keeps, as the products' registers follow one another: two bits for each
+      // pair. They are hashed while the tensor cores work, so many pairs at a step.
+      uint32_t kept[ACCS / 32] = {};
+      int hashed = 0;
+      const int pairs_a_step = (ACCS / 2 + steps - 1) / steps;
       for (int k = 0; k < steps; k++) {
         const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2);
         const uint32_t right = stages + stage * L::STAGE + L::LEFT;
@@ -291,12 +337,19 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           }
         }
         wgmma_commit();
+        if constexpr (DROPOUT && BACKWARD) {
+          for (int until = min(hashed + pairs_a_step, ACCS / 2); hashed < until; hashed++) {
+            const int at = own_row + 8 * (hashed % 2);
+            const uint32_t pair = uint32_t(at) * uint32_t(c.cols / 2) + (col + hashed / 2 * 8) / 2 + t;
+            keep_bits(kept, c.mask.hash(pair), c.mask.bound);
+          }
+        }
         wgmma_wait<1>();
         if (k > 0 && in_group < CLUSTER) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), in_group);
         if (k == steps / 2) {
           // The tile before has been stored: its place takes the skinny operand of this one's columns.
           if (in_group == 0) tma_wait_read();
-          if (lane == 0) wait_for(c.words + PREPARED, prepared);
+          if (lane == 0) wait_for(c.words + PREPARED, others);
           __syncwarp();
           meet(2, CONSUMERS);
           constexpr int CHUNKS = L::R / 8;
@@ -305,18 +358,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(out + n * L::WIDE_PITCH + 16 * chunk),
                          "l"(c.wide + int64_t(min(col + n, c.cols - 1)) * L::R + 8 * chunk) : "memory");
           }
+          // So do the rows of `small`, as a rule, and their latency hides behind the products.
+          early = published(progress, lane) > 0;
+          if (early) load_rows<T, RANKS>(few, c.shrink.out, own_row, c.M, t);
         }
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
-      // The rows of `small` are there as a rule; loading them overlaps the last products.
-      if (row < c.M && lane == 0) wait_for(c.words + PROGRESS + row / BLOCK_M, 1);
-      __syncwarp();
-      uint2 few[RANKS][2];
-      for (int q = 0; q < RANKS; q++) {
-        for (int h = 0; h < 2; h++) {
-          const T* from = c.shrink.out + int64_t(min(own_row + 8 * h, c.M - 1)) * L::R + 16 * q + 4 * t;
-          asm volatile("ld.global.cg.v2.b32 {%0, %1}, [%2];" : "=r"(few[q][h].x), "=r"(few[q][h].y) : "l"(from) : "memory");
-        }
+      if (!early) {
+        if (row < c.M && lane == 0) wait_for(progress, 1);
+        __syncwarp();
+        load_rows<T, RANKS>(few, c.shrink.out, own_row, c.M, t);
       }
       asm volatile("cp.async.wait_all;" ::: "memory");
       wgmma_wait<0>();
@@ -324,30 +375,36 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       for (int i = 0; i < ACCS; i++) asm volatile("" : "+f"(acc[i])::"memory");
       if (in_group < CLUSTER) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), in_group);
       meet(2, CONSUMERS);
+      // Operands of several steps are loaded before the first of them is used.
+      constexpr int BATCH = RANKS == 1 ? 8 : 4;
 #pragma unroll
-      for (int n = 0; n < BLOCK_N / 8; n++) {
-        float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if constexpr (!(DROPOUT && BACKWARD)) {
-          for (int i = 0; i < 4; i++) d[i] = acc[4 * n + i];
-        }
+      for (int first = 0; first < BLOCK_N / 8; first += BATCH) {
+        uint2 b[BATCH][RANKS];
 #pragma unroll
-        for (int q = 0; q < RANKS; q++) {
-          uint32_t b0, b1;
-          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-                       : "=r"(b0), "=r"(b1)
-                       : "r"(out + (8 * n + g) * L::WIDE_PITCH + 32 * q + 8 * t));
-          const uint32_t a[4] = {few[q][0].x, few[q][1].x, few[q][0].y, few[q][1].y};
-          Type<T>::mma(d, a, b0, b1);
-        }
-        if constexpr (DROPOUT && BACKWARD) {
-          for (int h = 0; h < 2; h++) {
-            const uint32_t pair = uint32_t(own_row + 8 * h) * uint32_t(c.cols / 2) + (col + 8 * n) / 2 + t;
-            const uint32_t hash = c.mask.hash(pair), bound = c.mask.bound & 0xFFFF;
-            if ((hash & 0xFFFF) >= bound) acc[4 * n + 2 * h] += d[2 * h];
-            if (hash >> 16 >= bound) acc[4 * n + 2 * h + 1] += d[2 * h + 1];
+        for (int j = 0; j < BATCH; j++) {
+          for (int q = 0; q < RANKS; q++) {
+            b[j][q] = load_shared_half(out + (8 * (first + j) + g) * L::WIDE_PITCH + 32 * q + 8 * t);
           }
-        } else {
-          for (int i = 0; i < 4; i++) acc[4 * n + i] = d[i];
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+          const int n = first + j;
+          float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          if constexpr (!(DROPOUT && BACKWARD)) {
+            for (int i = 0; i < 4; i++) d[i] = acc[4 * n + i];
+          }
+#pragma unroll
+          for (int q = 0; q < RANKS; q++) {
+            const uint32_t a[4] = {few[q][0].x, few[q][1].x, few[q][0].y, few[q][1].y};
+            Type<T>::mma(d, a, b[j][q].x, b[j][q].y);
+          }
+          if constexpr (DROPOUT && BACKWARD) {
+            for (int i = 0; i < 4; i++) {
+              if (kept[n / 8] >> (4 * n % 32 + i) & 1) acc[4 * n + i] += d[i];
+            }
+          } else {
+            for (int i = 0; i < 4; i++) acc[4 * n + i] = d[i];
+          }
         }
       }
       if constexpr (!BACKWARD) {

@@ -123,14 +123,25 @@ __device__ __forceinline__ void publish(int* word) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(word) : "memory");
 }
 
-__device__ __forceinline__ void wait_for(const int* word, int count) {
+__device__ __forceinline__ int published(const int* word) {
   int found;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
-  } while (found < count);
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
+  return found;
 }
 
-// loads: `cached` for what nobody writes during a launch, `fresh` for what programs of it have published
+// For a whole warp.
+__device__ __forceinline__ int published(const int* word, int lane) {
+  const int found = lane == 0 ? published(word) : 0;
+  __syncwarp();
+  return __shfl_sync(0xFFFFFFFFu, found, 0);
+}
+
+__device__ __forceinline__ void wait_for(const int* word, int count) {
+  while (published(word) < count) {
+  }
+}
+
+// loads: `streamed` for what nobody writes during a launch, `fresh` for what programs of it have published
 
 __device__ __forceinline__ uint4 load_streamed(const void* pointer, bool there) {
   uint4 v = make_uint4(0, 0, 0, 0);
@@ -150,14 +161,15 @@ __device__ __forceinline__ uint2 load_streamed_half(const void* pointer, bool th
   return v;
 }
 
-__device__ __forceinline__ uint4 load_fresh(const void* pointer, bool there) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (there) {
-    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(pointer)
-                 : "memory");
-  }
+__device__ __forceinline__ uint2 load_fresh_half(const void* pointer) {
+  uint2 v;
+  asm volatile("ld.global.cg.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_half(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
   return v;
 }
 

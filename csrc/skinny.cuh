@@ -55,13 +55,17 @@ __device__ void prepare_from(const Preparation& p, int task, int r, int thread) 
   const int count = i < p.length ? r : 0;
 #pragma unroll
   for (int first = 0; first < 16 * RANKS; first += 16) {
-    T values[16];
+    alignas(16) T values[16];
 #pragma unroll
     for (int k = 0; k < 16; k++) {
       const From* from = static_cast<const From*>(p.from) + i * p.long_in + (first + k) * p.rank_in;
       values[k] = first + k < count ? Type<T>::from(float(*from)) : T(0.0f);
     }
     T* to = static_cast<T*>(p.to) + i * p.long_out + first * p.rank_out;
+    if (p.rank_out == 1) {
+      for (int h = 0; h < 2; h++) reinterpret_cast<uint4*>(to)[h] = reinterpret_cast<const uint4*>(values)[h];
+      continue;
+    }
 #pragma unroll
     for (int k = 0; k < 16; k++) to[k * p.rank_out] = values[k];
   }
@@ -114,7 +118,7 @@ constexpr int STRIPE_SUMS = (SIDE_WARPS - 1) * 8 * WIDTH<RANKS> * 16 * RANKS;
 
 template <typename T, int RANKS, bool DROPOUT>
 __device__ void stripe_job(const Stripes<T>& p, const Mask& mask, int stripe, int part, float* sums, int warp, int lane) {
-  constexpr int TILES = 2 * RANKS, W = WIDTH<RANKS>, PAIRS = W / 2, STEPS = RANKS == 1 ? 2 : 1;
+  constexpr int TILES = 2 * RANKS, W = WIDTH<RANKS>, PAIRS = W / 2, STEPS = RANKS == 1 ? 4 : 1;
   const int g = lane / 4, t = lane % 4;
   const int col = stripe * 8 * W + W * g;
   const bool inside = col < p.cols;
@@ -143,13 +147,7 @@ __device__ void stripe_job(const Stripes<T>& p, const Mask& mask, int stripe, in
       for (int n = 0; n < TILES; n++) {
         // `small` is padded with zeros up to a multiple of 16 rows
         const T* from = small + int64_t(8 * n) * p.pitch + m + 16 * s;
-        few[s][n] = make_uint2(0, 0);
-        if (m + 16 * s < end) {
-          asm volatile("ld.global.cg.v2.b32 {%0, %1}, [%2];"
-                       : "=r"(few[s][n].x), "=r"(few[s][n].y)
-                       : "l"(from)
-                       : "memory");
-        }
+        few[s][n] = m + 16 * s < end ? load_fresh_half(from) : make_uint2(0, 0);
       }
     }
 #pragma unroll
