@@ -62,6 +62,20 @@ def _mix(z: int) -> int:
     return z ^ z >> 31
 
 
+def launch_dropout(
+    seed: Tensor | None, dropout_p: float, scaling: float
+) -> tuple[float, Tensor | int | None, int | None]:
+    """The kernels' scaling, seed and threshold: what dropout keeps is scaled up along with S and T.
+
+    A seed on the CPU goes along as a number; being 2⁶² or more it is always typed alike.
+    """
+    scaling = float(scaling)  # a launch is typed for a float
+    if seed is None:
+        return scaling, None, None
+    number = seed if seed.is_cuda else int(seed.item())
+    return scaling / (1.0 - dropout_p), number, threshold(dropout_p)
+
+
 def as_mask(drawn: Tensor, M: int, K: int, dropout_p: float, device: torch.device) -> Tensor:
     """The bool mask [M, K] of what `draw` gave: itself, or the kernels' mask of that seed."""
     if drawn.dtype is torch.bool:

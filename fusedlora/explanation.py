@@ -126,8 +126,9 @@ def _triton_config(x: Tensor, call: backends.Call) -> str:
 
 
 def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
-    from fusedlora.kernels.launch import num_terms, row_major, skinny_rows
-    from fusedlora.kernels.memory import device_memory
+    from fusedlora.kernels.launch import num_terms
+
+    from .memory import device_memory, row_major, skinny_rows
 
     copies = []
     if row_major(x) is not x:

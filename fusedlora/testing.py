@@ -140,7 +140,7 @@ def run(linear: Callable[..., Tensor], inputs: Inputs, **settings: object) -> di
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Inside, whatever torch.empty and Tensor.new_empty give starts as NaN, and launches share no memory."""
-    from fusedlora.kernels.memory import Reused
+    from .memory import Reused
 
     empty, new_empty = torch.empty, Tensor.new_empty
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import BackwardConfig, Problem, backward_config
+from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import (
     CONVERTED,
     DONE,
@@ -31,13 +32,10 @@ from fusedlora.kernels.launch import (
     alignment,
     common_constants,
     device_facts,
-    launch_dropout,
     num_terms,
-    row_major,
     separate,
-    skinny_rows,
 )
-from fusedlora.kernels.memory import Workspace, device_memory
+from fusedlora.memory import Workspace, device_memory, row_major, skinny_rows
 from fusedlora.schedule import SCHEDULED, backward_schedule, cdiv
 
 

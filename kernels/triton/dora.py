@@ -24,9 +24,8 @@ from fusedlora.kernels.launch import (
     Launcher,
     alignment,
     device_facts,
-    skinny_rows,
 )
-from fusedlora.kernels.memory import device_memory
+from fusedlora.memory import device_memory, skinny_rows
 from fusedlora.schedule import cdiv
 
 # Where |gain| is below this, u is computed again rather than taken as (y - bias) / gain: y's rounding, divided by a

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import ForwardConfig, Problem, forward_config
+from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
     Launcher,
@@ -14,13 +15,10 @@ from fusedlora.kernels.launch import (
     alignment,
     common_constants,
     device_facts,
-    launch_dropout,
     num_terms,
-    row_major,
     separate,
-    skinny_rows,
 )
-from fusedlora.kernels.memory import Workspace, device_memory
+from fusedlora.memory import Workspace, device_memory, row_major, skinny_rows
 from fusedlora.schedule import SCHEDULED, forward_schedule
 
 

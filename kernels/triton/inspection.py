@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from fusedlora.kernels import backward, dora, forward
 from fusedlora.kernels.launch import Launcher
-from fusedlora.kernels.memory import StreamMemory
+from fusedlora.memory import StreamMemory
 
 # SMs of a typical GPU of each compute capability: A100, A10, RTX 4090, H100, B200, RTX 5090.
 TYPICAL_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}

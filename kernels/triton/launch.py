@@ -10,10 +10,9 @@ import torch
 import triton
 from triton.runtime import _allocation
 
-from fusedlora import dropout
 from fusedlora.config import block_r
 from fusedlora.kernels.common import INTERPRET, PAIRED, PLAIN
-from fusedlora.kernels.memory import DeviceMemory, StreamMemory, Workspace
+from fusedlora.memory import DeviceMemory, StreamMemory, Workspace
 
 # Triton keeps the launch of a compiled kernel to itself. These versions were read; 3.6 and 3.9 were also run.
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -114,7 +113,7 @@ class LaunchPlan:
         seed: torch.Tensor | int | None,
         threshold: int | None,
     ) -> None:
-        """scaling, seed and threshold are those of `launch_dropout`."""
+        """scaling, seed and threshold are those of `dropout.launch_dropout`."""
         stream = self.memory.of_current_stream()
         workspace = self.workspace
         # the second of two launches reads what the first left, when another thread may have launched between them
@@ -136,40 +135,9 @@ def device_facts(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-def row_major(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where a tensor-map descriptor can read it, else a contiguous copy.
-
-    A descriptor needs unit stride in a row, a 16-byte aligned base and row strides of whole 16 bytes.
-    """
-    row, last = tensor.stride()
-    if last == 1 and row >= tensor.shape[1] and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0:
-        return tensor
-    copy = tensor.contiguous()
-    return copy.clone() if copy.data_ptr() % 16 else copy
-
-
-def skinny_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """lora_A or lora_B as the kernels index them, in packed rows."""
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
 def rank_alignment(r: int) -> int:
     """The largest power of two up to 16 that divides the rank: how many adjacent ranks one load may take."""
     return min(16, r & -r)
-
-
-def launch_dropout(
-    seed: torch.Tensor | None, dropout_p: float, scaling: float
-) -> tuple[float, torch.Tensor | int | None, int | None]:
-    """The kernels' scaling, seed and threshold: what dropout keeps is scaled up along with S and T.
-
-    A seed on the CPU goes along as a number; being 2⁶² or more it is always typed alike.
-    """
-    scaling = float(scaling)  # a launch is typed for a float
-    if seed is None:
-        return scaling, None, None
-    number = seed if seed.is_cuda else seed.item()
-    return scaling / (1.0 - dropout_p), number, dropout.threshold(dropout_p)
 
 
 def mask_method(capability: int) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from fusedlora import backends
+from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.backward import backward_plan
 from fusedlora.kernels.forward import forward_plan
-from fusedlora.kernels.launch import LaunchPlan, launch_dropout
+from fusedlora.kernels.launch import LaunchPlan
 from fusedlora.ops import dispatched
 from fusedlora.plans import Given, Plan, Saved, aligned, packed
 

@@ -17,7 +17,7 @@ from fusedlora.dora import dora_linear
 from fusedlora.kernels import launch
 from fusedlora.kernels.common import INTERPRET
 from fusedlora.kernels.dora import LEAST_GAIN, LEAST_GAIN_BESIDE_BIAS, dora_gain, dora_scale
-from fusedlora.kernels.memory import device_memory
+from fusedlora.memory import device_memory
 from fusedlora.testing import error_ratios, make_inputs, poisoned_memory, relative_error
 
 pytestmark = pytest.mark.skipif(

@@ -17,7 +17,7 @@ import triton
 import fusedlora
 from fusedlora import dropout, plans
 from fusedlora.kernels import backward, forward, launch
-from fusedlora.kernels.memory import SLAB_WORDS, device_memory
+from fusedlora.memory import SLAB_WORDS, device_memory
 from fusedlora.testing import (
     Inputs,
     eager_peft,

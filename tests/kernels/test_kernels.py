@@ -249,7 +249,7 @@ def test_no_rows() -> None:
 
 
 def test_words_are_zero_after_a_launch() -> None:
-    from fusedlora.kernels.memory import device_memory
+    from fusedlora.memory import device_memory
 
     i = make_inputs(200, 64, 72, 16, HALF, device=DEVICE, bias=False)
     launch_both(Case(200, 64, 72, 16), i, True)

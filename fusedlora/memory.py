@@ -1,4 +1,7 @@
-"""Device memory that launches share or hand back: synchronisation words, descriptors' scratch, workspaces."""
+"""What launchers need of memory: tensors as the kernels read them, and what launches share or hand back.
+
+The latter are synchronisation words, descriptors' scratch and workspaces. Nothing here imports triton.
+"""
 
 from __future__ import annotations
 
@@ -155,3 +158,20 @@ class Workspace:
             else memory[start : start + piece[1] * piece[0].itemsize].view(piece[0])
             for piece, start in zip(self.pieces, self.starts)
         ]
+
+
+def row_major(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where a tensor-map descriptor can read it, else a contiguous copy.
+
+    A descriptor needs unit stride in a row, a 16-byte aligned base and row strides of whole 16 bytes.
+    """
+    row, last = tensor.stride()
+    if last == 1 and row >= tensor.shape[1] and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0:
+        return tensor
+    copy = tensor.contiguous()
+    return copy.clone() if copy.data_ptr() % 16 else copy
+
+
+def skinny_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """lora_A or lora_B as the kernels index them, in packed rows."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
