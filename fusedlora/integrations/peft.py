@@ -1,4 +1,4 @@
-"""fusedlora as the backend of PEFT: three doors to one forward for `peft.tuners.lora.Linear`.
+"""fusedlora as the backend of PEFT: three doors to one forward for `peft.tuners.lora.Linear` and its quantised kin.
 
     fuse(model)        the LoRA layers of a model that exists; unfuse(model) takes it back
     register(config)   those that PEFT makes from this LoraConfig
@@ -11,9 +11,7 @@ dropout draws another mask from the same seed; the x of a layer must not be chan
 where PEFT would have kept a copy in the adapter's dtype.
 """
 
-import threading
 from collections import Counter
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -24,15 +22,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import backends
+from ..dense_buffers import release_buffers as release_buffers
 from ..dora import dora_linear
 from ..functional import lora_linear
 from ..layer_options import with_lora_bias
+from ..quantised import QuantisedWeight, quantised_lora_linear
+from .peft_kinds import CLASSES, DISPATCHERS, KINDS, Kind, add_kind, load_kinds, require_stock_forwards
+from .peft_kinds import disable as disable
+from .peft_kinds import enable as enable
 from .peft_report import Report, make_report
 from .peft_rule import parts_or_reason
+from .rule import FORMATS
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_Class: Any = StockLinear  # whose forward is assigned to
-
 _stock_forward: Any = StockLinear.forward
 _LAST = "_fusedlora_last"  # in a layer's __dict__: the backend of its last fused call, or (reason,) after a stock one
 
@@ -41,27 +43,38 @@ _LAST = "_fusedlora_last"  # in a layer's __dict__: the backend of its last fuse
 calls: Counter[str] = Counter()
 
 
-def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """x [..., in_features] -> [..., out_features]: the fused call where the rule allows it, else PEFT's forward."""
-    found = "the call has extra arguments" if args or kwargs else parts_or_reason(self, x, CLASSES)
-    eager = not torch.compiler.is_compiling()
-    if isinstance(found, str):
+def forward_over(stock_forward: Any) -> Any:
+    """The forward that stands in for `stock_forward`, that of one of PEFT's classes."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in_features] -> [..., out_features]: the fused call where the rule allows it, else PEFT's forward."""
+        found = "the call has extra arguments" if args or kwargs else parts_or_reason(self, x, CLASSES)
+        eager = not torch.compiler.is_compiling()
+        if isinstance(found, str):
+            if eager:
+                self.__dict__[_LAST] = (found,)
+                calls[found] += 1
+            stock_y: Tensor = stock_forward(self, x, *args, **kwargs)
+            return stock_y
+        weight, bias, lora_A, lora_B, lora_bias, magnitude, scaling, dropout_p = found
+        if lora_bias is not None:
+            bias = with_lora_bias(bias, lora_bias, scaling, weight.dtype)
+        if isinstance(weight, QuantisedWeight):
+            y = quantised_lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p)
+            y = y if y.dtype is x.dtype else y.to(x.dtype)  # under autocast too a quantised base has x's dtype
+        elif magnitude is None:
+            y = lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p)
+        else:
+            y = dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling)
         if eager:
-            self.__dict__[_LAST] = (found,)
-            calls[found] += 1
-        stock: Tensor = _stock_forward(self, x, *args, **kwargs)
-        return stock
-    weight, bias, lora_A, lora_B, lora_bias, magnitude, scaling, dropout_p = found
-    if lora_bias is not None:
-        bias = with_lora_bias(bias, lora_bias, scaling, weight.dtype)
-    if magnitude is None:
-        y = lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p)
-    else:
-        y = dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling)
-    if eager:
-        self.__dict__[_LAST] = backends.last_used
-        calls["fused"] += 1
-    return y
+            self.__dict__[_LAST] = backends.last_used
+            calls["fused"] += 1
+        return y
+
+    return forward
+
+
+forward = forward_over(_stock_forward)
 
 
 class Linear(StockLinear):
@@ -73,11 +86,13 @@ class Linear(StockLinear):
         return "fusedlora"
 
 
-CLASSES = (StockLinear, Linear)
+add_kind(Kind(StockLinear, Linear, _stock_forward))
 
 
 def fuse(model: _Model) -> _Model:
     """Gives the fused forward to every LoRA layer of `model` that is exactly a peft.tuners.lora.Linear; in place.
+
+    Or exactly a Linear4bit, Linear8bitLt or TorchaoLoraLinear, PEFT's layers over quantised weights.
 
     Only their class changes. Other LoRA layers stay as they are, and `report` names them. To be called before
     fully_shard and before hooks that replace a layer's forward, as accelerate's do.
@@ -85,12 +100,13 @@ def fuse(model: _Model) -> _Model:
     Returns `model`. Raises ValueError where it has no such layer, RuntimeError where another library has replaced
     PEFT's forward.
     """
-    _require_peft_forward()
+    load_kinds()
+    require_stock_forwards()
     layers = [module for module in model.modules() if type(module) in CLASSES]
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without a peft.tuners.lora.Linear: nothing to fuse")
     for layer in layers:
-        layer.__class__ = Linear  # type: ignore[assignment]
+        layer.__class__ = CLASSES[type(layer)].fused
     return model
 
 
@@ -99,10 +115,11 @@ def unfuse(model: _Model) -> _Model:
 
     Raises RuntimeError for layers that fully_shard has given another class.
     """
+    ours = tuple(kind.fused for kind in KINDS)
     for name, module in model.named_modules():
-        if type(module) is Linear:
-            module.__class__ = StockLinear  # type: ignore[assignment]
-        elif isinstance(module, Linear):
+        if type(module) in ours:
+            module.__class__ = CLASSES[type(module)].stock
+        elif isinstance(module, ours):
             raise RuntimeError(f"{name} is a {type(module).__name__}: unfuse before fully_shard")
         if isinstance(module, LoraLayer):
             module.__dict__.pop(_LAST, None)
@@ -110,13 +127,14 @@ def unfuse(model: _Model) -> _Model:
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """Has PEFT make fused layers from `config`, for base layers that are exactly nn.Linear with plain weights.
+    """Has PEFT make fused layers from `config`, over plain nn.Linear and over the quantised bases that `fuse` knows.
 
-    All others (quantised, Conv1D, subclasses) go to PEFT's own dispatchers or to other custom modules of the config.
+    All others (Conv1D, subclasses) go to PEFT's own dispatchers or to other custom modules of the config.
     Nothing of this is saved with the config. Returns `config`. Raises ValueError where it has a custom module for
     nn.Linear already, RuntimeError where another library has replaced PEFT's forward.
     """
-    _require_peft_forward()
+    load_kinds()
+    require_stock_forwards()
     modules: dict[Any, Any] = {} if config._custom_modules is None else config._custom_modules
     other = modules.get(nn.Linear)
     if other is not None and not isinstance(other, _Factory):
@@ -142,73 +160,19 @@ class _Factory:
             if make is not self and isinstance(base, kind):  # whose turn it were, had nn.Linear not matched first
                 made: nn.Module | None = make(target, adapter_name, **kwargs)
                 return made
+        return self._quantised(base, target, adapter_name, config, kwargs)
+
+    def _quantised(
+        self, base: nn.Module, target: nn.Module, adapter_name: str, config: Any, kwargs: dict[str, Any]
+    ) -> nn.Module | None:
+        """What PEFT's dispatchers make of a base that is quantised in a known way, fused."""
+        if type(base) in FORMATS or type(getattr(base, "weight", None)) in FORMATS:
+            options = {**kwargs, "config": config}
+            for dispatch in DISPATCHERS:
+                made = dispatch(target, adapter_name, **options)
+                if made is not None:
+                    return fuse(made)
         return None
-
-
-class _Hold:
-    """What enable() returns: `with` it, to end at the block's end what this call began."""
-
-    def __enter__(self) -> "_Hold":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with _lock:
-            if self in _holds:
-                _end({self})
-
-
-_lock = threading.RLock()
-_holds: set[_Hold] = set()  # the calls of enable() that are not ended yet
-
-
-def enable() -> _Hold:
-    """Fuses every peft.tuners.lora.Linear of this process, also in models made later, until disable().
-
-    `with enable():` ends it at the block's end, unless another enable() is still on. To be called before
-    torch.compile: what is compiled already stays as it is. Raises RuntimeError where another library has replaced
-    PEFT's forward.
-    """
-    hold = _Hold()
-    with _lock:
-        _require_peft_forward()
-        _Class.forward = forward
-        _holds.add(hold)
-    return hold
-
-
-def disable() -> None:
-    """Ends every enable(). Layers of `fuse` and `register` stay fused.
-
-    Raises RuntimeError where another library has replaced the forward since.
-    """
-    with _lock:
-        _end(set(_holds))
-
-
-def _end(holds: set[_Hold]) -> None:
-    if holds and holds == _holds:
-        _require_peft_forward()
-        _Class.forward = _stock_forward
-    _holds.difference_update(holds)
-
-
-def _require_peft_forward() -> None:
-    """Raises where peft.tuners.lora.Linear.forward is neither PEFT's own nor ours."""
-    found = StockLinear.forward
-    if _stock_forward.__code__.co_filename != LoraLayer.update_layer.__code__.co_filename:
-        found = _stock_forward  # it was replaced before this module was imported
-    elif found is _stock_forward or found is forward:
-        return
-    raise RuntimeError(
-        f"peft.tuners.lora.Linear.forward has been replaced by {_where(found)}: "
-        "fusedlora does not go over another library's patch; turn it off first"
-    )
-
-
-def _where(function: Any) -> str:
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
 
 
 def why_not(layer: nn.Module, x: Tensor | None = None, *args: Any, **kwargs: Any) -> str | None:
@@ -218,10 +182,12 @@ def why_not(layer: nn.Module, x: Tensor | None = None, *args: Any, **kwargs: Any
     """
     if not isinstance(layer, LoraLayer):
         return f"it is a {type(layer).__module__}.{type(layer).__qualname__}, no LoRA layer of PEFT"
-    if type(layer).forward is not forward and type(layer) is StockLinear:
+    load_kinds()
+    kind = CLASSES.get(type(layer))
+    if kind is not None and kind.stock is type(layer) and type(layer).forward is not kind.fused.forward:
         return "neither fuse(model), register(config) nor enable() has been called"
-    replaced = layer.__dict__.get("forward")
-    if replaced is not None and getattr(layer.__dict__.get("_old_forward"), "__func__", None) is not forward:
+    inner = getattr(layer.__dict__.get("_old_forward"), "__func__", None)
+    if "forward" in layer.__dict__ and inner is not type(layer).forward:
         return "the layer has a forward of its own, as accelerate's hooks give it: fuse before adding them"
     if args or kwargs:
         return "the call has extra arguments"

@@ -1,8 +1,9 @@
 """Which calls of PEFT's LoRA layers are fused: one rule, read afresh at each call."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
+import torch
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -11,13 +12,16 @@ from torch.nn import Linear, Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dora import WITH_DROPOUT
-from .rule import dropout_rate, hooked, is_one_of, name_of, tensors_reason, x_reason
+from ..quantised import QuantisedWeight
+from .rule import FORMATS, dropout_rate, hooked, is_one_of, name_of, tensors_reason, x_reason
 
 # weight, bias, lora_A, lora_B, lora_bias, magnitude, scaling, dropout_p
-Parts = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, float | Tensor, float]
+Parts = tuple[
+    Tensor | QuantisedWeight, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, float | Tensor, float
+]
 
 
-def parts_or_reason(layer: Any, x: Any, classes: tuple[type, ...]) -> Parts | str:
+def parts_or_reason(layer: Any, x: Any, classes: Container[type]) -> Parts | str:
     """What the fused call of `layer` on x takes, or why the call stays PEFT's.
 
     x None leaves out what depends on it. `classes` are the layer's classes whose forward is known to be PEFT's.
@@ -45,15 +49,24 @@ def parts_or_reason(layer: Any, x: Any, classes: tuple[type, ...]) -> Parts | st
     dropout = modules["lora_dropout"]._modules[active]
     scaling = layer.scaling[active]
 
-    if type(base) is not Linear or type(A) is not Linear or type(B) is not Linear:
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    quantised = FORMATS.get(type(base)) or FORMATS.get(type(weight))
+    if (type(base) is not Linear and not quantised) or type(A) is not Linear or type(B) is not Linear:
         name, module = next(pair for pair in _named(base, A, B) if type(pair[1]) is not Linear)
         return f"{name} is a {name_of(type(module))}, not exactly an nn.Linear"
+    if quantised:
+        if torch.compiler.is_compiling():
+            return "base_layer is quantised, under torch.compile"
+        if active in layer.lora_variant:
+            return "base_layer is quantised, and the adapter is a variant of LoRA"
+        weight = quantised(base, x)
+        if isinstance(weight, str):
+            return weight
     dropout_p = dropout_rate(dropout)
     if isinstance(dropout_p, str):
         return dropout_p
     called: tuple[nn.Module, ...] = (base, A, B, dropout)
 
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     lora_A, lora_B = A._parameters.get("weight"), B._parameters.get("weight")
     lora_bias = B._parameters.get("bias")
     magnitude = None

@@ -1,6 +1,6 @@
 """What the rules of the libraries share: which modules, tensors and x a fused call takes the place of."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -9,8 +9,15 @@ from torch.autograd import forward_ad
 from torch.nn import Dropout, Identity, Parameter
 
 from ..backends import autocast_dtype
+from ..quantised import QuantisedWeight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# By the class of a base linear or of its weight: (base, x or None) -> its quantised weight, or why it is not taken.
+FORMATS: dict[type, Callable[[Any, Tensor | None], QuantisedWeight | str]] = {}
+
+
+_WEIGHTS = (Parameter, QuantisedWeight)
 
 
 def dropout_rate(dropout: nn.Module) -> float | str:
@@ -40,16 +47,16 @@ def tensors_reason(
     weight: Any, lora_A: Any, lora_B: Any, scaling: Any, vectors: Iterable[Tensor | None] = ()
 ) -> str | None:
     """Why these are not a layer's tensors as lora_linear takes them. `vectors` lie along out_features."""
-    if type(weight) is not Parameter or type(lora_A) is not Parameter or type(lora_B) is not Parameter:
+    if type(weight) not in _WEIGHTS or type(lora_A) is not Parameter or type(lora_B) is not Parameter:
         given = zip(("base_layer", "lora_A", "lora_B"), (weight, lora_A, lora_B))
-        name, tensor = next(pair for pair in given if type(pair[1]) is not Parameter)
+        name, tensor = next(pair for pair in given if type(pair[1]) not in _WEIGHTS)
         return f"{name}'s weight is no plain Parameter but a {name_of(type(tensor))}"
-    if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
+    if len(weight.shape) != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         return "a weight is not 2-d, as a partitioned one (ZeRO-3) is not"
     (N, K), r = weight.shape, lora_A.shape[0]
     if lora_A.shape[1] != K or lora_B.shape != (N, r) or not (r and N and K):
         return f"the shapes of weight {(N, K)}, lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)} do not fit"
-    if weight.layout is not strided:
+    if type(weight) is Parameter and weight.layout is not strided:
         return f"weight has layout {weight.layout}"
     device, dtype, param_dtype = weight.device, weight.dtype, lora_A.dtype
     if device.type == "meta":
@@ -74,7 +81,7 @@ def tensors_reason(
     return None
 
 
-def x_reason(x: Any, weight: Tensor, param_dtype: torch.dtype, bias: Tensor | None) -> str | None:
+def x_reason(x: Any, weight: Tensor | QuantisedWeight, param_dtype: torch.dtype, bias: Tensor | None) -> str | None:
     """Why a call on this x, here and now, is none of lora_linear's; adapters in fp32 may have a narrower x."""
     K, weight_dtype, device = weight.shape[1], weight.dtype, weight.device
     if type(x) is not Tensor and type(x) is not Parameter:
@@ -107,7 +114,7 @@ def x_reason(x: Any, weight: Tensor, param_dtype: torch.dtype, bias: Tensor | No
     return None
 
 
-def is_one_of(kind: type, classes: tuple[type, ...]) -> bool:
+def is_one_of(kind: type, classes: Container[type]) -> bool:
     """Whether `kind` is one of the classes, or what fully_shard made of one: its hooks lie on the layer itself."""
     if kind in classes:
         return True

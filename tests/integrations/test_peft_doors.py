@@ -1,6 +1,7 @@
 """fuse, register and enable; what why_not and report say, and the modules that a fused call must not go past."""
 
 import copy
+import dataclasses
 import importlib.util
 import pickle
 import re
@@ -19,6 +20,8 @@ _spec = importlib.util.spec_from_file_location("peft_sides", Path(__file__).with
 assert _spec is not None and _spec.loader is not None
 sides = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
 _spec.loader.exec_module(sides)
+from fusedlora.integrations import peft_kinds  # noqa: E402
+
 backend = sides.backend
 Case = sides.Case
 Stock, Fused = backend.StockLinear, backend.Linear
@@ -257,7 +260,10 @@ def test_a_patch_from_before_the_import_is_refused(model: Any, monkeypatch: pyte
     def theirs(self: Any, x: Any) -> Any:
         return x
 
-    monkeypatch.setattr(backend, "_stock_forward", theirs)
+    kind = backend.KINDS[0]
+    assert kind.stock is Stock
+    patched = dataclasses.replace(kind, stock_forward=theirs)
+    monkeypatch.setattr(peft_kinds, "KINDS", [patched, *backend.KINDS[1:]])
     with pytest.raises(RuntimeError, match="replaced by .*theirs"):
         backend.fuse(model)
 
