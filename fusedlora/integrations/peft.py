@@ -166,10 +166,11 @@ class _Factory:
         self, base: nn.Module, target: nn.Module, adapter_name: str, config: Any, kwargs: dict[str, Any]
     ) -> nn.Module | None:
         """What PEFT's dispatchers make of a base that is quantised in a known way, fused."""
+        load_kinds()
         if type(base) in FORMATS or type(getattr(base, "weight", None)) in FORMATS:
-            options = {**kwargs, "config": config}
+            options = {key: value for key, value in kwargs.items() if key != "config"}
             for dispatch in DISPATCHERS:
-                made = dispatch(target, adapter_name, **options)
+                made = dispatch(target, adapter_name, config, **options)
                 if made is not None:
                     return fuse(made)
         return None

@@ -123,7 +123,14 @@ def _decode_eight_bit(absmax: Tensor, packed: Tensor, out: Tensor | None) -> Ten
     return out
 
 
-FORMATS.update(dict.fromkeys((Base4bit, LinearNF4, LinearFP4), four_bit))
+def _dispatch(target: Any, adapter_name: str, config: Any, **options: Any) -> Any:
+    """PEFT's two; before peft 0.19 they want no config."""
+    made = dispatch_bnb_8bit(target, adapter_name, config=config, **options)
+    return dispatch_bnb_4bit(target, adapter_name, config=config, **options) if made is None else made
+
+
+if hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):  # from bitsandbytes 0.46 on
+    FORMATS.update(dict.fromkeys((Base4bit, LinearNF4, LinearFP4), four_bit))
 FORMATS[Base8bitLt] = eight_bit
-add_kind(Kind(StockLinear4bit, Linear4bit, _forward4), dispatch_bnb_4bit)
-add_kind(Kind(StockLinear8bitLt, Linear8bitLt, _forward8), dispatch_bnb_8bit)
+add_kind(Kind(StockLinear4bit, Linear4bit, _forward4), _dispatch)
+add_kind(Kind(StockLinear8bitLt, Linear8bitLt, _forward8))

@@ -38,7 +38,8 @@ class Kind:
 
 
 KINDS: list[Kind] = []
-DISPATCHERS: list[Any] = []  # PEFT's, that make layers of the kinds over quantised weights
+# Those of PEFT that make layers over quantised weights: (target, adapter_name, config, **options) -> a layer or None.
+DISPATCHERS: list[Any] = []
 CLASSES: dict[type, Kind] = {}  # by both of their classes
 
 

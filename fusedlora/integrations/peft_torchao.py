@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.lora.torchao import TorchaoLoraLinear as StockLinear
 from peft.tuners.lora.torchao import dispatch_torchao
 from torch import Tensor
-from torchao.quantization import Float8Tensor, Int8Tensor
+from torchao import quantization
 
 from ..backends import autocast_dtype
 from ..quantised import QuantisedWeight
@@ -46,5 +46,7 @@ def _decode(packed: Any, out: Tensor | None) -> Tensor:
     return dense
 
 
-FORMATS.update(dict.fromkeys((Int8Tensor, Float8Tensor), weight_only))
+for _name in ("Int8Tensor", "Float8Tensor"):  # of the torchao that is installed
+    if hasattr(quantization, _name):
+        FORMATS[getattr(quantization, _name)] = weight_only
 add_kind(Kind(StockLinear, TorchaoLoraLinear, _stock_forward), dispatch_torchao)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import fusedlora.integrations.peft as backend
@@ -123,7 +124,7 @@ def with_masks(model: nn.Module, masks: list[Tensor], p: float) -> nn.Module:
     """The stock model with its dropout replaced by these masks, for one forward: the layers are called in order."""
     rest = list(masks)
     for module in model.modules():
-        if isinstance(module, backend.StockLinear):
+        if isinstance(module, LoraLayer):
             for name in list(module.lora_dropout):
                 module.lora_dropout[name] = FixedDropout(rest, p)
     return model
