@@ -24,6 +24,8 @@ MASKED_PER_US = 25e3
 STEP_US = 1.5
 # More parts than this would write more partial sums than the balance is worth.
 MAX_PARTS = 16
+# Rounds of tiles looked at one by one; a launch of more is looked at in steps, which takes less of the host's time.
+MAX_ROUNDS = 64
 # Synchronisation words of a launch before those that count row blocks and parts.
 FIXED_WORDS = 5
 # The kernels' arguments that a schedule gives.
@@ -35,7 +37,7 @@ class Schedule:
     """Run-time counts of one launch.
 
     `num_tasks` shrink tasks, which come before all else, share the first `shared_blocks` row blocks; `side_programs`
-    programs take the others while `tile_programs` compute tiles. `parts`: of a stripe of dA or dB.
+    more tasks take the others while `tile_programs` programs compute tiles. `parts`: of a stripe of dA or dB.
     """
 
     num_programs: int
@@ -84,95 +86,106 @@ def job_us(p: Problem, c: BackwardConfig, parts: int, streaming: int = 1) -> flo
     return cdiv(p.M, parts) * c.STRIPE_N * (p.itemsize / rate + p.dropout / MASKED_PER_US) + 2 * STEP_US
 
 
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """How the row blocks might be spread; see Schedule."""
+def _alternatives(whole: Schedule, blocks: int, num_tiles: int) -> Iterator[Schedule]:
+    """Other ways to spread the row blocks than `whole`.
 
-    num_tasks: int
-    shared_blocks: int
-    side_programs: int
-    tile_programs: int
-
-
-def _splits(blocks: int, num_tiles: int, num_programs: int) -> Iterator[_Split]:
-    """Candidates. Tiles take `waves` rounds; programs that the last round leaves without one may do without tiles."""
-    waves = cdiv(num_tiles, num_programs)
-    free = num_programs - cdiv(num_tiles, waves)
-    late = -num_tiles % num_programs  # programs that have a tile less than the others
-    for tasks in {late, blocks, cdiv(blocks, 2)}:
+    Tiles come in rounds of one a program. Either some tasks take all blocks before their programs' tiles, as many as
+    the last round leaves without one; or that last round is shortened: programs that it does not need compute no tiles
+    at all and take the blocks, or what of them is not shared, beside the others.
+    """
+    programs = whole.num_programs
+    rounds = cdiv(num_tiles, programs)
+    idle = -num_tiles % programs  # in the last round
+    for tasks in {idle, blocks, cdiv(blocks, 2)}:
         if tasks:
-            yield _Split(min(tasks, blocks, num_programs), blocks, 0, num_programs)
-    for side in {free, max(1, free // 2), cdiv(free, 2) + 1, num_programs - cdiv(num_tiles, waves + 1)}:
-        if not 0 < side < num_programs:
+            yield dataclasses.replace(whole, num_tasks=min(tasks, blocks, programs))
+    free = programs - cdiv(num_tiles, rounds)
+    for side in {free, max(1, free // 2), cdiv(free, 2) + 1, programs - cdiv(num_tiles, rounds + 1)}:
+        if not 0 < side < programs:
             continue
         for eighth in range(8):
             shared = blocks * eighth // 8
-            yield _Split(min(shared, num_programs), shared, min(side, blocks - shared), num_programs - side)
+            yield dataclasses.replace(
+                whole,
+                num_tasks=min(shared, programs),
+                shared_blocks=shared,
+                side_programs=min(side, blocks - shared),
+                tile_programs=programs - side,
+            )
 
 
-def _finish(p: Problem, c: ForwardConfig, s: _Split, num_tiles: int, num_programs: int, jobs: int, parts: int) -> float:
-    """Microseconds until a launch so spread ends."""
+def _end_us(p: Problem, c: ForwardConfig, s: Schedule, num_tiles: int, jobs: int) -> float:
+    """Microseconds until a launch so scheduled ends."""
     tile, tiles_n, blocks = tile_us(p, c), cdiv(p.out, c.BLOCK_N), cdiv(p.M, c.SHRINK_M)
-    shared_us, side_us = shrink_us(p, c, s.num_tasks), shrink_us(p, c, s.side_programs)
-    rounds = cdiv(s.shared_blocks, s.num_tasks) if s.num_tasks else 0
-    begin = rounds * shared_us
-    side_begin = begin if s.num_tasks > num_programs - s.side_programs else 0.0
-    side_end = side_begin + cdiv(blocks - s.shared_blocks, s.side_programs) * side_us if s.side_programs else 0.0
-    waves = cdiv(num_tiles, s.tile_programs)
-    late = waves * s.tile_programs - num_tiles
-    # Tasks come before a program's tiles, of which those that come late have one less.
-    hidden = s.num_tasks <= late + s.side_programs
-    now = 0.0 if hidden else begin
-    for wave in range(waves):
-        last = min((wave + 1) * s.tile_programs, num_tiles) - 1
+    rounds = cdiv(num_tiles, s.tile_programs)
+    idle = rounds * s.tile_programs - num_tiles  # of those that compute tiles, in their last round
+
+    # Row blocks: those of the tasks, and those of the side programs, which begin late where tasks were left for them.
+    task_us, side_us = shrink_us(p, c, s.num_tasks), shrink_us(p, c, s.side_programs)
+    shared_end = cdiv(s.shared_blocks, s.num_tasks) * task_us if s.num_tasks else 0.0
+    side_begin = shared_end if s.num_tasks > s.num_programs - s.side_programs else 0.0
+    side_end = side_begin
+    if s.side_programs:
+        side_end += cdiv(blocks - s.shared_blocks, s.side_programs) * side_us
+
+    # Tiles, round by round, when their rows are there. Tasks that only idle and side programs have delay nobody.
+    hidden = s.num_tasks <= idle + s.side_programs
+    end = 0.0 if hidden else shared_end
+    step = max(1, rounds // MAX_ROUNDS)
+    for begin in range(0, rounds, step):
+        last = min((begin + step) * s.tile_programs, num_tiles) - 1
         row = min(p.M, (last // (tiles_n * c.GROUP_M) + 1) * c.GROUP_M * c.BLOCK_M)
         block = cdiv(row, c.SHRINK_M) - 1
         if block < s.shared_blocks:
-            ready = (block // s.num_tasks + 1) * shared_us
+            ready = (block // s.num_tasks + 1) * task_us
         else:
             ready = side_begin + ((block - s.shared_blocks) // s.side_programs + 1) * side_us
-        now = max(now + tile, ready)
+        end = max(end + min(step, rounds - begin) * tile, ready)
     if hidden:
-        now = max(now, begin + (waves - 1) * tile)
+        end = max(end, shared_end + (rounds - 1) * tile)
     if not jobs:
-        return max(now, side_end)
+        return max(end, side_end)
+
+    # Jobs: some beside the tiles, by side programs and idle ones, the others when all are free.
     assert isinstance(c, BackwardConfig)
-    each = job_us(p, c, parts)
-    beside = s.side_programs * max(0.0, now - max(side_end, begin)) // each
-    if s.num_tasks < late:
-        beside += (late - s.num_tasks) * (tile // each)
+    job = job_us(p, c, s.parts)
+    beside = s.side_programs * max(0.0, end - max(side_end, shared_end)) // job
+    if s.num_tasks < idle:
+        beside += (idle - s.num_tasks) * (tile // job)
     left = max(0, jobs - int(beside))
-    return max(now, side_end) + (cdiv(left, num_programs) * job_us(p, c, parts, min(left, num_programs)))
-
-
-def _place(p: Problem, c: ForwardConfig, num_tiles: int, num_programs: int, jobs: int, parts: int) -> _Split:
-    """How row blocks and tiles are spread: of the candidates the one that should end first."""
-    blocks = cdiv(p.M, c.SHRINK_M)
-    everyone = _Split(min(blocks, num_programs), blocks, 0, num_programs if num_tiles else 0)
-    if num_tiles == 0:
-        return everyone
-    best, least = everyone, _finish(p, c, everyone, num_tiles, num_programs, jobs, parts)
-    for split in _splits(blocks, num_tiles, num_programs):
-        us = _finish(p, c, split, num_tiles, num_programs, jobs, parts)
-        if us < 0.995 * least:
-            best, least = split, us
-    return best
+    rest = cdiv(left, s.num_programs) * job_us(p, c, s.parts, min(left, s.num_programs))
+    return max(end, side_end) + rest
 
 
 def _schedule(
-    p: Problem, c: ForwardConfig, num_programs: int, num_tiles: int, jobs: int, parts: int, words: int
+    p: Problem, c: ForwardConfig, num_tiles: int, *, jobs: int = 0, parts: int = 1, stripes: int = 0
 ) -> Schedule:
-    split = _place(p, c, num_tiles, num_programs, jobs, parts)
-    num_words = FIXED_WORDS + cdiv(p.M, max(c.BLOCK_M, c.SHRINK_M)) + words
-    return Schedule(num_programs, *dataclasses.astuple(split), num_words, parts)
+    """The schedule that should end first."""
+    blocks = cdiv(p.M, c.SHRINK_M)
+    num_programs = max(1, min(p.num_sms, num_tiles + jobs + blocks))
+    whole = Schedule(
+        num_programs,
+        num_tasks=min(blocks, num_programs),
+        shared_blocks=blocks,
+        side_programs=0,
+        tile_programs=num_programs if num_tiles else 0,
+        num_words=FIXED_WORDS + cdiv(p.M, max(c.BLOCK_M, c.SHRINK_M)) + stripes,
+        parts=parts,
+    )
+    if num_tiles == 0:
+        return whole
+    best, least = whole, _end_us(p, c, whole, num_tiles, jobs)
+    for other in _alternatives(whole, blocks, num_tiles):
+        us = _end_us(p, c, other, num_tiles, jobs)
+        if us < 0.995 * least:
+            best, least = other, us
+    return best
 
 
 @functools.lru_cache(maxsize=4096)
 def forward_schedule(p: Problem, c: ForwardConfig) -> Schedule:
     """The schedule of the forward kernel on p.num_sms programs at most."""
-    num_tiles = cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N)
-    num_programs = max(1, min(p.num_sms, num_tiles + cdiv(p.M, c.SHRINK_M)))
-    return _schedule(p, c, num_programs, num_tiles, 0, 1, 0)
+    return _schedule(p, c, cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -180,10 +193,10 @@ def backward_schedule(p: Problem, c: BackwardConfig, dx: bool, da: bool, db: boo
     """The schedule of the backward kernel: as forward, and the parts of a stripe, of about `c.stripe_rows` rows."""
     num_tiles = cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N) if dx else 0
     parts = max(1, min(MAX_PARTS, cdiv(p.M, c.stripe_rows)))
-    stripes = cdiv(p.out, c.STRIPE_N), cdiv(p.depth, c.STRIPE_N)
-    jobs = (stripes[0] * da + stripes[1] * (db and not c.FUSE_DB)) * parts
-    num_programs = max(1, min(p.num_sms, num_tiles + jobs + cdiv(p.M, c.SHRINK_M)))
-    schedule = _schedule(p, c, num_programs, num_tiles, jobs, parts, sum(stripes))
+    da_stripes, db_stripes = cdiv(p.out, c.STRIPE_N), cdiv(p.depth, c.STRIPE_N)
+    fused = c.FUSE_DB and not p.split and (dx or da)  # into the shrink tasks, where there are any
+    jobs = (da_stripes * da + db_stripes * (db and not fused)) * parts
+    schedule = _schedule(p, c, num_tiles, jobs=jobs, parts=parts, stripes=da_stripes + db_stripes)
     if not dx and not da:
         schedule = dataclasses.replace(schedule, num_tasks=0, shared_blocks=0, side_programs=0)
     return schedule

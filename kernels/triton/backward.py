@@ -134,10 +134,10 @@ def backward_kernel(
 ):  # fmt: skip
     """T = scaling · scale · dy B, rounded once; dX = dy W + T A in one fp32 accumulator; dA = Tᵀ x; dB = dyᵀ S.
 
-    SHRINK computes T in `num_tasks` tasks and on `side_programs` programs, REST everything else; with both, tiles wait
-    for their rows of T and the jobs of dA for all of it. A program computes its tiles, if its place is below
-    `tile_programs`, and then takes jobs until none is left. Programs without tiles so work on jobs while the others
-    compute: tiles leave the memory idle.
+    SHRINK computes T in `num_tasks` tasks before the tiles and `side_programs` beside them, REST everything else; with
+    both, tiles wait for their rows of T and the jobs of dA for all of it. A program computes its tiles, if its place is
+    below `tile_programs`, and then takes jobs until none is left. Programs without tiles so work on jobs while the
+    others compute: tiles leave the memory idle.
     With FUSE_DB the shrink tasks form dB from the same read of dy, a partial sum for each row block, and the jobs of
     dB only add these up; without, they are stripes like dA's. TERMS: A and B are fp32 beside a 16-bit dy, and CONVERT
     writes their terms.

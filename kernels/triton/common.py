@@ -17,11 +17,13 @@ Synchronisation words, int32, zero between launches:
     PROGRESS    row blocks published, a word for each max(BLOCK_M, SHRINK_M) rows
     then        parts of a stripe of dA or dB that are stored, a word for each stripe
 
-A ticket says what a program does: first come the conversions, then the shrink tasks that everyone shares, then the
-places: the first `side_programs` of them take what is left of the shrink tasks while the others compute tiles.
+A ticket says what a program does: first come the conversions, then the shrink tasks before the tiles, then
+`side_programs` longer ones, which take what is left of the row blocks while others compute tiles, then the places, of
+which the first `tile_programs` compute tiles. A program claims tickets until it has a place.
 
-Why nothing can deadlock: a conversion waits for nothing, a shrink task for conversions, a tile or a job for shrink
-tasks: all of them for what has a lower ticket, and so for a program that runs, however few are resident at a time.
+Why nothing can deadlock: a conversion waits for nothing, a shrink task for conversions, a tile or a job, which come
+after a place, for shrink tasks: all of them for what has a lower ticket, and so for a program that runs, however few
+are resident at a time.
 
 fp32 adapters beside a 16-bit base: the first thing that a launch does is to write A and B, and in the backward S, as
 sums of 16-bit terms, one where the products run in 16 bits anyway (autocast), else three, whose 3 × 8 bits of mantissa
@@ -42,8 +44,6 @@ EXIT = tl.constexpr(2)
 JOB = tl.constexpr(3)
 CONVERTED = tl.constexpr(4)
 PROGRESS = tl.constexpr(schedule.FIXED_WORDS)
-# The place of a program that has done its part beside the tiles.
-NOWHERE = tl.constexpr(1 << 30)
 # Elements of fp32 that one conversion takes.
 CONVERT_SIZE = tl.constexpr(4096)
 
@@ -325,10 +325,10 @@ def shrink_tasks(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
-    """From its ticket on takes shrink tasks; returns the place at which the program goes on to tiles, or NOWHERE.
+    """From its ticket on claims shrink tasks until none is left; returns the place at which the program goes on.
 
     The tickets before `first_ticket` are those of the launch's conversions. `num_tasks` tasks share the first
-    `shared_blocks` row blocks, and `side_programs` programs the others.
+    `shared_blocks` row blocks, and `side_programs` more tasks, which run beside the tiles, the others.
 
     out [M, r] = scaling · src [M, depth] @ skinny [r, depth]ᵀ, src under the mask with DROPOUT. A task takes every so
     manieth row block and publishes each. With FUSE, for one term only, the same read of src also gives
@@ -386,10 +386,7 @@ def shrink_tasks(
             linger(sync_ptr, DELAY)
             publish(sync_ptr + PROGRESS + row // max(BLOCK_M, SHRINK_M))
         publish(sync_ptr + DONE)
-        if side:
-            task = NOWHERE + num_tasks + side_programs
-        else:
-            task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed") - first_ticket
+        task = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed") - first_ticket
     return task - num_tasks - side_programs
 
 

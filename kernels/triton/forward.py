@@ -43,9 +43,9 @@ def forward_kernel(
 ):  # fmt: skip
     """S = scaling · scale · x Aᵀ, rounded once to S's dtype; y = gain ∘ (x Wᵀ + S Bᵀ) + bias, one fp32 accumulator.
 
-    SHRINK computes S in `num_tasks` tasks and on `side_programs` programs, TILES computes y on `tile_programs`; with
-    both a tile waits for its rows of S. TERMS: A and B are fp32 beside a 16-bit x, and CONVERT writes their terms.
-    R_ALIGN divides r and stride_bn.
+    SHRINK computes S in `num_tasks` tasks before the tiles and `side_programs` beside them, TILES computes y on
+    `tile_programs` programs; with both a tile waits for its rows of S. TERMS: A and B are fp32 beside a 16-bit x, and
+    CONVERT writes their terms. R_ALIGN divides r and stride_bn.
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN

@@ -2,11 +2,20 @@
 
 import dataclasses
 import itertools
+import time
 
 import pytest
 
-from fusedlora.config import SHARED_MEMORY, BackwardConfig, Problem, backward_config, check_config, forward_config
-from fusedlora.schedule import MAX_TASKS, backward_schedule, cdiv, forward_schedule
+from fusedlora.config import (
+    SHARED_MEMORY,
+    BackwardConfig,
+    ForwardConfig,
+    Problem,
+    backward_config,
+    check_config,
+    forward_config,
+)
+from fusedlora.schedule import MAX_PARTS, Schedule, backward_schedule, cdiv, forward_schedule
 
 PROBLEMS = [
     Problem(M, out, depth, r, itemsize, split, capability, num_sms)
@@ -20,16 +29,44 @@ PROBLEMS = [
 ]
 
 
+def check_schedule(p: Problem, config: ForwardConfig, s: Schedule) -> None:
+    blocks = cdiv(p.M, config.SHRINK_M)
+    assert 1 <= s.num_programs <= p.num_sms, (p, s)
+    assert 1 <= s.parts <= MAX_PARTS, (p, s)
+    # Every row block is somebody's, and nobody is without one, which would count as finished what is not.
+    assert 0 <= s.num_tasks <= s.shared_blocks <= blocks, (p, s)
+    assert (s.num_tasks == 0) == (s.shared_blocks == 0), (p, s)
+    assert 0 <= s.side_programs <= blocks - s.shared_blocks, (p, s)
+    assert (s.side_programs == 0) == (s.shared_blocks == blocks), (p, s)
+    # Every program gets a place, and the first of them compute tiles.
+    assert 1 <= s.tile_programs <= s.num_programs - s.side_programs, (p, s)
+
+
 def test_every_choice_is_valid() -> None:
     for p in PROBLEMS:
         forward, backward = forward_config(p), backward_config(p)
         check_config(forward)
         check_config(backward)
-        for schedule in (forward_schedule(p, forward), backward_schedule(p, backward, True, True, True)):
-            assert 1 <= schedule.num_tasks <= min(MAX_TASKS, cdiv(p.M, 16)), p
-            assert 1 <= schedule.tile_programs <= schedule.num_programs <= p.num_sms, p
-            # Claims leave `num_programs` places; the tiles need the first `tile_programs` of them.
-            assert schedule.num_tasks <= schedule.num_programs, p
+        check_schedule(p, forward, forward_schedule(p, forward))
+        check_schedule(p, backward, backward_schedule(p, backward, True, True, True))
+
+
+def test_a_launch_without_tiles_or_shrink_tasks() -> None:
+    p = Problem(8192, 4096, 4096, 16, 2, False, 90, 132)
+    config = backward_config(p)
+    without_dx = backward_schedule(p, config, False, True, True)
+    assert without_dx.tile_programs == 0 and without_dx.shared_blocks == cdiv(p.M, config.SHRINK_M)
+    only_db = backward_schedule(p, config, False, False, True)
+    assert only_db.counts == (0, 0, 0, 0) and only_db.num_programs == p.num_sms
+
+
+@pytest.mark.parametrize("p", [Problem(131072, 128256, 8192, 16, 2, False, 90, 132)], ids=["128k-rows-of-logits"])
+def test_a_schedule_takes_little_of_the_hosts_time(p: Problem) -> None:
+    """Each new number of rows makes its own."""
+    config = backward_config(p)
+    begin = time.perf_counter()
+    backward_schedule.__wrapped__(p, config, True, True, True)
+    assert time.perf_counter() - begin < 0.1
 
 
 def test_a_config_breaks_a_rule() -> None:
