@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       if (in_group < CLUSTER) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), in_group);
       meet(2, CONSUMERS);
       // Operands of several steps are loaded before the first of them is used.
-      constexpr int BATCH = RANKS == 1 ? 8 : 4;
+      constexpr int BATCH = RANKS == 1 ? 8 : 2;
 #pragma unroll
       for (int first = 0; first < BLOCK_N / 8; first += BATCH) {
         uint2 b[BATCH][RANKS];

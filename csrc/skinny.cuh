@@ -108,7 +108,7 @@ __device__ void put(const Stripes<T>& p, int k, int col, float value) {
 
 // Columns that one thread loads of a row.
 template <int RANKS>
-constexpr int WIDTH = RANKS <= 2 ? 8 : 4;
+constexpr int WIDTH = RANKS == 1 ? 8 : 4;
 
 __host__ __device__ inline int part_rows(int M, int parts) { return (M + 16 * parts - 1) / (16 * parts) * 16; }
 
@@ -118,7 +118,7 @@ constexpr int STRIPE_SUMS = (SIDE_WARPS - 1) * 8 * WIDTH<RANKS> * 16 * RANKS;
 
 template <typename T, int RANKS, bool DROPOUT>
 __device__ void stripe_job(const Stripes<T>& p, const Mask& mask, int stripe, int part, float* sums, int warp, int lane) {
-  constexpr int TILES = 2 * RANKS, W = WIDTH<RANKS>, PAIRS = W / 2, STEPS = RANKS == 1 ? 4 : 1;
+  constexpr int TILES = 2 * RANKS, W = WIDTH<RANKS>, PAIRS = W / 2, STEPS = RANKS > 1 ? 1 : DROPOUT ? 2 : 4;
   const int g = lane / 4, t = lane % 4;
   const int col = stripe * 8 * W + W * g;
   const bool inside = col < p.cols;
