@@ -63,8 +63,9 @@ def four_bit(base: Any, x: Tensor | None) -> QuantisedWeight | str:
     dtype = base.compute_dtype
     if not base.compute_type_is_set or dtype is None:
         return "base_layer's compute_dtype is not set: the first call sets it"
-    if base.bias is not None and base.bias.dtype is not dtype:
-        return f"base_layer's bias has dtype {base.bias.dtype}, its compute_dtype is {dtype}: a stock call converts it"
+    bias = base._parameters.get("bias")
+    if bias is not None and bias.dtype is not dtype:
+        return f"base_layer's bias has dtype {bias.dtype}, its compute_dtype is {dtype}: a stock call converts it"
     autocast = None if x is None else autocast_dtype(x)
     if autocast is not None and x is not None and (autocast is not dtype or x.dtype not in (dtype, float32)):
         return f"x has dtype {x.dtype} under autocast to {autocast}, base_layer's compute_dtype is {dtype}"
@@ -106,8 +107,9 @@ def eight_bit(base: Any, x: Tensor | None) -> QuantisedWeight | str:
             return f"x has dtype {dtype} under autocast to {autocast}, over an 8-bit base"
         if dtype not in FLOATS or dtype is torch.float64:
             return f"x has dtype {dtype} over an 8-bit base"
-        if base.bias is not None and base.bias.dtype is not dtype:
-            return f"base_layer's bias has dtype {base.bias.dtype}, x {dtype}: a stock call converts it"
+        bias = base._parameters.get("bias")
+        if bias is not None and bias.dtype is not dtype:
+            return f"base_layer's bias has dtype {bias.dtype}, x {dtype}: a stock call converts it"
     N, K = weight.shape
     return QuantisedWeight(weight, (N, K), dtype, partial(_decode_eight_bit, absmax), fills=True)
 

@@ -8,7 +8,7 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, float32, nn
-from torch.nn import Linear, Parameter
+from torch.nn import Identity, Linear, Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dora import WITH_DROPOUT
@@ -27,7 +27,7 @@ def parts_or_reason(layer: Any, x: Any, classes: Container[type]) -> Parts | str
     x None leaves out what depends on it. `classes` are the layer's classes whose forward is known to be PEFT's.
     """
     kind = type(layer)
-    if not is_one_of(kind, classes):
+    if kind not in classes and not is_one_of(kind, classes):
         return f"it is a {name_of(kind)}, not exactly a peft.tuners.lora.Linear"
     if layer._disable_adapters:
         return "adapters are disabled"
@@ -50,19 +50,14 @@ def parts_or_reason(layer: Any, x: Any, classes: Container[type]) -> Parts | str
     scaling = layer.scaling[active]
 
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    quantised = FORMATS.get(type(base)) or FORMATS.get(type(weight))
-    if (type(base) is not Linear and not quantised) or type(A) is not Linear or type(B) is not Linear:
-        name, module = next(pair for pair in _named(base, A, B) if type(pair[1]) is not Linear)
-        return f"{name} is a {name_of(type(module))}, not exactly an nn.Linear"
-    if quantised:
-        if torch.compiler.is_compiling():
-            return "base_layer is quantised, under torch.compile"
-        if active in layer.lora_variant:
-            return "base_layer is quantised, and the adapter is a variant of LoRA"
-        weight = quantised(base, x)
+    if type(base) is not Linear or type(weight) is not Parameter:
+        weight = _quantised(layer, active, base, x)
         if isinstance(weight, str):
             return weight
-    dropout_p = dropout_rate(dropout)
+    if type(A) is not Linear or type(B) is not Linear:
+        name, module = ("lora_B", B) if type(A) is Linear else ("lora_A", A)
+        return f"{name} is a {name_of(type(module))}, not exactly an nn.Linear"
+    dropout_p = 0.0 if type(dropout) is Identity else dropout_rate(dropout)
     if isinstance(dropout_p, str):
         return dropout_p
     called: tuple[nn.Module, ...] = (base, A, B, dropout)
@@ -114,6 +109,21 @@ def parts_or_reason(layer: Any, x: Any, classes: Container[type]) -> Parts | str
         if param_dtype is not x.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
             return f"casting of inputs is disabled, and lora_A has dtype {param_dtype}, x {x.dtype}"
     return weight, bias, lora_A, lora_B, lora_bias, magnitude, scaling, dropout_p
+
+
+def _quantised(layer: Any, active: str, base: Any, x: Any) -> QuantisedWeight | str:
+    """The quantised weight of the base layer, or why it is none that is known."""
+    weight = base._parameters.get("weight")
+    read = FORMATS.get(type(base)) or FORMATS.get(type(weight))
+    if read is None:
+        if type(base) is Linear:
+            return f"base_layer's weight is no plain Parameter but a {name_of(type(weight))}"
+        return f"base_layer is a {name_of(type(base))}, not exactly an nn.Linear"
+    if torch.compiler.is_compiling():
+        return "base_layer is quantised, under torch.compile"
+    if active in layer.lora_variant:
+        return "base_layer is quantised, and the adapter is a variant of LoRA"
+    return read(base, x)
 
 
 def _how_many(present: list[str]) -> str:

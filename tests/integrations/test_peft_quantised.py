@@ -1,6 +1,7 @@
 """PEFT's layers over quantised base weights: stock and fused side by side, and how the fused calls read the weight."""
 
 import copy
+import dataclasses
 import gc
 import importlib.util
 import sys
@@ -356,3 +357,31 @@ def test_the_bare_function(device: torch.device) -> None:
         quantised.quantised_lora_linear(x.to(BF16), found, A, B, scaling=1.0)
     with pytest.raises(ValueError, match="lora_A has in_features 7"):
         quantised.quantised_lora_linear(x, found, A[:, :7], B, scaling=1.0)
+
+
+@pytest.mark.parametrize("kind", q.FOUR_BIT)
+def test_four_bits_are_decoded_into_a_buffer(kind: str, device: torch.device) -> None:
+    """As on a GPU; a CPU's bitsandbytes has no such kernel, so one is lent to it."""
+    from fusedlora.integrations.peft_bnb import four_bit
+
+    base = q.build(Case(kind, FP32), device).base_model.model.up.base_layer
+    x, A, B = (torch.randn(*s, device=device) for s in ((5, sides.K), (4, sides.K), (sides.N, 4)))
+    expected = x.double() @ q.dense_weight(base).t() + 0.5 * (x.double() @ A.double().t()) @ B.double().t()
+    found = four_bit(base, x)
+    filled: list[int] = []
+
+    def into(packed: Any, absmax: Any, blocksize: int, kind: str, shape: Any, dtype: Any, out: Tensor) -> None:
+        filled.append(out.data_ptr())
+        out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocksize, kind, shape, dtype))
+
+    with torch.library._scoped_library("bitsandbytes", "IMPL") as library:
+        if device.type == "cpu":
+            assert found.fills is False
+            library.impl("dequantize_4bit.out", into, "CPU")
+        x.requires_grad_()
+        y = quantised.quantised_lora_linear(x, dataclasses.replace(found, fills=True), A, B, scaling=0.5)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    assert device.type == "cuda" or (len(filled) == 2 and len(set(filled)) == 1), "one buffer, twice"
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    adapter = 0.5 * B.double().sum(0) @ A.double()
+    torch.testing.assert_close(dx.double(), (q.dense_weight(base).sum(0) + adapter).expand(5, -1), rtol=1e-4, atol=1e-4)

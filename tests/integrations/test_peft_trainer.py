@@ -72,3 +72,38 @@ def test_enabled_for_the_process(device: torch.device, tmp_path: Path) -> None:
     with backend.enable():
         train(model, tmp_path, use_cpu=device.type == "cpu")
     assert backend.calls["fused"] - before == STEPS * 2 * LAYERS
+
+
+def test_qlora_as_transformers_loads_it(device: torch.device, tmp_path: Path) -> None:
+    """NF4 with double quantisation, prepared as PEFT's guide has it: fp32 norms, so fp32 x under autocast."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 97}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    quantisation = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+    def qlora() -> Any:
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=quantisation, device_map=str(device), dtype=torch.bfloat16
+        )
+        base = peft.prepare_model_for_kbit_training(base)
+        torch.manual_seed(1)
+        options = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+        return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+
+    options = {"bf16": True, "gradient_checkpointing": True, "use_cpu": device.type == "cpu"}
+    expected = train(qlora(), tmp_path, **options)
+    fused = backend.fuse(qlora())
+    before = dict(backend.calls)
+    found = train(fused, tmp_path, **options)
+    made = {key: count - before.get(key, 0) for key, count in backend.calls.items() if count != before.get(key, 0)}
+    assert set(made) == {"fused"} and made["fused"] > STEPS * 2 * LAYERS
+    report = backend.report(fused)
+    assert len(report.layers) == LAYERS and report.share() == 1.0
+    assert expected[-1] < 0.9 * expected[0], "it trains"
+    assert found == pytest.approx(expected, rel=1e-2)
