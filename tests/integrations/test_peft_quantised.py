@@ -265,6 +265,25 @@ class TestOperations:
         torch.testing.assert_close(y, stock(x), rtol=1e-4, atol=1e-4)
 
 
+def test_another_librarys_patch_is_refused(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(self: Any, x: Any) -> Any:
+        return x
+
+    theirs.__module__ = "quicklora"
+    model = q.build(Case("nf4"), device)
+    stock = type(model.base_model.model.up)
+    own = stock.forward
+    with backend.enable():
+        assert stock.forward is not own
+    assert stock.forward is own
+    with monkeypatch.context() as patch:
+        patch.setattr(stock, "forward", theirs)
+        for door in (lambda: backend.fuse(model), lambda: backend.register(peft.LoraConfig()), backend.enable):
+            with pytest.raises(RuntimeError, match="Linear4bit.forward has been replaced by quicklora.*theirs"):
+                door()
+        assert stock.forward is theirs and type(model.base_model.model.up) is stock
+
+
 class TestWhyNot:
     def reason(self, case: Any, device: torch.device, change: Any = None, x: Any = None) -> str:
         """That of `up`; its call must be stock with the same one."""
