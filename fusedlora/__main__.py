@@ -10,6 +10,7 @@ from . import __version__
 COMMANDS = {
     "doctor": ("doctor", "what this machine has, which backend a call takes, one check and one timing"),
     "demo": ("demo", "fine-tune a pretrained sentence encoder on the standard library's docstrings"),
+    "tune": ("tune", "measure which kernel configurations are fastest on this GPU, for a model's shapes"),
     "run": ("run", "run a command with PEFT's LoRA layers fused, in its child processes too"),
 }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends, dora
+from . import backends, dora, tuning
 from .arguments import admit
 from .linear import FusedLoRALinear
 
@@ -112,7 +112,7 @@ def explain(
 def _triton_config(x: Tensor, call: backends.Call) -> str:
     from fusedlora.kernels.launch import device_facts
 
-    from .config import Problem, backward_config, forward_config
+    from .config import Problem
     from .schedule import backward_schedule, forward_schedule
 
     M, size, split = x.shape[0], x.element_size(), call.adapter_dtype != call.dtype
@@ -120,9 +120,13 @@ def _triton_config(x: Tensor, call: backends.Call) -> str:
     launches = "one launch" if backends._one_launch(call.device) else "a launch for each phase"
     rest = (call.r, size, split, *facts, call.dropout != "")
     up, down = (Problem(M, *sides, *rest) for sides in ((call.N, call.K), (call.K, call.N)))
-    forward, backward = forward_config(up), backward_config(down)
+    forward, why_forward = tuning.choose("forward", up, call.device, tuning.in_use())
+    backward, why_backward = tuning.choose("backward", down, call.device, tuning.in_use())
     plans = forward_schedule(up, forward), backward_schedule(down, backward, True, True, True)
-    return f"{launches} each way; forward {forward}, {plans[0]}; backward {backward}, {plans[1]}"
+    return (
+        f"{launches} each way; forward ({why_forward}) {forward}, {plans[0]}; "
+        f"backward ({why_backward}) {backward}, {plans[1]}"
+    )
 
 
 def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:

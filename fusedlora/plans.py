@@ -93,6 +93,7 @@ def find(
         lora_A.shape, lora_A.dtype, lora_A.device, lora_B.shape, lora_B.dtype, lora_B.device,
         None if bias is None else (bias.shape, bias.dtype, bias.device), None if scale is None else scale.dtype,
         dropout_p, drops, autocast, backend, for_kernels,
+        torch.are_deterministic_algorithms_enabled(),  # which turn tuned tables off
     )
     # fmt: on
     plan = _plans.get(key)

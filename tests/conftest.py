@@ -41,5 +41,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def _no_tuned_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine's user has tuned is no part of a test."""
+    from fusedlora import tuning
+
+    monkeypatch.setattr(tuning, "tables", lambda gpu: ())
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

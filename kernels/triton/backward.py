@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlora.config import BackwardConfig, Problem, backward_config
+from fusedlora import tuning
+from fusedlora.config import BackwardConfig, Problem
 from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import (
     CONVERTED,
@@ -279,6 +280,7 @@ def _plan(
     needs: tuple[bool, bool, bool],
     dropout: bool,
     config: BackwardConfig | None,
+    tuned: bool,
     one_launch: bool,
     specialised: object,
 ) -> LaunchPlan:
@@ -287,7 +289,7 @@ def _plan(
     need_dx, need_dA, need_dB = needs
     terms = num_terms(param_dtype, adapter_dtype, dtype)
     problem = Problem(M, K, N, r, dtype.itemsize, terms > 1, *facts, dropout)
-    config = config or backward_config(problem)
+    config = config or tuning.choose("backward", problem, device, tuned)[0]
     schedule = backward_schedule(problem, config, *needs)
     parts = schedule.parts
     needs_t = need_dx or need_dA
@@ -346,7 +348,8 @@ def backward_plan(
     strides = (dy.stride(0), x.stride(0), weight.stride(0))
     facts = device_facts(device)
     return _plan(
-        device, facts, sizes, strides, *dtypes, needs, seed is not None, config, one_launch, specialised
+        device, facts, sizes, strides, *dtypes, needs, seed is not None,
+        config, tuning.in_use(), one_launch, specialised,
     )  # fmt: skip
 
 
@@ -377,7 +380,7 @@ def lora_backward(
         scaling, scale, seed, dropout_p, adapter_dtype: as given to `lora_forward`.
         s: [M, r], as `lora_forward` returned it; only for dB.
         need_dx, need_dA, need_dB: which gradients to compute.
-        config: tile sizes; None takes the heuristic's.
+        config: tile sizes; None takes a tuned table's or the heuristic's.
         one_launch: False computes T in a launch of its own, and nothing waits for anything.
 
     Returns:

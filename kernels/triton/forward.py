@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlora.config import ForwardConfig, Problem, forward_config
+from fusedlora import tuning
+from fusedlora.config import ForwardConfig, Problem
 from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.launch import (
@@ -116,6 +117,7 @@ def _plan(
     dropout: bool,
     save_s: bool,
     config: ForwardConfig | None,
+    tuned: bool,
     one_launch: bool,
     specialised: object,
 ) -> LaunchPlan:
@@ -123,7 +125,7 @@ def _plan(
     M, N, K, r = sizes
     terms = num_terms(param_dtype, adapter_dtype, dtype)
     problem = Problem(M, N, K, r, dtype.itemsize, terms > 1, *facts, dropout)
-    config = config or forward_config(problem)
+    config = config or tuning.choose("forward", problem, device, tuned)[0]
     schedule = forward_schedule(problem, config)
     constants = common_constants(r, facts[0], terms, dropout) | vars(config)
     phases = [{"CONVERT": terms > 0, "SHRINK": True, "TILES": True}]
@@ -168,7 +170,8 @@ def forward_plan(
     strides = (x.stride(0), weight.stride(0))
     facts = device_facts(device)
     return _plan(
-        device, facts, sizes, strides, *dtypes, seed is not None, save_s, config, one_launch, specialised
+        device, facts, sizes, strides, *dtypes, seed is not None, save_s,
+        config, tuning.in_use(), one_launch, specialised,
     )  # fmt: skip
 
 
@@ -203,7 +206,7 @@ def lora_forward(
         dropout_p: its rate.
         adapter_dtype: dtype of S and of the adapter's products: x's, or fp32 to keep fp32 adapters' precision.
         save_s: whether S is wanted back.
-        config: tile sizes; None takes the heuristic's.
+        config: tile sizes; None takes a tuned table's or the heuristic's.
         one_launch: False computes S, and before it terms, in launches of their own; nothing waits for anything.
 
     Returns:

@@ -16,6 +16,7 @@ import triton
 
 import fusedlora
 from fusedlora import dropout, plans
+from fusedlora.config import Problem, backward_config, forward_config
 from fusedlora.kernels import backward, forward, launch
 from fusedlora.memory import SLAB_WORDS, device_memory
 from fusedlora.testing import (
@@ -104,7 +105,7 @@ def test_repeats_to_the_bit_on_any_grid() -> None:
     """Who computes what changes with the number of programs; the bits do not."""
     i = make_inputs(1000, 1024, 1536, 16, BF16, device="cuda")
     capability, num_sms = launch.device_facts(i.x.device)
-    config = backward.backward_config(backward.Problem(1000, 1024, 1536, 16, 2, False, capability, num_sms))
+    config = backward_config(Problem(1000, 1024, 1536, 16, 2, False, capability, num_sms))
     whole = forward_backward(i)
     s = torch.randn(1000, 16, device="cuda", dtype=BF16)
 
@@ -272,7 +273,7 @@ def test_parameters_at_any_address(moved: str) -> None:
 def test_sizes_and_scaling_do_not_recompile() -> None:
     device = torch.cuda.current_device()
     tensors = make_inputs(1, 512, 512, 16, BF16, device="cuda", bias=False)
-    config = forward.forward_config(forward.Problem(8192, 512, 512, 16, 2, False, 90, 132))
+    config = forward_config(Problem(8192, 512, 512, 16, 2, False, 90, 132))
 
     def call(M: int, scaling: float) -> None:
         x = torch.randn(M, 512, device="cuda", dtype=BF16)
@@ -306,7 +307,7 @@ def test_peak_memory(M: int, K: int, N: int, r: int) -> None:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     capability, num_sms = launch.device_facts(i.x.device)
-    config = backward.backward_config(backward.Problem(M, K, N, r, 2, False, capability, num_sms))
+    config = backward_config(Problem(M, K, N, r, 2, False, capability, num_sms))
     parts = backward.cdiv(M, config.stripe_rows)
     partial_rows = K * parts + N * (backward.cdiv(M, config.SHRINK_M) if config.FUSE_DB else parts)
     bound = 2 * (M * N + M * K + 2 * M * r + (K + N) * r) + 4 * r * partial_rows

@@ -19,7 +19,13 @@ BROKEN = triton.__version__ < "3.9" and np.lib.NumpyVersion(np.__version__) >= "
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter already")
 @pytest.mark.skipif(BROKEN, reason="the interpreter of triton before 3.9 needs numpy before 2.4")
 @pytest.mark.parametrize(
-    "file, least", [("test_kernels.py", 30), ("test_dora_kernels.py", 60), ("test_interleaving.py", 42)]
+    "file, least",
+    [
+        ("test_kernels.py", 30),
+        ("test_dora_kernels.py", 60),
+        ("test_interleaving.py", 42),
+        ("test_tuning_kernels.py", 7),
+    ],
 )
 def test_kernels_in_the_interpreter(file: str, least: int) -> None:
     here = Path(__file__).parent

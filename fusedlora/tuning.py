@@ -1,0 +1,189 @@
+"""Tuned tables: the configurations that were measured fastest on a GPU, which the launchers take before the heuristic.
+
+`python -m fusedlora tune` writes one to the user's cache directory; others may come with the package, in its folder
+tuned. A table belongs to one GPU, one triton and these kernels. Importing this module imports neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import BackwardConfig, ForwardConfig, Problem, backward_config, check_config, forward_config
+from .doctor import cache_dir, fingerprint
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "tuned"
+# An entry serves as many rows as it was measured with, and up to this many times more or fewer.
+NEAR = 2**0.5
+
+_CLASSES: dict[str, type[ForwardConfig]] = {"forward": ForwardConfig, "backward": BackwardConfig}
+_HEURISTICS = {"forward": forward_config, "backward": backward_config}
+# What an entry says of its problem; the GPU's fields stand in the table's head.
+_PROBLEM = tuple(f.name for f in dataclasses.fields(Problem) if f.name not in ("capability", "num_sms"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    name: str
+    capability: int
+    num_sms: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A configuration of the "forward" or "backward" kernel, its time and the heuristic's in microseconds."""
+
+    kernel: str
+    problem: Problem
+    config: ForwardConfig
+    us: float
+    heuristic_us: float
+
+
+class Table:
+    """Entries of one GPU; of two for the same problem the later counts."""
+
+    def __init__(self, gpu: Gpu, entries: Iterable[Entry] = (), path: Path | None = None) -> None:
+        self.gpu, self.path = gpu, path
+        self.entries: dict[tuple[str, Problem], Entry] = {}
+        self.groups: dict[tuple[str, Problem], list[Entry]] = {}
+        for entry in entries:
+            self.put(entry)
+
+    def put(self, entry: Entry) -> None:
+        self.drop(entry.kernel, entry.problem)
+        self.entries[entry.kernel, entry.problem] = entry
+        self.groups.setdefault(_group(entry.kernel, entry.problem), []).append(entry)
+
+    def drop(self, kernel: str, problem: Problem) -> None:
+        entry = self.entries.pop((kernel, problem), None)
+        if entry is not None:
+            self.groups[_group(kernel, problem)].remove(entry)
+
+    def find(self, kernel: str, problem: Problem) -> Entry | None:
+        """The entry whose number of rows is nearest, None where none is near."""
+        near = [
+            (abs(math.log(entry.problem.M / problem.M)), index, entry)
+            for index, entry in enumerate(self.groups.get(_group(kernel, problem), ()))
+            if entry.problem.M <= NEAR * problem.M and problem.M <= NEAR * entry.problem.M
+        ]
+        return min(near)[2] if near else None
+
+    def dump(self) -> str:
+        def plain(entry: Entry) -> dict[str, Any]:
+            problem = {name: getattr(entry.problem, name) for name in _PROBLEM}
+            return dataclasses.asdict(entry) | {"problem": problem}
+
+        head = {"format": FORMAT, "gpu": dataclasses.asdict(self.gpu), "versions": fingerprint()}
+        return json.dumps(head | {"entries": [plain(entry) for entry in self.entries.values()]}, indent=1)
+
+
+def _group(kernel: str, problem: Problem) -> tuple[str, Problem]:
+    return kernel, dataclasses.replace(problem, M=0)
+
+
+def parse(text: str, gpu: Gpu, path: Path | None = None) -> Table:
+    """The table of `dump`'s text. Raises ValueError where it is damaged, or of another GPU, triton or kernels."""
+    try:
+        data = json.loads(text)
+        own = {"format": FORMAT, "gpu": dataclasses.asdict(gpu), "versions": fingerprint()}
+        for name, value in own.items():
+            if data[name] != value:
+                raise ValueError(f"{name} is {data[name]}, here it is {value}")
+        return Table(gpu, [_entry(entry, gpu) for entry in data["entries"]], path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its form is not a table's ({type(error).__name__}: {error})") from error
+
+
+def _entry(data: dict[str, Any], gpu: Gpu) -> Entry:
+    kernel = data["kernel"]
+    problem = Problem(**_typed(Problem, data["problem"]), capability=gpu.capability, num_sms=gpu.num_sms)
+    config = _CLASSES[kernel](**_typed(_CLASSES[kernel], data["config"]))
+    check_config(config)
+    if problem.M < 1:
+        raise ValueError(f"M is {problem.M}; it must be at least 1")
+    return Entry(kernel, problem, config, float(data["us"]), float(data["heuristic_us"]))
+
+
+def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    kinds = {f.name: {"int": int, "bool": bool}[str(f.type)] for f in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if type(value) is not kinds[name]:
+            raise TypeError(f"{name} is {value!r}")
+    return values
+
+
+def file_name(gpu: Gpu) -> str:
+    versions = fingerprint()
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", gpu.name).strip("-")
+    return f"{slug}-sm{gpu.capability}-triton{versions['triton']}-{versions['kernels']}.json"
+
+
+def user_path(gpu: Gpu) -> Path:
+    return cache_dir() / "tuning" / file_name(gpu)
+
+
+def read(path: Path, gpu: Gpu) -> Table:
+    """The table of a file, empty where there is none. One that does not fit is ignored with a warning."""
+    try:
+        return parse(path.read_text(encoding="utf-8"), gpu, path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        warnings.warn(f"fusedlora ignores the tuned table {path}: {error}", stacklevel=2)
+    return Table(gpu, path=path)
+
+
+def write(table: Table, path: Path) -> None:
+    """Raises OSError where it cannot. Readers see the old table or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(table.dump(), encoding="utf-8")
+    scratch.replace(path)
+    tables.cache_clear()
+
+
+@functools.cache
+def tables(gpu: Gpu) -> tuple[Table, ...]:
+    """The user's table and the package's, in the order in which they are asked. Read once in a process."""
+    return read(user_path(gpu), gpu), read(SHIPPED / file_name(gpu), gpu)
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU, None for the interpreter's CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    about = torch.cuda.get_device_properties(device)
+    return Gpu(about.name, 10 * about.major + about.minor, about.multi_processor_count)
+
+
+def in_use() -> bool:
+    """Whether tuned tables are asked: they are not where the user asked for deterministic algorithms."""
+    import torch
+
+    return not torch.are_deterministic_algorithms_enabled()
+
+
+def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[Any, str]:
+    """The configuration of the "forward" or "backward" kernel and where it comes from."""
+    gpu = gpu_of(device) if tuned else None
+    for table in () if gpu is None else tables(gpu):
+        entry = table.find(kernel, problem)
+        if entry is not None:
+            return entry.config, f"measured at M = {entry.problem.M}, {table.path}"
+    return _HEURISTICS[kernel](problem), "heuristic"

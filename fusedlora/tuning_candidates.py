@@ -1,0 +1,88 @@
+"""What the tuner tries: configurations near a given one that keep the kernels' rules and fit the shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from .config import SHARED_MEMORY, BackwardConfig, ForwardConfig, Problem, block_r, check_config
+
+# Groups of fields that are varied together, each around the best of the groups before it.
+STEPS = {"forward": ("tile", "order", "shrink"), "backward": ("tile", "order", "shrink", "stripe")}
+# fp32 numbers of an accumulator that a thread's registers hold beside all else.
+MOST_A_THREAD = 128
+
+
+def variants(config: ForwardConfig, p: Problem, step: str) -> list[ForwardConfig]:
+    """Every other choice of one group's fields that may run, in a fixed order."""
+    made = {"tile": _tiles, "order": _orders, "shrink": _shrinks, "stripe": _stripes}[step](config, p)
+    found = dict.fromkeys(dataclasses.replace(config, **changes) for changes in made)
+    return [other for other in found if other != config and _may_run(other, p)]
+
+
+def shared_bytes(c: ForwardConfig, p: Problem) -> int:
+    """At least what a program takes of shared memory: the buffers of its deepest loop."""
+    tile = c.num_stages * (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * p.itemsize
+    shrink = c.SHRINK_STAGES * c.SHRINK_M * c.SHRINK_K * p.itemsize
+    stripe = c.STRIPE_STAGES * c.STRIPE_M * c.STRIPE_N * p.itemsize if isinstance(c, BackwardConfig) else 0
+    return max(tile, shrink, stripe)
+
+
+def _may_run(c: ForwardConfig, p: Problem) -> bool:
+    try:
+        check_config(c)
+    except ValueError:
+        return False
+    threads = 32 * c.num_warps
+    skinny = max(c.SHRINK_M, c.STRIPE_N if isinstance(c, BackwardConfig) else 0) * block_r(p.r)
+    if max(c.BLOCK_M * c.BLOCK_N, skinny) > MOST_A_THREAD * threads or c.BLOCK_M * c.BLOCK_N < 4 * threads:
+        return False
+    if c.RANK_K > block_r(p.r):
+        return False
+    return shared_bytes(c, p) <= SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values()))
+
+
+def _tiles(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
+    """Up to 64 rows: tiles no taller than they need. More rows: tiles that keep the tensor cores busy."""
+    few = p.M <= 64
+    heights = (16, 32, 64) if few else (64, 128, 256)
+    depths = (64, 128) if SHARED_MEMORY.get(p.capability, 0) > 200_000 and p.itemsize == 2 else (32, 64)
+    for m, n, k, warps, stages in itertools.product(heights, (32, 64, 128, 256), depths, (4, 8), (3, 4)):
+        if few and m > max(16, 1 << (p.M - 1).bit_length()):
+            continue
+        busy = 32 * 32 * warps <= m * n and n <= 4 * m and m <= 2 * n and (m, n) != (256, 256)
+        if few or (busy and (p.M <= 1024 or m * n >= 128 * 128 or (m, n) == (c.BLOCK_M, c.BLOCK_N))):
+            yield {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+
+
+def _orders(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
+    for group in (4, 8, 16, 32):
+        yield {"GROUP_M": group}
+
+
+def _shrinks(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
+    # Tensor cores truncate within a step: fp32 adapters keep steps as long as the heuristic's, or shorter.
+    longest = c.SHRINK_K if p.split else 256
+    for m, k, stages in itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (3, 4)):
+        if (
+            k <= longest
+            and 2048 <= m * k <= 32768
+            and (stages == c.SHRINK_STAGES or (m, k) == (c.SHRINK_M, c.SHRINK_K))
+        ):
+            yield {"SHRINK_M": m, "SHRINK_K": k, "SHRINK_STAGES": stages}
+    for rank in (16, 32, 64):
+        yield {"RANK_K": rank}
+
+
+def _stripes(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
+    assert isinstance(c, BackwardConfig)
+    longest = c.STRIPE_M if p.split else 128
+    for n, m, stages in itertools.product((32, 64, 128, 256), (32, 64, 128), (3, 4)):
+        if m <= longest and (stages == c.STRIPE_STAGES or (n, m) == (c.STRIPE_N, c.STRIPE_M)):
+            yield {"STRIPE_N": n, "STRIPE_M": m, "STRIPE_STAGES": stages}
+    for rows in (512, 1024, 2048, 4096):
+        yield {"stripe_rows": rows}
+    if p.itemsize == 2 and not p.split:
+        yield {"FUSE_DB": not c.FUSE_DB}

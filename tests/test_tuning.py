@@ -1,0 +1,260 @@
+"""Tuned tables and the tuner, with stand-ins for the GPU: what is tried, what may win, what a launch then takes."""
+
+import dataclasses
+import functools
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedlora import __main__ as cli
+from fusedlora import tune, tuning
+from fusedlora.config import SHARED_MEMORY, Problem, backward_config, check_config, forward_config
+from fusedlora.timing import Spread
+from fusedlora.tune_check import Shape
+from fusedlora.tuning_candidates import STEPS, shared_bytes, variants
+
+GPU = tuning.Gpu("Some GPU 80GB/x", 90, 132)
+P = Problem(8192, 4096, 4096, 16, 2, False, GPU.capability, GPU.num_sms)
+SHAPE = Shape(8192, 4096, 4096, 16)
+DEVICE = torch.device("cpu")
+TABLES = tuning.tables.__wrapped__  # which conftest.py puts out of the way
+HEURISTICS = {"forward": forward_config, "backward": backward_config}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of GPU's table in a cache directory of its own; launches on the CPU take GPU's tables."""
+    monkeypatch.setattr(tuning, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(tuning, "gpu_of", lambda device: GPU)
+    monkeypatch.setattr(tuning, "tables", functools.cache(TABLES))
+    return tuning.user_path(GPU)
+
+
+def entry(M: int = 8192, kernel: str = "forward", **changes) -> tuning.Entry:
+    p = dataclasses.replace(P, M=M)
+    config = dataclasses.replace(HEURISTICS[kernel](p), **({"GROUP_M": 4} | changes))
+    return tuning.Entry(kernel, p, config, 90.0, 100.0)
+
+
+class TestCandidates:
+    @pytest.mark.parametrize("capability", SHARED_MEMORY)
+    @pytest.mark.parametrize("kernel", STEPS)
+    def test_valid_and_within_shared_memory(self, kernel: str, capability: int) -> None:
+        for M in (1, 17, 512, 8192):
+            for r, itemsize, split in ((1, 2, False), (64, 2, False), (256, 2, False), (64, 2, True), (16, 4, False)):
+                p = Problem(M, 4096, 4096, r, itemsize, split, capability, 100)
+                base = HEURISTICS[kernel](p)
+                assert shared_bytes(base, p) <= SHARED_MEMORY[capability]
+                for step in STEPS[kernel]:
+                    found = variants(base, p, step)
+                    assert base not in found and len(set(found)) == len(found) <= 64
+                    for config in found:
+                        check_config(config)
+                        assert shared_bytes(config, p) <= SHARED_MEMORY[capability]
+
+    @pytest.mark.parametrize("kernel", STEPS)
+    def test_there_is_a_choice_in_every_step(self, kernel: str) -> None:
+        for M in (1, 512, 8192):
+            p = dataclasses.replace(P, M=M)
+            assert all(len(variants(HEURISTICS[kernel](p), p, step)) >= 3 for step in STEPS[kernel])
+
+    def test_fp32_adapters_keep_their_precision(self) -> None:
+        """Longer steps lose it, to tensor cores that truncate."""
+        p = dataclasses.replace(P, split=True)
+        base = backward_config(p)
+        assert all(c.STRIPE_M <= base.STRIPE_M and not c.FUSE_DB for c in variants(base, p, "stripe"))
+        assert all(c.SHRINK_K <= base.SHRINK_K for c in variants(base, p, "shrink"))
+
+
+class FakeGpu:
+    """Tools whose GPU takes `us(config)`, and finds those wrong for which `wrong(config)` is true."""
+
+    def __init__(self, us, wrong=lambda config: False, differs=lambda config: False) -> None:
+        self.us, self.wrong, self.differs = us, wrong, differs
+        self.timed: list = []
+
+    def reasons(self, kernel, shape, configs):
+        return ["off by one" if self.wrong(c) else None for c in configs]
+
+    def times(self, kernel, shape, configs, rounds):
+        self.timed += configs
+        first = self.us(configs[0])
+        shares = [self.us(c) / first for c in configs]
+        return [
+            None if self.differs(c) else (self.us(c), Spread(share, share, share)) for c, share in zip(configs, shares)
+        ]
+
+
+def tuned(kernel: str, gpu: FakeGpu) -> tune.Outcome:
+    return tune.tune_kernel(kernel, SHAPE, P, HEURISTICS[kernel](P), gpu, lambda text: None)
+
+
+class TestSearch:
+    @pytest.mark.parametrize("kernel", STEPS)
+    def test_it_finds_the_best_of_each_group(self, kernel: str) -> None:
+        base = HEURISTICS[kernel](P)
+
+        def us(c) -> float:
+            gains = (c.BLOCK_M, c.BLOCK_N) == (256, 128), c.GROUP_M == 4, c.SHRINK_K == 32
+            return 100.0 - 5 * sum(gains) - 5 * (getattr(c, "stripe_rows", 0) == 1024)
+
+        outcome = tuned(kernel, FakeGpu(us))
+        found = outcome.entry.config
+        assert ((found.BLOCK_M, found.BLOCK_N), found.GROUP_M, found.SHRINK_K) == ((256, 128), 4, 32)
+        assert outcome.us == us(found) < outcome.heuristic_us == us(base) == 100.0
+        assert outcome.entry.problem == P and kernel in tune.report(kernel, SHAPE, outcome)
+
+    @pytest.mark.parametrize("kind", ["wrong", "differs"])
+    def test_a_wrong_one_never_wins(self, kind: str) -> None:
+        """However fast: neither what the child found wrong nor what gives other numbers where it is timed."""
+        gpu = FakeGpu(lambda c: 1.0 if c.GROUP_M == 4 else 100.0, **{kind: lambda c: c.GROUP_M == 4})
+        outcome = tuned("forward", gpu)
+        assert outcome.entry is None and outcome.us == outcome.heuristic_us == 100.0
+        if kind == "wrong":
+            assert not any(c.GROUP_M == 4 for c in gpu.timed)
+            assert all(reason == "off by one" for _, reason in outcome.wrong) and outcome.wrong
+
+    def test_noise_is_no_gain(self) -> None:
+        outcome = tuned("forward", FakeGpu(lambda c: 99.5 if c.GROUP_M == 4 else 100.0))
+        assert outcome.entry is None and "stays" in tune.report("forward", SHAPE, outcome)
+
+    def test_a_gain_that_comes_and_goes_is_none(self) -> None:
+        class Unsteady(FakeGpu):
+            def times(self, *arguments):
+                return [(us, Spread(s.median, s.p10, 1.2)) for us, s in super().times(*arguments)]
+
+        assert tuned("forward", Unsteady(lambda c: 90.0 if c.GROUP_M == 4 else 100.0)).entry is None
+
+
+class TestTable:
+    def test_round_trip(self, cache: Path) -> None:
+        table = tuning.Table(GPU, [entry(), entry(kernel="backward"), entry(512)])
+        tuning.write(table, cache)
+        again = tuning.read(cache, GPU)
+        assert again.entries == table.entries and again.path == cache
+        assert cache.name.startswith("Some-GPU-80GB-x-sm90-triton")
+        assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+    def test_launches_prefer_it(self, cache: Path) -> None:
+        tuning.write(tuning.Table(GPU, [entry(), entry(M=2048, GROUP_M=2)]), cache)
+
+        def group(M: int, **changes) -> tuple[int, str]:
+            config, source = tuning.choose("forward", dataclasses.replace(P, M=M, **changes), DEVICE, tuned=True)
+            return config.GROUP_M, source
+
+        base = forward_config(P).GROUP_M
+        assert group(8192) == (4, f"measured at M = 8192, {cache}")
+        assert group(6000)[0] == group(11000)[0] == 4 and group(2500)[0] == 2
+        assert group(12000) == group(5000) == group(1) == (base, "heuristic")
+        assert group(8192, r=8)[0] == group(8192, dropout=True)[0] == group(8192, out=4104)[0] == base
+        assert tuning.choose("backward", P, DEVICE, tuned=True)[1] == "heuristic"
+
+    def test_not_under_deterministic_algorithms(self, cache: Path) -> None:
+        tuning.write(tuning.Table(GPU, [entry()]), cache)
+        assert tuning.in_use()
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert tuning.choose("forward", P, DEVICE, tuning.in_use()) == (forward_config(P), "heuristic")
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.parametrize(
+        "change, reason",
+        [
+            (lambda d: d["gpu"].update(name="Another"), "gpu is .*Another"),
+            (lambda d: d["versions"].update(triton="1.0"), "versions is .*1.0"),
+            (lambda d: d.update(format=99), "format is 99"),
+            (lambda d: d.pop("entries"), "KeyError: 'entries'"),
+            (lambda d: d["entries"][0]["config"].update(BLOCK_M=48), "BLOCK_M is 48"),
+            (lambda d: d["entries"][0]["config"].update(BLOCK_M="64"), "BLOCK_M is '64'"),
+            (lambda d: d["entries"][0]["config"].update(BLOCK_Q=64), "BLOCK_Q"),
+            (lambda d: d["entries"][0]["problem"].update(M=0), "M is 0"),
+            (lambda d: d["entries"][0].update(kernel="sideways"), "sideways"),
+        ],
+    )
+    def test_a_table_that_does_not_fit_is_named_once_and_ignored(self, cache: Path, change, reason: str) -> None:
+        tuning.write(tuning.Table(GPU, [entry()]), cache)
+        data = json.loads(cache.read_text())
+        change(data)
+        cache.write_text(json.dumps(data))
+        tuning.tables.cache_clear()
+        with pytest.warns(UserWarning, match=f"ignores the tuned table {cache}.*{reason}"):
+            assert tuning.choose("forward", P, DEVICE, tuned=True) == (forward_config(P), "heuristic")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tuning.choose("backward", P, DEVICE, tuned=True)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "\0"])
+    def test_no_table_at_all(self, cache: Path, text: str) -> None:
+        cache.parent.mkdir(parents=True)
+        cache.write_text(text)
+        with pytest.warns(UserWarning, match="ignores the tuned table"):
+            assert tuning.choose("forward", P, DEVICE, tuned=True)[1] == "heuristic"
+
+    def test_an_entry_that_no_longer_wins_is_dropped(self) -> None:
+        table = tuning.Table(GPU, [entry(), entry(GROUP_M=2)])
+        assert table.find("forward", P).config.GROUP_M == 2 and len(table.entries) == 1
+        table.drop("forward", P)
+        table.drop("forward", P)
+        assert table.find("forward", P) is None
+
+    def test_without_a_gpu_nothing_is_read(self) -> None:
+        assert tuning.gpu_of(DEVICE) is None
+        assert tuning.choose("forward", P, DEVICE, tuned=True) == (forward_config(P), "heuristic")
+
+
+class TestCommand:
+    def test_needs_a_gpu(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["tune", "--device", "cpu"]) == 1
+        assert "needs a GPU" in capsys.readouterr().err
+
+    def test_shapes_of_a_models_config(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        config = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
+        path.write_text(json.dumps(config))
+        shapes = tune.shapes_of(path, [512, 8192], [16], {"dtype": "fp16", "adapter": "fp16", "dropout": 0.0})
+        layers = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
+        expected = [(M, *layer) for M in (512, 8192) for layer in layers]
+        assert [(s.M, s.in_features, s.out_features) for s in shapes] == expected
+        assert {(s.r, s.dtype) for s in shapes} == {(16, "fp16")}
+
+    def test_a_list_of_shapes(self, tmp_path: Path) -> None:
+        path = tmp_path / "shapes.json"
+        path.write_text('[{"M": 64, "in_features": 512, "out_features": 768, "r": 4, "dropout": 0.1}]')
+        (shape,) = tune.shapes_of(path, [1], [1], {"dtype": "bf16", "adapter": "fp32", "dropout": 0.0})
+        assert shape == Shape(64, 512, 768, 4, "bf16", "fp32", 0.1)
+        p = shape.problem("backward", 90, 132)
+        assert (p.out, p.depth, p.split, p.dropout) == (512, 768, True, True)
+
+    @pytest.mark.parametrize(
+        "text, reason", [("{}", "'hidden_size' is missing"), ('[{"M": 1}]', "takes M, in_f"), ("", "Expecting")]
+    )
+    def test_no_shapes(self, tmp_path: Path, text: str, reason: str) -> None:
+        path = tmp_path / "shapes.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            tune.shapes_of(path, [1], [1], {})
+
+    @pytest.mark.parametrize(
+        "change, reason", [({"r": 300}, "r is 300"), ({"in_features": 4100}, "in_features 4100"), ({"M": 0}, "M is 0")]
+    )
+    def test_what_the_kernels_do_not_take(self, change: dict, reason: str, monkeypatch) -> None:
+        from fusedlora import backends
+
+        monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+        tune.refuse([SHAPE], torch.device("cuda:0"))
+        with pytest.raises(ValueError, match=reason):
+            tune.refuse([dataclasses.replace(SHAPE, **change)], torch.device("cuda:0"))
+
+
+def test_importing_the_tables_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, fusedlora.tuning, fusedlora.tuning_candidates, fusedlora.tune; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
