@@ -186,7 +186,7 @@ KINDS = {
     "vector": {"lead": ()},
     "fp32-adapters": {"adapter_dtype": torch.float32, "autocast": True},
     "dropout": {"dropout_p": 0.3},
-    "scale": {"scaling": torch.tensor(0.5, device=DEVICE)},
+    "scale": {"scaling": torch.tensor(0.5)},
     "number": {"scaling": 2},
 }
 
@@ -196,6 +196,8 @@ KINDS = {
 def test_a_repeated_call_is_a_launch_and_no_more(kind: dict, grad: bool, monkeypatch) -> None:
     """Neither checks nor choices nor reshapes come back, and the numbers are those of the ops."""
     kind = {"lead": (2, 3), "scaling": 0.5, "adapter_dtype": None, "autocast": False} | kind
+    if isinstance(kind["scaling"], torch.Tensor):
+        kind["scaling"] = kind["scaling"].to(DEVICE)
     lead, adapter_dtype, autocast = (kind.pop(name) for name in ("lead", "adapter_dtype", "autocast"))
     monkeypatch.setattr(plans, "_plans", {})
     monkeypatch.setattr(dropout, "draw", lambda *args: SEED)
