@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 
 from fusedlora.config import BackwardConfig, ForwardConfig
 from fusedlora.kernels import backward, forward, launch
-from fusedlora.kernels.memory import StreamMemory, device_memory
+from fusedlora.memory import StreamMemory, device_memory
 from fusedlora.schedule import Schedule
 from fusedlora.testing import Inputs, make_inputs, poisoned_memory
 
