@@ -1,16 +1,22 @@
-// The C interface: checks, workspaces' layout, tensor maps and the launch. No torch header is needed.
+// The C interface: workspaces' layout, tensor maps and the launch. No torch header is needed.
+//
+// Compiled as it is this file gives everything. To compile it in parallel, it gives with -DFUSEDLORA_UNIT_RANKS=1, 2 or
+// 4 and -DFUSEDLORA_UNIT_BACKWARD=0 or 1 the kernels of so many 16 ranks and that direction, with -DFUSEDLORA_UNITS
+// what lies above them.
+#include <atomic>
 #include <cstdio>
-#include <mutex>
 
+#include "arguments.h"
 #include "lora.cuh"
 
 namespace fusedlora {
-namespace {
 
 // What went wrong last in this thread.
-thread_local char problem[256] = "";
+extern thread_local char problem[256];
 
-int fail(const char* what, int code) {
+namespace {
+
+inline int fail(const char* what, int code) {
   snprintf(problem, sizeof(problem), "%s: error %d", what, code);
   return code ? code : -1;
 }
@@ -19,7 +25,7 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-Encode encoder() {
+inline Encode encoder() {
   static Encode found = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult status;
@@ -30,30 +36,16 @@ Encode encoder() {
 }
 
 // A map of [rows, cols] in boxes of [box_rows, 64], swizzled 128 bytes wide.
-bool encode(CUtensorMap* map, bool is_bf16, const void* from, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
+inline bool encode(
+    CUtensorMap* map, bool is_bf16, const void* from, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
   const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(pitch) * 2};
   const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
   const auto type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encoder()(map, type, 2, const_cast<void*>(from), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+  return encoder() != nullptr &&
+         encoder()(map, type, 2, const_cast<void*>(from), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
-
-}  // namespace
-
-// What Python fills in; every member has eight bytes. Null: not there, or not wanted.
-struct Arguments {
-  int64_t is_bf16, param_is_float, bias_is_float, block_n, group, programs, shrink_clusters, parts_a, parts_b;
-  int64_t M, N, K, r;
-  int64_t x_pitch, dy_pitch, w_pitch, a_pitch, b_pitch;
-  const void *x, *dy, *w, *a, *b, *bias, *gain, *s;
-  void *y, *saved_s, *dx, *da, *db;
-  void *workspace, *words, *stream;
-  double scaling;
-  int64_t has_seed, seed, bound;
-};
-
-namespace {
 
 // Places in a workspace, each at a multiple of 256 bytes.
 struct Places {
@@ -67,14 +59,20 @@ struct Places {
   }
 };
 
-int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
+inline int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
 
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
 int launch(const Arguments& a, const Call<T>& call) {
   auto kernel = lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT>;
   constexpr int bytes = Layout<BLOCK_N, RANKS>::TOTAL;
-  static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (allowed != cudaSuccess) return fail("cudaFuncSetAttribute", allowed);
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device
+  int device = 0;
+  cudaGetDevice(&device);
+  if (!(allowed >> device & 1)) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return fail("cudaFuncSetAttribute", status);
+    allowed |= uint64_t(1) << device;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(a.programs));
   config.blockDim = dim3(THREADS);
@@ -158,12 +156,15 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
 }
 
 template <typename T, int RANKS, bool BACKWARD>
-int run(const Arguments& a, int64_t* bytes) {
+int run(const Arguments& a, int64_t* sizes) {
   Call<T> call;
   const T* skinny = nullptr;
   const int64_t used = prepare_call<T, RANKS, BACKWARD>(a, call, skinny);
-  if (bytes) {
-    *bytes = used;
+  if (sizes) {
+    constexpr int64_t WIDE = 8 * WIDTH<RANKS>;
+    sizes[0] = used;
+    sizes[1] = PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
+    if (BACKWARD) sizes[1] += (a.N + WIDE - 1) / WIDE + (a.K + WIDE - 1) / WIDE;
     return 0;
   }
   const void* left = BACKWARD ? a.dy : a.x;
@@ -189,36 +190,55 @@ int run(const Arguments& a, int64_t* bytes) {
   return masked ? launch<T, 128, RANKS, BACKWARD, true>(a, call) : launch<T, 128, RANKS, BACKWARD, false>(a, call);
 }
 
+}  // namespace
+
+template <int RANKS, bool BACKWARD>
+int by_type(const Arguments& a, int64_t* sizes) {
+#ifndef FUSEDLORA_BF16_ONLY
+  if (!a.is_bf16) return run<__half, RANKS, BACKWARD>(a, sizes);
+#endif
+  return run<__nv_bfloat16, RANKS, BACKWARD>(a, sizes);
+}
+
+#ifdef FUSEDLORA_UNIT_RANKS
+
+template int by_type<FUSEDLORA_UNIT_RANKS, FUSEDLORA_UNIT_BACKWARD>(const Arguments&, int64_t*);
+}  // namespace fusedlora
+
+#else
+
+#ifdef FUSEDLORA_UNITS
+extern template int by_type<1, false>(const Arguments&, int64_t*);
+extern template int by_type<2, false>(const Arguments&, int64_t*);
+extern template int by_type<4, false>(const Arguments&, int64_t*);
+extern template int by_type<1, true>(const Arguments&, int64_t*);
+extern template int by_type<2, true>(const Arguments&, int64_t*);
+extern template int by_type<4, true>(const Arguments&, int64_t*);
+#endif
 #ifndef FUSEDLORA_RANKS
 #define FUSEDLORA_RANKS 4
 #endif
 
-template <typename T, bool BACKWARD>
-int by_rank(const Arguments& a, int64_t* bytes) {
-  if (a.r <= 16) return run<T, 1, BACKWARD>(a, bytes);
+thread_local char problem[256] = "";
+
+template <bool BACKWARD>
+int by_rank(const Arguments& a, int64_t* sizes) {
+  if (a.r <= 16) return by_type<1, BACKWARD>(a, sizes);
 #if FUSEDLORA_RANKS >= 4
-  if (a.r <= 32) return run<T, 2, BACKWARD>(a, bytes);
-  if (a.r <= 64) return run<T, 4, BACKWARD>(a, bytes);
+  if (a.r <= 32) return by_type<2, BACKWARD>(a, sizes);
+  if (a.r <= 64) return by_type<4, BACKWARD>(a, sizes);
 #endif
   return fail("r", -3);
 }
 
-template <bool BACKWARD>
-int by_type(const Arguments& a, int64_t* bytes) {
-#ifndef FUSEDLORA_BF16_ONLY
-  if (!a.is_bf16) return by_rank<__half, BACKWARD>(a, bytes);
-#endif
-  return by_rank<__nv_bfloat16, BACKWARD>(a, bytes);
-}
-
-}  // namespace
 }  // namespace fusedlora
 
-using fusedlora::Arguments;
-
 extern "C" {
-// 0, or an error of which fusedlora_problem() tells. With `bytes` nothing runs: it gets the workspace's size.
-int fusedlora_forward(const Arguments* a, int64_t* bytes) { return fusedlora::by_type<false>(*a, bytes); }
-int fusedlora_backward(const Arguments* a, int64_t* bytes) { return fusedlora::by_type<true>(*a, bytes); }
+// 0, or an error of which fusedlora_problem() tells. With `sizes` nothing runs: it gets the bytes of the workspace and
+// the number of words, which must be zero and are left so.
+int fusedlora_forward(const Arguments* a, int64_t* sizes) { return fusedlora::by_rank<false>(*a, sizes); }
+int fusedlora_backward(const Arguments* a, int64_t* sizes) { return fusedlora::by_rank<true>(*a, sizes); }
 const char* fusedlora_problem() { return fusedlora::problem; }
 }
+
+#endif

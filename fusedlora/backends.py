@@ -4,19 +4,21 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cuda, reference
 from .config import MAX_RANK, MAX_RANK_FLOAT32
+from .cuda_config import MAX_RANK as MAX_RANK_CUDA
+from .cuda_config import prefers_cuda
 from .doctor import doctor_passed
 
 
 class Call(NamedTuple):
-    """What decides who takes a call. A tuple, without M: cheap to build, and the key of the choices made."""
+    """What decides who takes a call. A tuple: cheap to build, and the key of the choices made."""
 
     named: bool  # asked for by name, not by "auto"
     device: torch.device
@@ -26,16 +28,19 @@ class Call(NamedTuple):
     N: int
     K: int
     r: int
-    dropout: str  # "", "seed" or "mask": what `dropout.draw` gave
+    dropout: str  # "", "seed", "device seed" or "mask": what `dropout.draw` gave
     weight_layout: tuple[int, int, int]  # row stride, last stride, address % 16
     precision: str  # float32_matmul_precision, "" unless dtype is float32
+    rows: int = 1  # M rounded up to a power of two, so that choices are few
+    scale: bool = False  # whether scaling is read on the device
 
 
 @dataclass(frozen=True)
 class Backend:
     """A way to run the two ops. why_not gives the reason against a call, or None.
 
-    plan, where there is one, makes the Plan of calls whose tensors are packed: see plans.py.
+    plan, where there is one, makes the Plan of calls whose tensors are packed: see plans.py. Nobody is told of calls
+    that an optional one does not take, unless they ask.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Backend:
     forward: Callable[..., tuple[Tensor, Tensor | None]]
     backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
     plan: Callable[..., Any] | None = None
+    optional: bool = False
 
 
 def describe_call(
@@ -52,6 +58,7 @@ def describe_call(
     lora_A: Tensor,
     lora_B: Tensor,
     mask: Tensor | None,
+    scale: Tensor | None,
     adapter_dtype: torch.dtype,
 ) -> Call:
     """The call of lora_linear's tensors; x may be dy, and weight None where no asked gradient reads it."""
@@ -65,8 +72,16 @@ def describe_call(
         layout = (row, last, weight.data_ptr() % 16)
     precision = float32_precision() if dtype is torch.float32 else ""
     named = backend != "auto"
-    noise = "" if mask is None else "mask" if mask.dtype is torch.bool else "seed"
-    return Call(named, x.device, dtype, adapter_dtype, lora_A.dtype, N, K, r, noise, layout, precision)
+    if mask is None:
+        noise = ""
+    elif mask.dtype is torch.bool:
+        noise = "mask"
+    else:
+        noise = "device seed" if mask.is_cuda else "seed"
+    rows = 1 << (x.numel() // x.shape[-1] - 1).bit_length()
+    return Call(
+        named, x.device, dtype, adapter_dtype, lora_A.dtype, N, K, r, noise, layout, precision, rows, scale is not None
+    )
 
 
 def float32_precision() -> str:
@@ -146,21 +161,8 @@ def _triton_why_not(call: Call) -> str | None:
         return (
             "lora_A is float32 beside a float16 x outside autocast: the kernels keep such adapters' precision over bf16"
         )
-    if call.dropout == "mask":
-        return "dropout comes as a mask, the kernels make theirs from a seed"
-    size = call.dtype.itemsize
-    for name, columns in (("in_features", call.K), ("out_features", call.N)):
-        if columns * size % 16:
-            return f"{name} {columns} of {call.dtype} is not a multiple of 16 bytes"
-    max_rank = MAX_RANK_FLOAT32 if call.dtype is torch.float32 else MAX_RANK
-    if call.r > max_rank:
-        return f"r is {call.r}, the kernels take up to {max_rank} in {call.dtype}"
-    row, last, offset = call.weight_layout
-    if last != 1 or row < call.K or row * size % 16 or offset:
-        return (
-            f"weight has strides ({row}, {last}) and starts {offset} bytes past a multiple of 16: "
-            "its rows must be contiguous and start at multiples of 16 bytes"
-        )
+    if (reason := _shapes_why_not(call, MAX_RANK_FLOAT32 if call.dtype is torch.float32 else MAX_RANK)) is not None:
+        return reason
     if call.precision == "highest":
         return (
             'x is float32 and torch.get_float32_matmul_precision() is "highest": '
@@ -169,6 +171,87 @@ def _triton_why_not(call: Call) -> str | None:
     if call.dtype is torch.float32 and not call.named:
         return "x is float32, where the kernels have not been measured faster"
     return None
+
+
+def _shapes_why_not(call: Call, max_rank: int) -> str | None:
+    """What any kernels that read through tensor maps have against the tensors."""
+    if call.dropout == "mask":
+        return "dropout comes as a mask, the kernels make theirs from a seed"
+    size = call.dtype.itemsize
+    for name, columns in (("in_features", call.K), ("out_features", call.N)):
+        if columns * size % 16:
+            return f"{name} {columns} of {call.dtype} is not a multiple of 16 bytes"
+    if call.r > max_rank:
+        return f"r is {call.r}, the kernels take up to {max_rank} in {call.dtype}"
+    row, last, offset = call.weight_layout
+    if last != 1 or row < call.K or row * size % 16 or offset:
+        return (
+            f"weight has strides ({row}, {last}) and starts {offset} bytes past a multiple of 16: "
+            "its rows must be contiguous and start at multiples of 16 bytes"
+        )
+    return None
+
+
+def _cuda_why_not(call: Call) -> str | None:
+    if call.device.type != "cuda":
+        return f"x is on {call.device.type}, the kernels run on cuda"
+    if torch.version.hip is not None:
+        return "this is a ROCm build of torch, the kernels are for NVIDIA's Hopper GPUs"
+    capability = _capability(call.device)
+    if capability != (9, 0):
+        return f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
+    if not (call.named or prefers_cuda(call.rows, call.N, call.K, call.r, call.dropout != "")):
+        return "these kernels have not been measured faster here"
+    if (missing := cuda.missing()) is not None:
+        return missing
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype is {call.dtype}, the kernels take bfloat16 and float16"
+    if call.adapter_dtype is not call.dtype:
+        return f"lora_A is {call.param_dtype} outside autocast, the kernels multiply adapters in x's {call.dtype}"
+    if call.scale:
+        return "scaling is a tensor, which is read on the device: the kernels take a number"
+    if call.dropout == "device seed":
+        return "dropout's seed is drawn on the device, as under capture and torch.compile: the kernels take a number"
+    return _shapes_why_not(call, MAX_RANK_CUDA)
+
+
+def _cuda_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    gain: Tensor | None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    return cuda.lora_forward(x, weight, lora_A, lora_B, bias, gain=gain, seed=mask, **settings)
+
+
+def _cuda_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    **settings: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return cuda.lora_backward(dy, x, _or_shape(weight, dy, lora_A), lora_A, lora_B, s, seed=mask, **settings)
+
+
+def _or_shape(weight: Tensor | None, dy: Tensor, lora_A: Tensor) -> Tensor:
+    """weight, or where no asked gradient reads it a shape without memory."""
+    return dy.new_empty(1).expand(dy.shape[1], lora_A.shape[1]) if weight is None else weight
+
+
+def _cuda_plan(*arguments: Any) -> Any:
+    from .packed import PackedPlan
+
+    return PackedPlan("cuda", cuda.forward_plan, cuda.backward_plan, *arguments)
 
 
 def _triton_forward(
@@ -224,12 +307,10 @@ def _triton_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from fusedlora.kernels.backward import lora_backward
 
-    if weight is None:  # read by no asked gradient: a shape without memory stands in
-        weight = dy.new_empty(1).expand(dy.shape[1], lora_A.shape[1])
     return lora_backward(
         dy,
         x,
-        weight,
+        _or_shape(weight, dy, lora_A),
         lora_A,
         lora_B,
         s,
@@ -246,9 +327,14 @@ def _triton_backward(
 
 
 def _triton_plan(x: Tensor, *arguments: Any) -> Any:
-    from fusedlora.kernels.packed import PackedPlan
+    from fusedlora.kernels.backward import backward_plan
+    from fusedlora.kernels.forward import forward_plan
 
-    return PackedPlan(x, *arguments, one_launch=_one_launch(x.device))
+    from .packed import PackedPlan
+
+    one_launch = _one_launch(x.device)
+    plans = partial(forward_plan, one_launch=one_launch), partial(backward_plan, one_launch=one_launch)
+    return PackedPlan("triton", *plans, x, *arguments)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -278,7 +364,8 @@ def _reference_backward(dy: Tensor, *args: Any, **settings: Any) -> tuple[Tensor
 
 TRITON = Backend("triton", _triton_why_not, _triton_forward, _triton_backward, _triton_plan)
 REFERENCE = Backend("reference", lambda call: None, _reference_forward, _reference_backward)
-BACKENDS = (TRITON, REFERENCE)
+CUDA = Backend("cuda", _cuda_why_not, _cuda_forward, _cuda_backward, _cuda_plan, optional=True)
+BACKENDS = (CUDA, TRITON, REFERENCE)
 NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
 last_used: str | None = None  # name of the backend that the latest call took
@@ -311,7 +398,8 @@ def _choose(name: str, call: Call) -> Backend:
             reason = backend.why_not(call)
             if reason is None:
                 break
-            refusals[backend.name] = reason
+            if not backend.optional:
+                refusals[backend.name] = reason
         if call.device.type == "cuda":
             for refusing, reason in refusals.items():
                 warn_once(backend.name, refusing, reason)

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, cuda_build
+from .cache import cache_dir
 
 # Python's -m target and arguments are added by the caller; a test puts a hanging program here.
 CHILD = [sys.executable, "-m", "fusedlora.doctor_check"]
@@ -31,17 +31,6 @@ KILL_GRACE_S = 10.0
 
 # Set in the child, whose business is to run what has not passed yet.
 under_test = False
-
-
-def cache_dir() -> Path:
-    """The user's cache directory for fusedlora; not created here."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fusedlora"
 
 
 @cache
@@ -165,16 +154,17 @@ def _version_of(package: str) -> str | None:
 
 
 def _nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
-    if path is None:
-        return "none (nothing needs it)"
     try:
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{path}: {error}"
-    release = next((part.split(",")[0] for part in text.split("release ")[1:]), "of unknown version")
-    return f"{release} ({path})"
+        nvcc = cuda_build.find_nvcc()
+        major, minor = cuda_build.nvcc_version(nvcc)
+    except cuda_build.BuildError as error:
+        return f"{error} (nothing needs it)"
+    return f"{major}.{minor} ({nvcc})"
+
+
+def _cuda_library() -> str:
+    library = cuda_build.find_library()
+    return "not built (optional: python -m fusedlora build)" if library is None else str(library)
 
 
 def _say(label: str, text: str) -> None:
@@ -230,6 +220,7 @@ def run(args: argparse.Namespace) -> int:
     _say("torch", facts.get("torch", f"{_version_of('torch') or 'not installed'}, did not answer"))
     _say("triton", facts.get("triton", _version_of("triton") or "not installed"))
     _say("nvcc", _nvcc())
+    _say("kernels", f"of backend cuda: {_cuda_library()}")
     if outcome.failure:
         _say("FAILED", outcome.failure)
         _tail(outcome.log)

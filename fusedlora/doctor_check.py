@@ -147,7 +147,7 @@ def check(device: torch.device) -> None:
     backend = plan.backend
     launches = plan.config.split(";")[0] if plan.config else ""
     about = f"{backend}, {launches}" if launches else backend
-    tell(backend=about, one_launch=launches.startswith("one launch"), why_not=plan.why_not)
+    tell(backend=about, one_launch=backend == "triton" and launches.startswith("one launch"), why_not=plan.why_not)
 
     worst: tuple[float, str] = (0.0, "")
     for M in CHECK_ROWS:

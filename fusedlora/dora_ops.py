@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backends import describe_call, select, without_autocast
+from .backends import TRITON, Call, describe_call, select, without_autocast
 from .ops import LIB, TAGS
 
 LIB.define(
@@ -30,6 +30,12 @@ LIB.define(
 )
 
 
+def _by_kernels(backend: str, call: Call) -> bool:
+    """Whether the kernels run these two ops. Beside lora_linear's in CUDA they are Triton's too."""
+    taker = select(backend, call).name
+    return taker == "triton" or (taker == "cuda" and TRITON.why_not(call) is None)
+
+
 def _gain(
     weight: Tensor,
     lora_A: Tensor,
@@ -40,9 +46,9 @@ def _gain(
     adapter_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    call = describe_call(backend, weight, weight, lora_A, lora_B, None, adapter_dtype)
+    call = describe_call(backend, weight, weight, lora_A, lora_B, None, scale, adapter_dtype)
     settings: dict[str, Any] = {"scaling": scaling, "scale": scale, "adapter_dtype": adapter_dtype}
-    if select(backend, call).name == "triton":
+    if _by_kernels(backend, call):
         from fusedlora.kernels import dora
 
         return dora.dora_gain(weight, lora_A, lora_B, magnitude, **settings)
@@ -102,9 +108,9 @@ def _scale(
     need_dm: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    call = describe_call(backend, dy, weight, lora_A, lora_B, None, adapter_dtype)
+    call = describe_call(backend, dy, weight, lora_A, lora_B, None, None, adapter_dtype)
     scaled = dm = None
-    if select(backend, call).name == "triton":
+    if _by_kernels(backend, call):
         from fusedlora.kernels import dora
 
         scaled, dm = dora.dora_scale(

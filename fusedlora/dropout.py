@@ -35,7 +35,7 @@ def draw(x: Tensor, dropout_p: float, backend: str) -> Tensor:
     flattened, True with probability 1 - dropout_p: that is faster there than the hash.
     """
     if x.device.type == "cuda":
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if drawn_on_device(x):
             return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
         return torch.tensor([_next_seed(x.device)])
     if backend == "triton":
@@ -44,6 +44,11 @@ def draw(x: Tensor, dropout_p: float, backend: str) -> Tensor:
     if x.device.type == "cpu":  # half the time of bernoulli_ there, for a passing float32 of the mask's shape
         return torch.rand(shape, dtype=torch.float32) >= dropout_p
     return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
+
+
+def drawn_on_device(x: Tensor) -> bool:
+    """Whether `draw` would draw a seed there."""
+    return x.device.type == "cuda" and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
 
 
 def _next_seed(device: torch.device) -> int:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from . import backends, dora, tuning
 from .arguments import admit
+from .dropout import drawn_on_device
 from .linear import FusedLoRALinear
+from .memory import device_memory, row_major, skinny_rows
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def explain(
     is answered with its reason in why_not and "none" as the backend.
     """
     weight: Tensor
+    scale = None
     stock = False
     if isinstance(layer_or_weight, FusedLoRALinear):
         layer = layer_or_weight
@@ -59,6 +62,7 @@ def explain(
             return Explanation("plain linear", reasons, None, ())
         weight, lora_A, lora_B, bias = layer.weight, layer.lora_A, layer.lora_B, layer.bias
         dropout_p, training, backend = layer.lora_dropout, layer.training, layer.backend
+        scale = layer.scaling if isinstance(layer.scaling, Tensor) else None
         stock = layer.use_dora and training and dropout_p > 0.0
     else:
         weight = layer_or_weight
@@ -77,13 +81,15 @@ def explain(
     ]
     if stock:
         copies.append("W + scaling · B A, x under the mask, and the result of each operation")
-        chosen = "none" if backend == "triton" else "reference"
-        return Explanation(chosen, {"triton": dora.WITH_DROPOUT}, None, tuple(copies))
+        chosen = "reference" if backend in ("auto", "reference") else "none"
+        reasons = {b.name: dora.WITH_DROPOUT for b in backends.BACKENDS if b.name != "reference"}
+        return Explanation(chosen, reasons, None, tuple(copies))
     mask = None
     if training and dropout_p > 0.0:
         seeded = x.device.type == "cuda" or backend == "triton"
-        mask = torch.empty(0, dtype=torch.int64 if seeded else torch.bool)
-    call = backends.describe_call(backend, x, weight, lora_A, lora_B, mask, adapter_dtype)
+        where = x.device if drawn_on_device(x) else None
+        mask = torch.empty(0, dtype=torch.int64 if seeded else torch.bool, device=where)
+    call = backends.describe_call(backend, x, weight, lora_A, lora_B, mask, scale, adapter_dtype)
     reasons = {}
     taker = None
     for candidate in backends.BACKENDS:
@@ -97,8 +103,13 @@ def explain(
         else:
             reasons[candidate.name] = reason
     config = None
-    if taker == "triton":
-        flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    if taker == "cuda":
+        config = _cuda_config(flat, call)
+        copies += _layout_copies(flat, lora_A, lora_B)
+        if lora_A.dtype != x.dtype:
+            copies.append(f"lora_A and lora_B in {x.dtype}, written by the launch itself")
+    elif taker == "triton":
         config = _triton_config(flat, call)
         copies += _triton_copies(flat, lora_A, lora_B, call)
     elif taker == "reference":
@@ -107,6 +118,28 @@ def explain(
         if adapter_dtype != x.dtype:
             copies.append(f"x in {adapter_dtype}, for the adapter's products")
     return Explanation(taker or "none", reasons, config, tuple(copies))
+
+
+def _cuda_config(x: Tensor, call: backends.Call) -> str:
+    from .config import Problem
+    from .cuda import num_sms
+    from .cuda_config import cuda_config
+
+    M, size, sms, drops = x.shape[0], x.element_size(), num_sms(call.device), call.dropout != ""
+    up, down = (
+        Problem(M, *sides, call.r, size, False, 90, sms, drops) for sides in ((call.N, call.K), (call.K, call.N))
+    )
+    return f"one launch each way; forward {cuda_config(up)}; backward {cuda_config(down)}"
+
+
+def _layout_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
+    copies = []
+    if row_major(x) is not x:
+        copies.append("x, made contiguous: its rows must be contiguous and start at multiples of 16 bytes")
+    copies += [f"{n}, made contiguous" for n, t in (("lora_A", lora_A), ("lora_B", lora_B)) if skinny_rows(t) is not t]
+    if device_memory(x.device).words_run_out():
+        copies.append("synchronisation words, zeroed by a memset in the captured graph")
+    return copies
 
 
 def _triton_config(x: Tensor, call: backends.Call) -> str:
@@ -132,14 +165,7 @@ def _triton_config(x: Tensor, call: backends.Call) -> str:
 def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
     from fusedlora.kernels.launch import num_terms
 
-    from .memory import device_memory, row_major, skinny_rows
-
-    copies = []
-    if row_major(x) is not x:
-        copies.append("x, made contiguous: its rows must be contiguous and start at multiples of 16 bytes")
-    copies += [f"{n}, made contiguous" for n, t in (("lora_A", lora_A), ("lora_B", lora_B)) if skinny_rows(t) is not t]
+    copies = _layout_copies(x, lora_A, lora_B)
     if terms := num_terms(call.param_dtype, call.adapter_dtype, call.dtype):
         copies.append(f"lora_A and lora_B as {terms} {call.dtype} term(s), written by the launch itself")
-    if device_memory(call.device).words_run_out():
-        copies.append("synchronisation words, zeroed by a memset in the captured graph")
     return copies

@@ -100,7 +100,9 @@ def find(
     if plan is None:
         if len(_plans) >= MOST:
             _plans.clear()
-        plan = _plans[key] = _make(x, weight, lora_A, lora_B, bias, dropout_p, drops, autocast, backend, for_kernels)
+        plan = _plans[key] = _make(
+            x, weight, lora_A, lora_B, bias, scale, dropout_p, drops, autocast, backend, for_kernels
+        )
     return plan
 
 
@@ -110,6 +112,7 @@ def _make(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     dropout_p: float,
     drops: bool,
     autocast: torch.dtype | None,
@@ -120,7 +123,7 @@ def _make(
     # which kernels take float32 depends on a setting that may change at any time
     if for_kernels and x.numel() > 0 and x.dtype is not torch.float32:
         seed = torch.empty(0, dtype=torch.int64) if drops else None
-        chosen = select(backend, describe_call(backend, x, weight, lora_A, lora_B, seed, adapter_dtype))
+        chosen = select(backend, describe_call(backend, x, weight, lora_A, lora_B, seed, scale, adapter_dtype))
         if chosen.plan is not None:
             return chosen.plan(x, weight, lora_A, dropout_p, adapter_dtype, backend)
     return Plan(dropout_p, adapter_dtype, backend)

@@ -142,7 +142,7 @@ def test_a_choice_is_made_once(monkeypatch) -> None:
     monkeypatch.setattr(backends, "BACKENDS", (counting,))
     monkeypatch.setattr(backends, "_chosen", {})
     i = make_inputs(4, 16, 24, 4)
-    for M in (4, 3, 4):  # the number of rows decides nothing
+    for M in (4, 3, 4):  # the number of rows counts as a power of two
         fusedlora.lora_linear(i.x[:M], i.weight, i.lora_A, i.lora_B, scaling=1.0)
     assert len(asked) == 1 and asked[0].named is False
     fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0, backend="reference")
@@ -154,10 +154,11 @@ def test_a_choice_is_made_once(monkeypatch) -> None:
 def test_a_call_is_described_by_its_tensors() -> None:
     i = make_inputs(4, 16, 24, 3, BF16, FP32)
     weight = torch.zeros(24 * 20 + 1, dtype=BF16)[1:].view(24, 20)[:, :16]
-    call = backends.describe_call("auto", i.x, weight, i.lora_A, i.lora_B, None, FP32)
+    call = backends.describe_call("auto", i.x, weight, i.lora_A, i.lora_B, None, None, FP32)
     layout = (20, 1, weight.data_ptr() % 16)
-    assert call == backends.Call(False, i.x.device, BF16, FP32, FP32, 24, 16, 3, "", layout, "") and layout[2] % 8
-    named = backends.describe_call("triton", i.x, None, i.lora_A, i.lora_B, i.x > 0, FP32)
+    expected = backends.Call(False, i.x.device, BF16, FP32, FP32, 24, 16, 3, "", layout, "", rows=4)
+    assert call == expected and layout[2] % 8
+    named = backends.describe_call("triton", i.x, None, i.lora_A, i.lora_B, i.x > 0, None, FP32)
     assert named.named and named.dropout == "mask" and named.weight_layout == (16, 1, 0)
 
 
@@ -169,7 +170,7 @@ def test_precision_set_through_either_api(setting: str, precision: str) -> None:
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
         assert backends.float32_precision() == precision
-        call = backends.describe_call("auto", i.x, i.weight, i.lora_A, i.lora_B, None, FP32)
+        call = backends.describe_call("auto", i.x, i.weight, i.lora_A, i.lora_B, None, None, FP32)
         assert call.precision == precision
         fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0)
     finally:
@@ -208,8 +209,8 @@ def test_auto_on_a_cpu_is_the_reference() -> None:
     i = make_inputs(4, 16, 24, 4)
     told = fusedlora.explain(i.x, i.weight, i.lora_A, i.lora_B)
     assert told.backend == "reference" and told.config is None and told.copies == ()
-    assert told.why_not == {"triton": "x is on cpu, the kernels run on cuda"}
-    assert str(told) == "backend: reference\nnot triton: x is on cpu, the kernels run on cuda"
+    assert told.why_not == dict.fromkeys(("cuda", "triton"), "x is on cpu, the kernels run on cuda")
+    assert str(told).splitlines() == ["backend: reference", *(f"not {n}: {r}" for n, r in told.why_not.items())]
     backends.last_used = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -225,7 +226,8 @@ def test_triton_by_name_on_a_cpu_raises_with_its_reason() -> None:
     assert str(raised.value) == f"backend 'triton' does not take this call: {reason}"
     told = fusedlora.explain(i.x, i.weight, i.lora_A, i.lora_B, backend="triton")
     assert told.backend == "none" and told.config is None
-    assert told.why_not == {"triton": reason, "reference": "backend 'triton' was asked for"}
+    asked = "backend 'triton' was asked for"
+    assert told.why_not == {"cuda": "x is on cpu, the kernels run on cuda", "triton": reason, "reference": asked}
 
 
 COPIES = {

@@ -47,7 +47,8 @@ def source_files() -> set[str]:
         Path("fusedlora/kernels") / p.relative_to(ROOT / "kernels/triton")
         for p in (ROOT / "kernels/triton").rglob("*.py")
     ]
-    return {p.as_posix() for p in [*package, *kernels]} | {"fusedlora/py.typed"}
+    sources = [Path("fusedlora/_csrc") / p.name for p in (ROOT / "csrc").iterdir() if p.suffix != ".md"]
+    return {p.as_posix() for p in [*package, *kernels, *sources]} | {"fusedlora/py.typed"}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,33 @@ def dist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_wheel_with_the_library_is_for_this_kind_of_machine(tree: Path, tmp_path: Path) -> None:
+    """nvcc is played by a script here, so that no GPU code is compiled; tests/test_cuda_build.py compiles it."""
+    pytest.importorskip("build")
+    if sys.platform != "linux" or shutil.which("ninja") is None:
+        pytest.skip("needs Linux and ninja")
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        '#!/bin/sh\ncase "$1" in --version) echo "release 13.0,"; exit;; esac\n'
+        'while [ $# -gt 1 ]; do shift; done\necho library > "$1"\n'
+    )
+    nvcc.chmod(0o755)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(tree)]
+    env = os.environ | {"FUSEDLORA_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"fusedlora-[^-]*-py3-none-linux_\w+\.whl", path.name)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("fusedlora/libfusedlora.so") == b"library\n"
+    shutil.rmtree(tree / "build")
+    nvcc.write_text('#!/bin/sh\necho "release 11.8,"\n')
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert f"FUSEDLORA_BUILD_CUDA=1: {nvcc} is 11.8, the kernels need 12.5 or newer" in done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def wheel(dist: Path) -> Path:
     (path,) = dist.glob("*.whl")
@@ -97,7 +125,8 @@ def test_sdist_holds_the_sources_and_the_tests(dist: Path) -> None:
     with tarfile.open(path) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
     kernels = {p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py")}
-    wanted = {n for n in source_files() if not n.startswith("fusedlora/kernels/")} | kernels
+    wanted = {n for n in source_files() if not n.startswith(("fusedlora/kernels/", "fusedlora/_csrc/"))} | kernels
+    wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir()}
     assert not wanted - names
     assert {"pyproject.toml", "README.md", "tests/conftest.py", "tests/test_packaging.py"} <= names
     assert not [n for n in names if n.endswith(".pyc")]
@@ -125,8 +154,10 @@ def test_version_is_the_packages(wheel: Path) -> None:
 WHERE = """
 import json, importlib.util, fusedlora, fusedlora.kernels, fusedlora.backends
 spec = importlib.util.find_spec("kernels")
+from fusedlora import cuda_build
 print(json.dumps({
     "package": fusedlora.__file__,
+    "sources": str(cuda_build.sources_dir()),
     "kernels": list(fusedlora.kernels.__path__),
     "top_level_kernels": list(spec.submodule_search_locations or []) if spec else [],
 }))
@@ -139,6 +170,7 @@ def test_installed_wheel_imports_and_has_no_top_level_kernels(wheel: Path, tmp_p
     found = json.loads(run_child(WHERE, tmp_path, first=(str(site),)))
     assert found["package"] == str(site / "fusedlora/__init__.py")
     assert found["kernels"] == [str(site / "fusedlora/kernels")]
+    assert found["sources"] == str(site / "fusedlora/_csrc")
     assert not any(str(site) in place for place in found["top_level_kernels"])
 
 
@@ -155,6 +187,7 @@ def test_editable_install_imports_and_has_no_top_level_kernels(tree: Path, tmp_p
     found = json.loads(run_child(code, tmp_path, options=("-S",), first=(str(site), *libraries)))
     assert found["package"] == str(tree / "fusedlora/__init__.py")
     assert found["kernels"] == [str(tree / "kernels/triton")]
+    assert found["sources"] == str(tree / "csrc")
     assert not any(str(tree) in place for place in found["top_level_kernels"])
 
 

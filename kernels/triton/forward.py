@@ -217,6 +217,7 @@ def lora_forward(
     s = x.new_empty(M, r, dtype=adapter_dtype) if save_s else None
     if M > 0:
         x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
+        bias = None if bias is None else bias.contiguous()
         plan = forward_plan(
             x,
             weight,

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from fusedlora import backends
-from fusedlora.dropout import launch_dropout
-from fusedlora.kernels.backward import backward_plan
-from fusedlora.kernels.forward import forward_plan
-from fusedlora.kernels.launch import LaunchPlan
-from fusedlora.ops import dispatched
-from fusedlora.plans import Given, Plan, Saved, aligned, packed
+from . import backends
+from .dropout import launch_dropout
+from .ops import dispatched
+from .plans import Given, Plan, Saved, aligned, packed
 
 _ALL = (True, True, True)
 
 
 class PackedPlan(Plan):
-    """Calls that the kernels take, with `packed` tensors of one kind. x, y, dy and dx keep their leading dimensions."""
+    """Calls that a backend's kernels take, with `packed` tensors of one kind.
+
+    Its functions give what launches them. x, y, dy and dx keep their leading dimensions.
+    """
 
     def __init__(
         self,
+        name: str,
+        forward_plan: Callable[..., Any],
+        backward_plan: Callable[..., Any],
         x: torch.Tensor,
         weight: torch.Tensor,
         lora_A: torch.Tensor,
         dropout_p: float,
         adapter_dtype: torch.dtype,
         backend: str,
-        one_launch: bool,
     ) -> None:
         super().__init__(dropout_p, adapter_dtype, backend)
+        self.name, self.forward_plan, self.backward_plan = name, forward_plan, backward_plan
         (self.N, self.K), self.r = weight.shape, lora_A.shape[0]
         self.M = x.numel() // self.K
         self.y_shape = (*x.shape[:-1], self.N)
         self.s_like_x = adapter_dtype is x.dtype
-        self.one_launch = one_launch
-        self.forwards: dict[bool, LaunchPlan] = {}  # by whether S is asked for
-        self.gradients: LaunchPlan | None = None  # all three
+        self.forwards: dict[bool, Any] = {}  # by whether S is asked for
+        self.gradients: Any = None  # all three
 
     def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, weight, lora_A, lora_B, bias, seed, scale = given
@@ -43,7 +48,7 @@ class PackedPlan(Plan):
             return super().forward(given, scaling, save_s)
         plan = self.forwards.get(save_s)
         if plan is None:
-            plan = self.forwards[save_s] = forward_plan(
+            plan = self.forwards[save_s] = self.forward_plan(
                 x.as_strided((self.M, self.K), (self.K, 1)),
                 weight,
                 lora_A,
@@ -54,9 +59,8 @@ class PackedPlan(Plan):
                 seed=seed,
                 adapter_dtype=self.adapter_dtype,
                 save_s=save_s,
-                one_launch=self.one_launch,
             )
-        backends.last_used = "triton"
+        backends.last_used = self.name
         y = x.new_empty(*self.y_shape)
         numbers = launch_dropout(seed, self.dropout_p, scaling)
         if not save_s:
@@ -83,7 +87,7 @@ class PackedPlan(Plan):
             return super().backward(dy, saved, scaling, shape, needs)
         plan = self.gradients
         if plan is None:
-            plan = self.gradients = backward_plan(
+            plan = self.gradients = self.backward_plan(
                 dy.as_strided((self.M, self.N), (self.N, 1)),
                 x.as_strided((self.M, self.K), (self.K, 1)),
                 weight,
@@ -94,9 +98,8 @@ class PackedPlan(Plan):
                 seed=seed,
                 adapter_dtype=self.adapter_dtype,
                 needs=_ALL,
-                one_launch=self.one_launch,
             )
-        backends.last_used = "triton"
+        backends.last_used = self.name
         dx = dy.new_empty(*shape)
         dA = lora_A.new_empty(self.r, self.K)
         dB = lora_B.new_empty(self.N, self.r)

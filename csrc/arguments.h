@@ -1,0 +1,15 @@
+// The C interface's one struct, which fusedlora/cuda.py packs; every member has eight bytes.
+#pragma once
+#include <stdint.h>
+
+// Null: not there, or not wanted. Pitches: elements from a row to the next.
+typedef struct {
+  int64_t is_bf16, param_is_float, bias_is_float, block_n, group, programs, shrink_clusters, parts_a, parts_b;
+  int64_t M, N, K, r;
+  int64_t x_pitch, dy_pitch, w_pitch, a_pitch, b_pitch;
+  const void *x, *dy, *w, *a, *b, *bias, *gain, *s;
+  void *y, *saved_s, *dx, *da, *db;
+  void *workspace, *words, *stream;
+  double scaling;
+  int64_t has_seed, seed, bound;
+} Arguments;

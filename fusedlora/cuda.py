@@ -1,0 +1,324 @@
+"""Launchers of the CUDA C++ kernels (csrc), called through the C interface of the library that cuda_build makes.
+
+A launch's arguments are one C struct, `Arguments` of csrc/arguments.h. What is the same for all calls of a kind is
+packed once, the rest at each call, into bytes that no other thread sees.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Problem
+from .cuda_build import find_library
+from .cuda_config import CudaConfig, cuda_config
+from .dropout import launch_dropout
+from .memory import device_memory, row_major, skinny_rows
+
+# The struct's members: those that a plan fixes, then those of each call. test_cuda_build.py compares them with C's.
+SETTINGS = (
+    *("is_bf16", "param_is_float", "bias_is_float", "block_n", "group", "programs", "shrink_clusters"),
+    *("parts_a", "parts_b", "M", "N", "K", "r", "x_pitch", "dy_pitch", "w_pitch", "a_pitch", "b_pitch"),
+)
+POINTERS = (
+    *("x", "dy", "w", "a", "b", "bias", "gain", "s", "y", "saved_s", "dx", "da", "db"),
+    *("workspace", "words", "stream"),
+)
+NUMBERS = ("scaling", "has_seed", "seed", "bound")
+_pack_settings = struct.Struct(f"={len(SETTINGS)}q").pack
+_pack_rest = struct.Struct(f"={len(POINTERS)}Qd3q").pack
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no library to call, None where there is one."""
+    path = find_library()
+    if path is None:
+        return "its kernels have not been built (python -m fusedlora build)"
+    try:
+        library(str(path))
+    except (OSError, AttributeError) as error:
+        return f"{path} cannot be loaded ({error})"
+    return None
+
+
+@functools.cache
+def library(path: str) -> ctypes.CDLL:
+    """The loaded library. Raises OSError or AttributeError where this is none."""
+    loaded = ctypes.CDLL(path)
+    for function in (loaded.fusedlora_forward, loaded.fusedlora_backward):
+        function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_void_p), ctypes.c_int
+    loaded.fusedlora_problem.restype = ctypes.c_char_p
+    return loaded
+
+
+class CudaPlan:
+    """All that the launches of one kind of call need beside its tensors."""
+
+    def __init__(self, direction: str, device: torch.device, settings: dict[str, int], pointers: list[int]) -> None:
+        """pointers stand for those of the calls: which there are, and whether they are aligned to 16 bytes."""
+        self.library = library(str(find_library()))
+        self.function = getattr(self.library, f"fusedlora_{direction}")
+        self.index, self.memory = device.index, device_memory(device)
+        self.head = _pack_settings(*(settings.get(name, 0) for name in SETTINGS))
+        sizes = (ctypes.c_int64 * 2)()
+        self._check(self.function(self.head + _pack_rest(*pointers, 0, 0, 0, 1.0, 0, 0, 0), ctypes.byref(sizes)))
+        self.work_size, self.num_words = sizes
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise RuntimeError(f"the CUDA kernels could not be launched: {self.library.fusedlora_problem().decode()}")
+
+    def run(self, pointers: tuple[int, ...], scaling: float, seed: Tensor | int | None, threshold: int | None) -> None:
+        """Launches on the current stream; scaling, seed and threshold are those of `dropout.launch_dropout`."""
+        stream = self.memory.of_current_stream()
+        work, words = stream.work.take(self.work_size), stream.words(self.num_words)
+        noise = (0, 0, 0) if seed is None else (1, seed, threshold)
+        call = self.head + _pack_rest(*pointers, work.data_ptr(), words.data_ptr(), stream.stream, scaling, *noise)
+        if torch._C._cuda_getDevice() == self.index:
+            status = self.function(call, None)
+        else:
+            with torch.cuda.device(self.index):
+                status = self.function(call, None)
+        self._check(status)
+
+
+class ForwardPlan(CudaPlan):
+    """y, and S where it is given."""
+
+    def launch(self, tensors: tuple[Tensor | None, ...], *numbers: Any) -> None:
+        """tensors: x, weight, lora_A, lora_B, bias, gain, None, y, and S if it is wanted."""
+        x, weight, lora_A, lora_B, bias, gain, _, y = tensors[:8]
+        assert x is not None and weight is not None and lora_A is not None and lora_B is not None and y is not None
+        pointers = (
+            x.data_ptr(), 0, weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(),
+            _pointer(bias), _pointer(gain), 0, y.data_ptr(), _pointer(tensors[8]) if len(tensors) > 8 else 0, 0, 0, 0,
+        )  # fmt: skip
+        self.run(pointers, *numbers)
+
+
+class BackwardPlan(CudaPlan):
+    """dX, dA and dB, those that are given."""
+
+    def launch(self, tensors: tuple[Tensor | None, ...], *numbers: Any) -> None:
+        """tensors: dy, x, S, weight, lora_A, lora_B, None, dX, dA, dB."""
+        dy, x, s, weight, lora_A, lora_B, _, dx, da, db = tensors
+        pointers = (
+            _pointer(x), _pointer(dy), _pointer(weight), _pointer(lora_A), _pointer(lora_B), 0, 0, _pointer(s),
+            0, 0, _pointer(dx), _pointer(da), _pointer(db),
+        )  # fmt: skip
+        self.run(pointers, *numbers)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    direction: str,
+    device: torch.device,
+    sizes: tuple[int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    pitches: tuple[int, int, int, int, int],
+    there: tuple[int, ...],
+    drops: bool,
+    config: CudaConfig | None,
+) -> Any:
+    """there: for each pointer up to db 0 where there is none, else its address modulo 16, or 16."""
+    M, N, K, r = sizes
+    dtype, param_dtype, bias_dtype = dtypes
+    forward = direction == "forward"
+    if config is None:
+        out, depth = (N, K) if forward else (K, N)
+        problem = Problem(M, out, depth, r, dtype.itemsize, False, 90, num_sms(device), drops)
+        config = cuda_config(problem, tiles=forward or there[POINTERS.index("dx")] > 0)
+    settings = {
+        "is_bf16": dtype is torch.bfloat16,
+        "param_is_float": param_dtype is torch.float32,
+        "bias_is_float": bias_dtype is torch.float32,
+        "block_n": config.block_n,
+        "group": config.group,
+        "programs": config.programs,
+        "shrink_clusters": config.shrink_clusters,
+        "parts_a": config.parts,
+        "parts_b": config.parts,
+    }
+    settings |= dict(zip(SETTINGS[-9:], (*sizes, *pitches)))
+    plan = ForwardPlan if forward else BackwardPlan
+    return plan(direction, device, settings, list(there))
+
+
+def _pitch(matrix: Tensor) -> int:
+    # the stride of a single row may be anything
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+
+
+def _there(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() % 16 or 16 for tensor in tensors)
+
+
+def forward_plan(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: None = None,
+    gain: Tensor | None = None,
+    seed: Tensor | None,
+    adapter_dtype: torch.dtype,
+    save_s: bool,
+    config: CudaConfig | None = None,
+) -> ForwardPlan:
+    """The launch for these tensors, x [M, K] as `row_major` and lora_A and lora_B as `skinny_rows` give them.
+
+    It serves all tensors that have their shapes, strides, dtypes and device, and addresses aligned to 16 bytes alike.
+    scale is none and adapter_dtype x's dtype: nothing else is taken.
+    """
+    sizes = (x.shape[0], *weight.shape, lora_A.shape[0])
+    dtypes = (x.dtype, lora_A.dtype, None if bias is None else bias.dtype)
+    pitches = (_pitch(x), 0, _pitch(weight), _pitch(lora_A), _pitch(lora_B))
+    # y and S come from torch's allocator
+    there = (*_there(x, None, weight, lora_A, lora_B, bias, gain, None), 16, 16 if save_s else 0, 0, 0, 0)
+    plan: ForwardPlan = _plan("forward", x.device, sizes, dtypes, pitches, there, seed is not None, config)
+    return plan
+
+
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    *,
+    scaling: float,
+    gain: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    adapter_dtype: torch.dtype,
+    save_s: bool,
+    config: CudaConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launches the forward kernel.
+
+    Args:
+        x: [M, K], bf16 or fp16. Copied where a tensor map can't read it (see `memory.row_major`).
+        weight: [N, K] of x's dtype, rows readable by a tensor map.
+        lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 64; fp32 is rounded to x's dtype first.
+        bias: [N] of x's dtype or fp32, or None.
+        scaling: multiplies S in fp32, before its one rounding.
+        gain: [N] fp32, multiplies y before the bias; None is 1.
+        seed: [1] int64 on the CPU: of the dropout mask on the adapter's x; None is no dropout.
+        dropout_p: its rate.
+        adapter_dtype: x's dtype, which S and the adapter's products have.
+        save_s: whether S is wanted back.
+        config: tiles and counts; None takes the table's.
+
+    Returns:
+        y [M, N] and S [M, r] (None unless `save_s`), of x's dtype.
+
+    Raises:
+        RuntimeError: the driver or the library refused the launch.
+    """
+    M, N, r = x.shape[0], weight.shape[0], lora_A.shape[0]
+    y = x.new_empty(M, N)
+    s = x.new_empty(M, r) if save_s else None
+    if M > 0:
+        x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
+        bias = None if bias is None else bias.contiguous()
+        settings = {"gain": gain, "seed": seed, "adapter_dtype": adapter_dtype, "save_s": save_s, "config": config}
+        plan = forward_plan(x, weight, lora_A, lora_B, bias, **settings)  # type: ignore[arg-type]
+        plan.launch((x, weight, lora_A, lora_B, bias, gain, None, y, s), *launch_dropout(seed, dropout_p, scaling))
+    return y, s
+
+
+def backward_plan(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor | None,
+    *,
+    scale: None = None,
+    seed: Tensor | None,
+    adapter_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+    config: CudaConfig | None = None,
+) -> BackwardPlan:
+    """The launch for these tensors, dy [M, N] and x as `row_major`, lora_A and lora_B as `skinny_rows` give them.
+
+    It serves all tensors that have their shapes, strides, dtypes and device, and addresses aligned to 16 bytes alike.
+    scale is none and adapter_dtype dy's dtype: nothing else is taken.
+    """
+    sizes = (*dy.shape, weight.shape[1], lora_A.shape[0])
+    pitches = (_pitch(x), _pitch(dy), _pitch(weight), _pitch(lora_A), _pitch(lora_B))
+    there = (*_there(x, dy, weight, lora_A, lora_B, None, None, s), 0, 0, *(16 * need for need in needs))
+    dtypes = (dy.dtype, lora_A.dtype, None)
+    plan: BackwardPlan = _plan("backward", dy.device, sizes, dtypes, pitches, there, seed is not None, config)
+    return plan
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor | None,
+    *,
+    scaling: float,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    adapter_dtype: torch.dtype,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    config: CudaConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launches the backward kernel.
+
+    Args:
+        dy: [M, N], gradient of y. Copied where a tensor map can't read it (see `memory.row_major`).
+        x, weight, lora_A, lora_B: as given to `lora_forward`; x only for dA.
+        s: [M, r], as `lora_forward` returned it; only for dB.
+        scaling, seed, dropout_p, adapter_dtype: as given to `lora_forward`.
+        need_dx, need_dA, need_dB: which gradients to compute.
+        config: tiles and counts; None takes the table's.
+
+    Returns:
+        dX [M, K] of dy's dtype, dA [r, K] and dB [N, r] of their parameters' dtypes, None where not needed.
+
+    Raises:
+        RuntimeError: the driver or the library refused the launch.
+    """
+    (M, N), (r, K) = dy.shape, lora_A.shape
+    dx = dy.new_empty(M, K) if need_dx else None
+    da = lora_A.new_empty(r, K) if need_dA else None
+    db = lora_B.new_empty(N, r) if need_dB else None
+    if M == 0:
+        return dx, da if da is None else da.zero_(), db if db is None else db.zero_()
+    if not (need_dx or need_dA or need_dB):
+        return dx, da, db
+    dy, lora_A, lora_B = row_major(dy), skinny_rows(lora_A), skinny_rows(lora_B)
+    x = row_major(x) if need_dA and x is not None else dy
+    s = s.contiguous() if need_dB and s is not None else None
+    needs = (need_dx, need_dA, need_dB)
+    plan = backward_plan(
+        dy, x, weight, lora_A, lora_B, s, seed=seed, adapter_dtype=adapter_dtype, needs=needs, config=config
+    )
+    tensors = (dy, x, s, weight, lora_A, lora_B, None, dx, da, db)
+    plan.launch(tensors, *launch_dropout(seed, dropout_p, scaling))
+    return dx, da, db

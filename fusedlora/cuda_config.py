@@ -1,0 +1,53 @@
+"""Configurations of the CUDA C++ kernels, and where they are preferred. Imports neither torch nor a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from .config import Problem
+
+MAX_RANK = 64
+# Rows of a tile; two tiles of a pair, one under the other, are a cluster's.
+_BLOCK_M, _CLUSTER = 128, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaConfig:
+    """`programs` blocks work in clusters of two; tiles are 128 × block_n, `group` pairs of rows at a time for L2.
+
+    `shrink_clusters` clusters compute S or T before their tiles. A stripe of dA or dB is summed in `parts` runs of
+    rows.
+    """
+
+    block_n: int
+    group: int
+    programs: int
+    shrink_clusters: int
+    parts: int
+
+
+def prefers_cuda(rows: int, N: int, K: int, r: int, dropout: bool) -> bool:
+    """Whether "auto" takes these kernels where they take the call: where they have been measured faster than Triton's.
+
+    `rows` is M rounded up to a power of two.
+    """
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def cuda_config(p: Problem, tiles: bool = True) -> CudaConfig:
+    """The configuration of either direction; without `tiles`, of a backward that asks for no dX."""
+    programs = p.num_sms // _CLUSTER * _CLUSTER
+    clusters = programs // _CLUSTER
+    pairs_m = _cdiv(p.M, _BLOCK_M * _CLUSTER)
+    block_n = 256 if pairs_m * _cdiv(p.out, 256) >= clusters else 128
+    # Clusters that have a tile less than the others do the shrinking, unless that makes them late.
+    slack = -(pairs_m * _cdiv(p.out, block_n)) % clusters if tiles else 0
+    late = slack == 0 or _cdiv(pairs_m, slack) > 3
+    shrink_clusters = min(clusters if late else slack, pairs_m)
+    return CudaConfig(block_n, 4, programs, shrink_clusters, parts=2 if p.M > 4096 else 1)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
