@@ -25,7 +25,7 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-inline Encode encoder() {
+Encode encoder() {
   static Encode found = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult status;
@@ -36,7 +36,7 @@ inline Encode encoder() {
 }
 
 // A map of [rows, cols] in boxes of [box_rows, 64], swizzled 128 bytes wide.
-inline bool encode(
+[[maybe_unused]] bool encode(
     CUtensorMap* map, bool is_bf16, const void* from, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
   const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(pitch) * 2};
   const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
@@ -59,7 +59,7 @@ struct Places {
   }
 };
 
-inline int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
+[[maybe_unused]] int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
 
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
 int launch(const Arguments& a, const Call<T>& call) {

@@ -22,9 +22,11 @@ from functools import cache
 from pathlib import Path
 
 LIBRARY = "libfusedlora.so"
+LOG = "build.log"  # beside it in the cache: all that the compilers said
 # 12.5 brings cudaGetDriverEntryPointByVersion.
 OLDEST_NVCC = (12, 5)
 FLAGS = ("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-cudart", "static")
+FLAGS = (*FLAGS, "-Xptxas", "-v")  # the log then tells of registers and spills
 # What lora.cu is compiled as, side by side: the kernels of a direction and so many 16 ranks, and what lies above them.
 UNITS = {
     f"{direction}_r{16 * ranks}": (f"-DFUSEDLORA_UNIT_RANKS={ranks}", f"-DFUSEDLORA_UNIT_BACKWARD={backward}")
@@ -115,7 +117,7 @@ def build(say: Callable[[str], None]) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with _locked(library.parent / "lock"):
             if not library.is_file():
-                _compile(nvcc, ninja, library, say)
+                _compile(nvcc, ninja, library, library.parent / LOG, say)
     except OSError as error:
         raise BuildError(f"cannot write {library.parent} ({error})") from None
     return library
@@ -125,7 +127,7 @@ def build_into(library: Path, say: Callable[[str], None]) -> None:
     """Builds the library at this path, for setup.py. Raises BuildError."""
     nvcc, _, ninja = _tools()
     library.parent.mkdir(parents=True, exist_ok=True)
-    _compile(nvcc, ninja, library, say)
+    _compile(nvcc, ninja, library, Path(tempfile.gettempdir(), f"fusedlora-{os.getpid()}-{LOG}"), say)
 
 
 def _tools() -> tuple[Path, tuple[int, int], Path]:
@@ -178,7 +180,7 @@ def ninja_file(nvcc: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compile(nvcc: Path, ninja: Path, library: Path, say: Callable[[str], None]) -> None:
+def _compile(nvcc: Path, ninja: Path, library: Path, log: Path, say: Callable[[str], None]) -> None:
     # beside the library, so that moving it there is atomic
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
         Path(scratch, "build.ninja").write_text(ninja_file(nvcc))
@@ -197,9 +199,8 @@ def _compile(nvcc: Path, ninja: Path, library: Path, say: Callable[[str], None])
             output.append(line)
             if line.startswith("["):
                 say(line.rstrip())
+        log.write_text("".join(output))
         if process.wait() != 0:
-            log = library.parent / "build.log"
-            log.write_text("".join(output))
             said = [line.strip() for line in output if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
             why = said[0] if said else f"ninja ended with status {process.returncode}"
             raise BuildError(f"{nvcc} failed: {why} (all of its output: {log})")

@@ -1,0 +1,174 @@
+"""The build of the CUDA library: what it is made of, where it lies, and one clear line where it cannot be made."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedlora import __main__ as cli
+from fusedlora import cuda, cuda_build
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux")
+needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
+
+SCRIPT = """#!/bin/sh
+case "$1" in --version) echo "Cuda compilation tools, release {release}, V{release}.1"; exit;; esac
+{failing}
+while [ $# -gt 1 ]; do shift; done
+echo library > "$1"
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/fusedlora"
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Puts a script in nvcc's place."""
+
+    def make(release: str = "13.0", failing: str = "") -> Path:
+        path = tmp_path / "cuda/bin/nvcc"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(SCRIPT.format(release=release, failing=failing))
+        path.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+        return path
+
+    return make
+
+
+def failure(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that `python -m fusedlora build` fails with."""
+    assert cli.main(["build"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_no_nvcc(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
+    assert failure(capsys) == "not built: nvcc was not found in CUDA_HOME, PATH or /usr/local/cuda/bin"
+
+
+def test_an_old_nvcc(nvcc, capsys) -> None:
+    path = nvcc("12.4")
+    assert failure(capsys) == f"not built: {path} is 12.4, the kernels need 12.5 or newer"
+
+
+def test_an_nvcc_that_is_none(nvcc, capsys) -> None:
+    path = nvcc()
+    path.write_text("#!/bin/sh\necho hello\n")
+    assert failure(capsys) == f"not built: {path} --version names no release"
+    path.write_text("#!/no/such/shell\n")
+    assert failure(capsys).startswith(f"not built: {path} does not run (")
+
+
+def test_no_ninja(nvcc, monkeypatch, capsys) -> None:
+    nvcc()
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **kwargs: None if name == "ninja" else which(name, **kwargs))
+    assert failure(capsys) == "not built: ninja was not found (pip install ninja)"
+
+
+def test_another_system(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert failure(capsys) == "not built: the CUDA kernels are built on Linux, this is win32"
+
+
+@needs_ninja
+def test_a_failing_compiler(nvcc, capsys, cache_folder: Path) -> None:
+    path = nvcc(failing='echo "lora.cu(7): error: no such thing"; echo "and more"; exit 2')
+    (log,) = [match[1] for match in [re.search(r"all of its output: (.*)\)$", failure(capsys))] if match]
+    assert "and more" in Path(log).read_text()
+    with pytest.raises(cuda_build.BuildError) as raised:
+        cuda_build.build(lambda line: None)
+    assert str(raised.value).startswith(f"{path} failed: lora.cu(7): error: no such thing (")
+    assert cuda_build.find_library() is None and not list(cache_folder.rglob("*.so"))
+    assert not list(cache_folder.rglob("build-*")), "scratch is removed"
+
+
+@needs_ninja
+def test_a_cache_that_cannot_be_written(nvcc, monkeypatch, tmp_path: Path, capsys) -> None:
+    nvcc()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert failure(capsys).startswith(f"not built: cannot write {tmp_path}/file/fusedlora/")
+
+
+@needs_ninja
+def test_a_build_is_made_once_and_found(nvcc, capsys, cache_folder: Path) -> None:
+    nvcc()
+    assert cuda_build.find_library() is None
+    assert cli.main(["build"]) == 0
+    *progress, last = capsys.readouterr().out.splitlines()
+    units = len(cuda_build.UNITS) + 1
+    assert len(progress) == units and progress[-1].split()[0] == f"[{units}/{units}]"
+    library = cuda_build.find_library()
+    assert library is not None and last.startswith(f"{library}: ") and last.endswith(" s")
+    assert library.read_text() == "library\n" and library.parent.parent == cache_folder
+    nvcc(failing="exit 1")
+    assert cuda_build.build(print) == library, "nothing is compiled again"
+    nvcc("13.1")
+    newer = cuda_build.build(lambda line: None)
+    assert newer != library and cuda_build.find_library() == newer
+    nvcc("12.10")
+    cuda_build.build(lambda line: None)
+    assert cuda_build.find_library() == newer, "versions are compared as numbers"
+
+
+@needs_ninja
+def test_changed_sources_are_another_library(nvcc, monkeypatch, tmp_path: Path) -> None:
+    nvcc()
+    assert cuda_build.build(lambda line: None) == cuda_build.find_library()
+    copy = tmp_path / "a folder with $ and :"
+    shutil.copytree(cuda_build.sources_dir(), copy)
+    monkeypatch.setattr(cuda_build, "sources_dir", lambda: copy)
+    before = cuda_build.sources_hash()
+    cuda_build.sources_hash.cache_clear()
+    assert cuda_build.sources_hash() == before
+    (copy / "lora.cuh").write_text((copy / "lora.cuh").read_text() + "\n")
+    cuda_build.sources_hash.cache_clear()
+    assert cuda_build.sources_hash() != before and cuda_build.find_library() is None
+    library = cuda_build.build(lambda line: None)
+    assert library == cuda_build.find_library() and not list(library.parent.glob("build-*"))
+    cuda_build.sources_hash.cache_clear()
+
+
+def test_every_direction_and_rank_is_a_unit() -> None:
+    text = (cuda_build.sources_dir() / "lora.cu").read_text()
+    instances = re.findall(r"extern template int by_type<(\d), (true|false)>", text)
+    defines = {
+        (f"-DFUSEDLORA_UNIT_RANKS={ranks}", f"-DFUSEDLORA_UNIT_BACKWARD={int(backward == 'true')}")
+        for ranks, backward in instances
+    }
+    assert len(instances) == 6 and defines | {("-DFUSEDLORA_UNITS",)} == set(cuda_build.UNITS.values())
+
+
+def test_no_more_jobs_than_memory(monkeypatch) -> None:
+    monkeypatch.setattr(cuda_build.os, "sched_getaffinity", lambda process: set(range(64)))
+    assert 1 <= cuda_build._jobs() <= len(cuda_build.UNITS)
+    monkeypatch.setattr(cuda_build, "MEMORY_PER_JOB", 1 << 60)
+    assert cuda_build._jobs() == 1
+
+
+def test_the_packed_arguments_are_the_structs(tmp_path: Path) -> None:
+    """A C compiler tells where the members lie, how large they are and whether they are numbers or addresses."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    names = (*cuda.SETTINGS, *cuda.POINTERS, *cuda.NUMBERS)
+    kind = '_Generic((({0}*)0)->{1}, int64_t: "q", double: "d", default: "Q")'
+    lines = [f'printf("{n} %zu %s\\n", offsetof(Arguments, {n}), {kind.format("Arguments", n)});' for n in names]
+    program = '#include <stdio.h>\n#include <stddef.h>\n#include "arguments.h"\nint main(void) {\n' + "\n".join(lines)
+    (tmp_path / "tell.c").write_text(program + 'printf("size %zu\\n", sizeof(Arguments));\n}\n')
+    include = f"-I{cuda_build.sources_dir()}"
+    subprocess.run([compiler, "-std=c11", include, "tell.c", "-o", "tell"], cwd=tmp_path, check=True)
+    told = subprocess.run([tmp_path / "tell"], capture_output=True, text=True, check=True).stdout.split("\n")
+    kinds = [*"q" * len(cuda.SETTINGS), *"Q" * len(cuda.POINTERS), *"dqqq"]
+    assert told[:-2] == [f"{name} {8 * i} {kind}" for i, (name, kind) in enumerate(zip(names, kinds, strict=True))]
+    assert told[-2] == f"size {8 * len(names)}"

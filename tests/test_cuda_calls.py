@@ -1,0 +1,267 @@
+"""What the launchers hand to the CUDA library, with a recorder in the library's place, and which calls they take."""
+
+import dataclasses
+import struct
+from typing import Any
+
+import pytest
+import torch
+
+from fusedlora import backends, cuda, dropout
+from fusedlora.config import Problem
+from fusedlora.cuda_config import MAX_RANK, CudaConfig, cuda_config, prefers_cuda
+from fusedlora.testing import Inputs, make_inputs
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = (*cuda.SETTINGS, *cuda.POINTERS, *cuda.NUMBERS)
+SEED = torch.tensor([2**62 + 0x123456789ABCDEF])
+CONFIG = CudaConfig(block_n=128, group=3, programs=10, shrink_clusters=2, parts=4)
+
+
+class Recorder:
+    """Decodes every launch as the library would read it."""
+
+    def __init__(self) -> None:
+        self.launches: list[dict[str, Any]] = []
+        self.queries: list[dict[str, Any]] = []
+        self.status = 0
+
+    def _called(self, direction: str, arguments: bytes, sizes: Any) -> int:
+        values = struct.unpack(f"={len(cuda.SETTINGS)}q{len(cuda.POINTERS)}Qd3q", arguments)
+        call = dict(zip(NAMES, values, strict=True)) | {"direction": direction}
+        if sizes is None:
+            self.launches.append(call)
+            return self.status
+        self.queries.append(call)
+        sizes._obj[0], sizes._obj[1] = 5000, 77
+        return 0
+
+    def fusedlora_forward(self, arguments: bytes, sizes: Any) -> int:
+        return self._called("forward", arguments, sizes)
+
+    def fusedlora_backward(self, arguments: bytes, sizes: Any) -> int:
+        return self._called("backward", arguments, sizes)
+
+    def fusedlora_problem(self) -> bytes:
+        return b"cudaLaunchKernelEx: error 1"
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    monkeypatch.setattr(cuda, "library", lambda path: made)
+    monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)  # as a CPU's index
+    cuda._plan.cache_clear()
+    yield made
+    cuda._plan.cache_clear()
+
+
+def forward(i: Inputs, **settings: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    settings = {"adapter_dtype": i.x.dtype, "save_s": True, "scaling": i.scaling} | settings
+    return cuda.lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, **settings)
+
+
+def backward(i: Inputs, s: torch.Tensor | None, need: tuple[bool, bool, bool] = (True,) * 3, **settings: Any):
+    needs = dict(zip(("need_dx", "need_dA", "need_dB"), need))
+    settings = {"adapter_dtype": i.x.dtype, "scaling": i.scaling} | needs | settings
+    return cuda.lora_backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, **settings)
+
+
+def addresses(call: dict[str, Any], **tensors: torch.Tensor | None) -> None:
+    """The call's pointers are those of `tensors`, and no others are there."""
+    passing = {"workspace", "words", "stream"}
+    expected = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+    assert {name: call[name] for name in cuda.POINTERS if call[name] and name not in passing} == {
+        name: address for name, address in expected.items() if address
+    }
+    assert call["workspace"] % 16 == 0 and call["words"] % 16 == 0 and call["workspace"] and call["words"]
+
+
+@pytest.mark.parametrize("save_s", [True, False])
+@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (FP16, FP32)], ids=["bf16", "fp16-fp32"])
+def test_forward(recorder: Recorder, dtype, adapter_dtype, save_s: bool) -> None:
+    i = make_inputs(5, 64, 72, 3, dtype, adapter_dtype)
+    gain = torch.ones(72)
+    y, s = forward(i, gain=gain, seed=SEED, dropout_p=0.25, save_s=save_s, config=CONFIG)
+    assert y.shape == (5, 72) and y.dtype is dtype
+    assert (s is not None) == save_s and (s is None or (s.shape == (5, 3) and s.dtype is dtype))
+    (call,) = recorder.launches
+    addresses(call, x=i.x, w=i.weight, a=i.lora_A, b=i.lora_B, bias=i.bias, gain=gain, y=y, saved_s=s)
+    expected = {"is_bf16": int(dtype is BF16), "param_is_float": int(adapter_dtype is FP32), "bias_is_float": 0}
+    expected |= {"block_n": 128, "group": 3, "programs": 10, "shrink_clusters": 2, "parts_a": 4, "parts_b": 4}
+    expected |= {"M": 5, "N": 72, "K": 64, "r": 3, "x_pitch": 64, "w_pitch": 64, "a_pitch": 64, "b_pitch": 3}
+    expected |= {"has_seed": 1, "seed": SEED.item(), "bound": dropout.threshold(0.25), "scaling": i.scaling / 0.75}
+    assert {name: call[name] for name in expected} == expected and call["direction"] == "forward"
+
+
+@pytest.mark.parametrize("need", range(1, 8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
+def test_backward(recorder: Recorder, need: int) -> None:
+    i = make_inputs(5, 64, 72, 3, BF16, FP32)
+    s = torch.ones(5, 3, dtype=BF16)
+    wanted = bool(need & 1), bool(need & 2), bool(need & 4)
+    grads = backward(i, s, wanted)
+    assert tuple(grad is not None for grad in grads) == wanted
+    shapes = ((5, 64), BF16), ((3, 64), FP32), ((72, 3), FP32)
+    assert all(grad is None or (grad.shape, grad.dtype) == shape for grad, shape in zip(grads, shapes))
+    (call,) = recorder.launches
+    given = {"dy": i.dy, "x": i.x if wanted[1] else i.dy, "w": i.weight, "a": i.lora_A, "b": i.lora_B}
+    addresses(call, **given, s=s if wanted[2] else None, dx=grads[0], da=grads[1], db=grads[2])
+    expected = {"dy_pitch": 72, "has_seed": 0, "seed": 0, "scaling": i.scaling, "M": 5, "N": 72, "K": 64, "r": 3}
+    assert {name: call[name] for name in expected} == expected and call["direction"] == "backward"
+    (query,) = recorder.queries
+    assert all(bool(query[name]) == bool(call[name]) for name in cuda.POINTERS[:-3])
+
+
+def test_a_plan_serves_the_calls_of_a_kind(recorder: Recorder) -> None:
+    i, j = (make_inputs(5, 64, 72, 3, BF16, seed=seed) for seed in range(2))
+    forward(i), forward(j, scaling=3.0), forward(i, seed=SEED, dropout_p=0.5), forward(i, save_s=False)
+    assert len(recorder.launches) == 4 and len(recorder.queries) == 3
+    assert recorder.launches[1]["x"] == j.x.data_ptr() and recorder.launches[1]["scaling"] == 3.0
+
+
+def test_any_address_of_the_adapters(recorder: Recorder) -> None:
+    """How much workspace is needed depends on whether they can be read in place: another plan, asked for as it is."""
+    i = make_inputs(5, 64, 72, 16, BF16)
+    moved = torch.cat([i.lora_A.new_zeros(1), i.lora_A.flatten()])[1:].view(16, 64)
+    forward(i), forward(dataclasses.replace(i, lora_A=moved))
+    assert [query["a"] % 16 for query in recorder.queries] == [0, moved.data_ptr() % 16] and moved.data_ptr() % 16
+
+
+def test_rows_that_a_tensor_map_cannot_read_are_copied(recorder: Recorder) -> None:
+    i = make_inputs(5, 64, 72, 3, BF16)
+    bias = torch.stack([i.bias, i.bias], 1)[:, 0]
+    forward(dataclasses.replace(i, x=i.x.t().contiguous().t(), bias=bias))
+    backward(dataclasses.replace(i, dy=i.dy[:, :1].expand(5, 72)), torch.ones(5, 3, dtype=BF16))
+    up, down = recorder.launches
+    assert up["x"] not in (0, i.x.data_ptr()) and up["x_pitch"] == 64 and up["bias"] != bias.data_ptr()
+    assert down["dy"] not in (0, i.dy.data_ptr()) and down["dy_pitch"] == 72
+    sliced = torch.zeros(5, 128, dtype=BF16)[:, :64]
+    forward(dataclasses.replace(i, x=sliced))
+    assert recorder.launches[-1]["x"] == sliced.data_ptr() and recorder.launches[-1]["x_pitch"] == 128
+
+
+def test_one_row_of_any_stride(recorder: Recorder) -> None:
+    i = make_inputs(1, 64, 72, 3, BF16)
+    forward(dataclasses.replace(i, x=i.x.as_strided((1, 64), (3, 1))))
+    assert recorder.launches[0]["x_pitch"] == 64
+
+
+def test_no_rows(recorder: Recorder) -> None:
+    i = make_inputs(0, 64, 72, 3, BF16)
+    y, s = forward(i)
+    dx, dA, dB = backward(i, s)
+    assert y.shape == (0, 72) and dx.shape == (0, 64) and not dA.any() and not dB.any()
+    assert recorder.launches == []
+
+
+def test_a_refused_launch_raises(recorder: Recorder) -> None:
+    recorder.status = 1
+    with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: cudaLaunchKernelEx: error 1"):
+        forward(make_inputs(5, 64, 72, 3, BF16))
+
+
+@pytest.mark.parametrize("M", [1, 63, 500, 512, 2048, 8192])
+@pytest.mark.parametrize("out, depth", [(4096, 4096), (14336, 4096), (4096, 14336), (64, 64)])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_configurations(M: int, out: int, depth: int, tiles: bool) -> None:
+    config = cuda_config(Problem(M, out, depth, 16, 2, False, 90, 133), tiles)
+    assert config.block_n in (128, 256) and config.programs == 132
+    pairs = -(-M // 256)
+    assert 1 <= config.shrink_clusters <= min(pairs, 66)
+    assert config.parts == (2 if M > 4096 else 1)
+    if config.block_n == 128:
+        assert pairs * -(-out // 256) < 66
+
+
+def test_configurations_of_the_measured_shapes() -> None:
+    def chosen(M: int, out: int, tiles: bool = True) -> tuple[int, int]:
+        config = cuda_config(Problem(M, out, 4096, 16, 2, False, 90, 132), tiles)
+        return config.block_n, config.shrink_clusters
+
+    assert chosen(8192, 4096) == (256, 16)  # 512 pairs on 66 clusters: 16 have one less
+    assert chosen(8192, 14336) == (256, 32)  # 1792 pairs: 56 have one less, more than there are row blocks
+    assert chosen(512, 4096) == (128, 2)
+    assert chosen(8192, 4096, tiles=False) == (256, 32)
+
+
+GOOD = backends.Call(True, torch.device("cuda", 0), BF16, BF16, BF16, 64, 128, 16, "seed", (128, 1, 0), "")
+TAKEN = {
+    "bf16": {},
+    "fp16": {"dtype": FP16, "adapter_dtype": FP16, "param_dtype": FP16},
+    "fp32 adapters under autocast": {"param_dtype": FP32},
+    "r=1": {"r": 1},
+    "r=64": {"r": MAX_RANK},
+    "no dropout": {"dropout": ""},
+    "padded rows": {"weight_layout": (136, 1, 0)},
+}
+REFUSED = {
+    "cpu": ({"device": torch.device("cpu")}, "x is on cpu, the kernels run on cuda"),
+    "fp32": ({"dtype": FP32, "adapter_dtype": FP32}, "dtype is torch.float32, the kernels take bfloat16 and float16"),
+    "fp32 adapters": ({"adapter_dtype": FP32, "param_dtype": FP32}, "lora_A is torch.float32 outside autocast"),
+    "rank": ({"r": MAX_RANK + 1}, "r is 65, the kernels take up to 64 in torch.bfloat16"),
+    "scale": ({"scale": True}, "scaling is a tensor, which is read on the device"),
+    "captured dropout": ({"dropout": "device seed"}, "dropout's seed is drawn on the device"),
+    "a mask": ({"dropout": "mask"}, "dropout comes as a mask"),
+    "K": ({"K": 132}, "in_features 132 of torch.bfloat16 is not a multiple of 16 bytes"),
+    "N": ({"N": 60}, "out_features 60 of torch.bfloat16 is not a multiple of 16 bytes"),
+    "unaligned weight": ({"weight_layout": (128, 1, 2)}, "starts 2 bytes past a multiple of 16"),
+    "transposed weight": ({"weight_layout": (1, 64, 0)}, "weight has strides (1, 64)"),
+}
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an H100 and with the library, as far as why_not looks."""
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+
+
+@pytest.mark.parametrize("changed", TAKEN.values(), ids=TAKEN)
+def test_the_kernels_take(hopper, changed: dict[str, Any]) -> None:
+    assert backends.CUDA.why_not(GOOD._replace(**changed)) is None
+
+
+@pytest.mark.parametrize("changed, reason", REFUSED.values(), ids=REFUSED)
+def test_the_kernels_do_not_take(hopper, changed: dict[str, Any], reason: str) -> None:
+    assert reason in (backends.CUDA.why_not(GOOD._replace(**changed)) or "taken")
+
+
+def test_other_machines(hopper, monkeypatch) -> None:
+    for capability in ((8, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(backends, "_capability", lambda device, found=capability: found)
+        told = f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
+        assert backends.CUDA.why_not(GOOD) == told
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert "ROCm" in (backends.CUDA.why_not(GOOD) or "taken")
+
+
+def test_no_library(monkeypatch, tmp_path) -> None:
+    missing = cuda.missing.__wrapped__
+    monkeypatch.setattr(cuda, "find_library", lambda: None)
+    assert missing() == "its kernels have not been built (python -m fusedlora build)"
+    broken = tmp_path / "libfusedlora.so"
+    broken.write_text("no library")
+    monkeypatch.setattr(cuda, "find_library", lambda: broken)
+    assert (missing() or "").startswith(f"{broken} cannot be loaded (")
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(cuda, "missing", missing)
+    with pytest.raises(RuntimeError, match="backend 'cuda' does not take this call: .*cannot be loaded"):
+        backends.select("cuda", GOOD)
+
+
+def test_auto_takes_them_only_where_measured(hopper, monkeypatch, recwarn) -> None:
+    call = GOOD._replace(named=False)
+    assert not prefers_cuda(call.rows, call.N, call.K, call.r, dropout=True)
+    assert backends.select("auto", call) is backends.TRITON
+    assert backends.CUDA.why_not(call) == "these kernels have not been measured faster here"
+    asked = []
+    monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about) or True)
+    monkeypatch.setattr(backends, "_chosen", {})
+    assert backends.select("auto", call._replace(rows=512)) is backends.CUDA
+    assert asked == [(512, 64, 128, 16, True)]
+    assert backends.select("auto", call._replace(scale=True)) is backends.TRITON
+    assert not recwarn.list, "nobody is told of a choice between kernels"

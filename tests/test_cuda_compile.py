@@ -1,0 +1,102 @@
+"""The real library, compiled for sm_90a by nvcc: what the compilers said, what is in it, and how it acts without a GPU.
+
+Takes a minute or two unless it has been built before; needs nvcc and ninja, no GPU.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedlora import cuda, cuda_build
+from fusedlora.testing import make_inputs
+
+# Bytes that a kernel may spill, as stores and as loads: few registers, outside of its main loop. None at r ≤ 16.
+SPILLS_ALLOWED = {1: (0, 0), 2: (16, 32), 4: (24, 64)}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    try:
+        cuda_build._tools()
+    except cuda_build.BuildError as error:
+        pytest.skip(str(error))
+    return cuda_build.build(print)
+
+
+def kernel_of(symbol: str) -> tuple[str, int, int, bool, bool]:
+    """dtype, block_n, ranks, backward, dropout of a mangled lora_kernel."""
+    found = re.search(r"lora_kernelI\d*(\w+?)Li(\d+)ELi(\d+)ELb(\d)ELb(\d)E", symbol)
+    assert found, symbol
+    dtype, block_n, ranks, backward, dropout = found.groups()
+    return dtype, int(block_n), int(ranks), backward == "1", dropout == "1"
+
+
+def all_kernels() -> set[tuple[str, int, int, bool, bool]]:
+    return {
+        (dtype, block_n, ranks, backward, dropout)
+        for dtype in ("__nv_bfloat16", "__half")
+        for block_n in (128, 256)
+        for ranks in (1, 2, 4)
+        for backward in (False, True)
+        for dropout in (False, True)
+    }
+
+
+@pytest.mark.slow
+def test_no_warnings_and_few_spills(library: Path) -> None:
+    log = (library.parent / cuda_build.LOG).read_text()
+    assert not [line for line in log.splitlines() if re.search(r"warning|C75\d\d", line)]
+    pattern = (
+        r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
+    spills = {kernel_of(symbol): (int(stores), int(loads)) for symbol, stores, loads in re.findall(pattern, log)}
+    assert set(spills) == all_kernels()
+    too_many = {
+        kernel: found
+        for kernel, found in spills.items()
+        if any(n > most for n, most in zip(found, SPILLS_ALLOWED[kernel[2]]))
+    }
+    assert not too_many
+
+
+@pytest.mark.slow
+def test_every_kernel_multiplies_by_wgmma(library: Path) -> None:
+    disassembler = shutil.which("cuobjdump", path=str(cuda_build.find_nvcc().parent)) or shutil.which("cuobjdump")
+    if disassembler is None:
+        triton = pytest.importorskip("triton", reason="neither the CUDA toolkit nor triton brings cuobjdump")
+        disassembler = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    code = subprocess.run([disassembler, "-sass", library], capture_output=True, text=True, check=True).stdout
+    kernels = code.split("Function : ")[1:]
+    counts = {kernel_of(text.split(None, 1)[0]): len(re.findall(r"\bHGMMA\.", text)) for text in kernels}
+    assert set(counts) == all_kernels()
+    assert all(count >= 4 for count in counts.values()), counts  # one for each 16 of a stage's 64 of depth
+    assert all("UTMALDG" in text and "UTMASTG" in text for text in kernels), "TMA loads and stores"
+
+
+@pytest.mark.slow
+def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypatch) -> None:
+    """Workspace and words are told without a driver; a launch then fails with a message, not with a crash."""
+    assert cuda.missing.__wrapped__() is None
+    monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    cuda._plan.cache_clear()
+    i = make_inputs(1000, 512, 768, 16, torch.bfloat16)
+    settings = {"seed": None, "adapter_dtype": torch.bfloat16}
+    up = cuda.forward_plan(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, **settings)
+    assert up.work_size == 1000 * 16 * 2 and up.num_words >= 8 + 8
+    s = torch.zeros(1000, 16, dtype=torch.bfloat16)
+    down = cuda.backward_plan(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, needs=(True, True, True), **settings)
+    assert down.work_size > 2 * 1000 * 16 * 2 and down.num_words >= 8 + 8 + 768 // 64 + 512 // 64
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: cuTensorMapEncodeTiled"):
+            cuda.lora_forward(
+                i.x, i.weight, i.lora_A, i.lora_B, None, scaling=1.0, adapter_dtype=torch.bfloat16, save_s=True
+            )
+    wide = make_inputs(8, 512, 768, 65, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: r: error -3"):
+        cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **settings)
+    cuda._plan.cache_clear()
