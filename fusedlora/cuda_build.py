@@ -25,8 +25,10 @@ LIBRARY = "libfusedlora.so"
 LOG = "build.log"  # beside it in the cache: all that the compilers said
 # 12.5 brings cudaGetDriverEntryPointByVersion.
 OLDEST_NVCC = (12, 5)
-FLAGS = ("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-cudart", "static")
-FLAGS = (*FLAGS, "-Xptxas", "-v")  # the log then tells of registers and spills
+FLAGS = (
+    *("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-cudart", "static"),
+    *("-Xptxas", "-v"),  # the log then tells of registers and spills
+)
 # What lora.cu is compiled as, side by side: the kernels of a direction and so many 16 ranks, and what lies above them.
 UNITS = {
     f"{direction}_r{16 * ranks}": (f"-DFUSEDLORA_UNIT_RANKS={ranks}", f"-DFUSEDLORA_UNIT_BACKWARD={backward}")

@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cache import cache_dir
 from .config import BackwardConfig, ForwardConfig, Problem, backward_config, check_config, forward_config
-from .doctor import cache_dir, fingerprint
+from .doctor import fingerprint
 
 if TYPE_CHECKING:
     import torch
