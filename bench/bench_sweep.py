@@ -26,6 +26,10 @@ from fusedlora.timing import GraphTimer, WallTimer, ratios
 Record = dict[str, Any]
 
 
+# The package's modules that decide the speed, beside the kernels.
+DECISIVE = ("backends", "config", "cuda", "cuda_build", "cuda_config", "memory", "packed", "schedule")
+
+
 def code_id() -> str:
     """Eight digits for what decides the speed: the kernels, their launchers, their configs and the choice of backend.
 
@@ -33,7 +37,7 @@ def code_id() -> str:
     """
     package = Path(fusedlora.__file__).parent
     kernels = Path(fusedlora.kernels.__file__).parent
-    files = [*kernels.glob("*.py"), *(package / f"{name}.py" for name in ("backends", "config", "schedule"))]
+    files = [*kernels.glob("*.py"), *(package / f"{name}.py" for name in DECISIVE)]
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.name):
         tree = ast.parse(path.read_text())
@@ -41,7 +45,8 @@ def code_id() -> str:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
         digest.update(ast.dump(tree).encode())
-    for path in sorted(package.glob("tuning/*.json")):
+    csrc = package.parent / "csrc"
+    for path in [*sorted(package.glob("tuning/*.json")), *sorted(csrc.glob("*.[ch]*"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -6,7 +6,7 @@ from bench_cases import Case
 from bench_check import make_layers, memory_of
 from bench_measure import DoesNotFit, Lab
 from bench_rows import SMOKE
-from bench_sweep import OutOfTime, Store, Sweep, code_id, file_name
+from bench_sweep import DECISIVE, OutOfTime, Store, Sweep, code_id, file_name
 from bench_sweep_cases import DTYPES, LAYERS, LINE, RANKS, ROWS, compiled, small_sweep_cases, sweep_cases
 from bench_sweep_report import floor, summary, write_pictures
 
@@ -94,7 +94,7 @@ def test_comments_do_not_change_the_code_id(tmp_path, monkeypatch):
     import fusedlora.kernels
 
     def made(kernel):
-        for folder, names in ((tmp_path / "kernels", ("forward",)), (tmp_path, ("backends", "config", "schedule"))):
+        for folder, names in ((tmp_path / "kernels", ("forward",)), (tmp_path, DECISIVE)):
             folder.mkdir(exist_ok=True)
             for name in (*names, "__init__"):
                 (folder / f"{name}.py").write_text(kernel if name == "forward" else '"""Nothing."""\n')

@@ -40,6 +40,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(choice)
 
 
+@pytest.fixture(scope="session")
+def cuda_kernels() -> None:
+    """Backend cuda on a GPU that it is for: its library is built if it has to be, or the test is skipped."""
+    from fusedlora import cuda, cuda_build
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("backend cuda needs compute capability 9.0")
+    if cuda.missing() is not None:
+        try:
+            cuda_build.build(print)
+        except cuda_build.BuildError as error:
+            pytest.skip(str(error))
+        cuda.missing.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _no_tuned_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine's user has tuned is no part of a test."""

@@ -1,0 +1,280 @@
+"""Backend cuda on an H100: what tests/kernels/test_gpu.py, which runs for both backends, does not ask of it."""
+
+import dataclasses
+import statistics
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import fusedlora
+from fusedlora import backends, cuda, dropout
+from fusedlora.cuda_config import CudaConfig
+from fusedlora.memory import device_memory
+from fusedlora.testing import (
+    Inputs,
+    eager_peft,
+    error_ratios,
+    exact,
+    make_inputs,
+    poisoned_memory,
+    relative_error,
+    run,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_kernels")]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SEED = torch.tensor([2**62 + 0x123456789ABCDEF])
+# Two right answers to the last bit of their dtype still differ by luck.
+LUCK = 1.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    M: int
+    K: int
+    N: int
+    r: int
+    dtype: torch.dtype = BF16
+    fp32_adapters: bool = False
+    bias: bool = False
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        words = [f"{self.M}x{self.K}x{self.N}r{self.r}", str(self.dtype).removeprefix("torch.")]
+        return "-".join([*words, *(name for name in ("fp32_adapters", "bias", "dropout_p") if getattr(self, name))])
+
+    def inputs(self) -> Inputs:
+        adapter_dtype = FP32 if self.fp32_adapters else self.dtype
+        i = make_inputs(
+            self.M, self.K, self.N, self.r, self.dtype, adapter_dtype, "cuda", bias=self.bias, scaling=1.5, seed=self.M
+        )
+        if self.dropout_p:
+            mask = dropout.as_mask(SEED, self.M, self.K, self.dropout_p, i.x.device)
+            i = dataclasses.replace(i, mask=mask, dropout_p=self.dropout_p)
+        return i
+
+
+CASES = [
+    Case(1, 64, 64, 3),
+    Case(63, 40, 72, 5, bias=True),
+    Case(128, 64, 8, 16),
+    Case(129, 8, 264, 1),
+    Case(500, 272, 528, 17, FP16, bias=True),
+    Case(1000, 1024, 1544, 33),
+    Case(1000, 1024, 1544, 64, FP16),
+    Case(1000, 1024, 1544, 16, fp32_adapters=True),
+    Case(700, 512, 520, 48, fp32_adapters=True, bias=True),
+    Case(520, 512, 512, 16, dropout_p=0.3, bias=True),
+    Case(520, 512, 520, 5, FP16, dropout_p=0.9),
+    Case(520, 512, 520, 40, dropout_p=0.1, fp32_adapters=True),
+    Case(5000, 512, 768, 16, dropout_p=0.1),
+    Case(5000, 768, 512, 64),
+]
+WIDE = CudaConfig(block_n=256, group=4, programs=132, shrink_clusters=66, parts=1)
+CONFIGS = {
+    "table": None,
+    "wide": WIDE,
+    "narrow": dataclasses.replace(WIDE, block_n=128, group=1),
+    "parts": dataclasses.replace(WIDE, parts=3),
+    "two-blocks": CudaConfig(block_n=128, group=2, programs=2, shrink_clusters=1, parts=2),
+}
+
+
+def launch_both(i: Inputs, config: CudaConfig | None = None) -> dict[str, torch.Tensor]:
+    """y, dx, dA, dB; every buffer that the launchers allocate starts as NaN."""
+    common: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": i.x.dtype, "config": config}
+    if i.dropout_p:
+        common |= {"seed": SEED, "dropout_p": i.dropout_p}
+    with poisoned_memory():
+        y, s = cuda.lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, save_s=True, **common)
+        needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+        dx, dA, dB = cuda.lora_backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, **needs, **common)
+    assert dx is not None and dA is not None and dB is not None
+    return {"y": y, "dx": dx, "dA": dA, "dB": dB}
+
+
+def eager_answers(case: Case, i: Inputs) -> dict[str, torch.Tensor]:
+    """What the eager path gives in the same dtypes; fp32 adapters run under autocast."""
+
+    def linear(*tensors: torch.Tensor, **settings: Any) -> torch.Tensor:
+        with torch.autocast("cuda", dtype=case.dtype, enabled=case.fp32_adapters):
+            return eager_peft(*tensors, **settings)
+
+    return run(linear, i, mask=i.mask, dropout_p=i.dropout_p)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_errors_are_not_above_the_eager_path(case: Case, config: CudaConfig | None) -> None:
+    i = case.inputs()
+    ours, answers = launch_both(i, config), exact(i)
+    assert ours["dA"].dtype == i.lora_A.dtype and ours["dB"].dtype == i.lora_B.dtype
+    ratios = error_ratios(ours, eager_answers(case, i), answers)
+    for name, ratio in ratios.items():
+        few = case.M * case.r < 1024 or min(case.M, case.K, case.N) < 64
+        lucky = few and relative_error(ours[name], answers[name]) <= 4 * torch.finfo(case.dtype).eps
+        assert ratio <= LUCK or lucky, ratios
+
+
+@pytest.mark.parametrize("case", [CASES[5], CASES[6], CASES[9], CASES[12]], ids=str)
+def test_the_bits_do_not_depend_on_who_computes_what(case: Case) -> None:
+    """Nor on the run, for one number of parts."""
+    i = case.inputs()
+    expected = launch_both(i, WIDE)
+    for programs, clusters in ((132, 66), (132, 1), (132, 7), (130, 65), (64, 3), (2, 1)):
+        config = dataclasses.replace(WIDE, programs=programs, shrink_clusters=clusters)
+        for _ in range(3):
+            got = launch_both(i, config)
+            assert all(torch.equal(got[name], expected[name]) for name in expected), (programs, clusters)
+
+
+@pytest.mark.parametrize("need", range(1, 8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
+@pytest.mark.parametrize("M, dropout_p", [(300, 0.0), (300, 0.3), (5000, 0.0)])
+def test_only_the_needed_gradients(need: int, M: int, dropout_p: float) -> None:
+    i = Case(M, 512, 520, 16, dropout_p=dropout_p).inputs()
+    whole = launch_both(i)
+    wanted = dict(zip(("dx", "dA", "dB"), (bool(need & 1), bool(need & 2), bool(need & 4))))
+    settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": BF16}
+    if dropout_p:
+        settings |= {"seed": SEED, "dropout_p": dropout_p}
+    _, s = cuda.lora_forward(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, **settings)
+    needs = {f"need_{name}": value for name, value in wanted.items()}
+    with poisoned_memory():
+        grads = cuda.lora_backward(
+            i.dy,
+            i.x if wanted["dA"] else None,
+            i.weight,
+            i.lora_A,
+            i.lora_B,
+            s if wanted["dB"] else None,
+            **needs,
+            **settings,
+        )
+    for (name, is_wanted), grad in zip(wanted.items(), grads):
+        assert (grad is not None) == is_wanted
+        assert grad is None or torch.equal(grad, whole[name]), name
+
+
+@pytest.mark.parametrize("layout", ["sliced-columns", "misaligned", "transposed", "stride-0"])
+def test_layouts_a_tensor_map_cannot_read(layout: str) -> None:
+    i = make_inputs(48, 64, 64, 16, BF16, device="cuda", bias=False)
+    made = {
+        "sliced-columns": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+        "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+        "transposed": lambda t: t.t().contiguous().t(),
+        "stride-0": lambda t: t[:1, :1].expand(t.shape),
+    }[layout]
+    odd = dataclasses.replace(i, x=made(i.x), dy=made(i.dy), lora_A=made(i.lora_A), lora_B=made(i.lora_B))
+    plain = odd.map(lambda t: t.clone(memory_format=torch.contiguous_format))
+    left, right = launch_both(odd), launch_both(plain)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_gain_multiplies_before_the_bias() -> None:
+    i = make_inputs(300, 512, 520, 16, BF16, device="cuda", bias=True)
+    gain = torch.rand(520, device="cuda") + 0.5
+    y, _ = cuda.lora_forward(
+        i.x, i.weight, i.lora_A, i.lora_B, i.bias, gain=gain, scaling=i.scaling, adapter_dtype=BF16, save_s=False
+    )
+    plain = exact(dataclasses.replace(i, bias=None))["y"]
+    assert relative_error(y, plain * gain.double() + i.bias.double()) <= 4e-3
+
+
+def test_words_are_zero_after_the_launches() -> None:
+    for case in CASES[:6]:
+        launch_both(case.inputs())
+    slabs = device_memory(torch.device("cuda", 0)).slabs
+    assert slabs and not any(words.any() for words in slabs)
+
+
+def test_named_calls_take_it_and_repeat() -> None:
+    i = make_inputs(600, 512, 768, 16, BF16, device="cuda")
+    first = run(fusedlora.lora_linear, i, backend="cuda")
+    assert backends.last_used == "cuda"
+    for _ in range(20):
+        with poisoned_memory():
+            again = run(fusedlora.lora_linear, i, backend="cuda")
+        assert all(torch.equal(again[name], first[name]) for name in first)
+    told = fusedlora.explain(i.x, i.weight, i.lora_A, i.lora_B, backend="cuda")
+    assert told.backend == "cuda" and "block_n" in str(told)
+
+
+def test_dora_goes_through_it() -> None:
+    i = make_inputs(300, 512, 520, 16, BF16, device="cuda")
+    magnitude = torch.linalg.vector_norm(i.weight.float(), dim=1).to(BF16).requires_grad_()
+    answers = {}
+    for backend in ("cuda", "triton"):
+        leaves = i.leaves()
+        tensors = (leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, magnitude, leaves.bias)
+        y = fusedlora.dora_linear(*tensors, scaling=i.scaling, backend=backend)
+        assert backends.last_used == backend
+        grads = torch.autograd.grad(y, (leaves.x, leaves.lora_A, leaves.lora_B, magnitude), i.dy)
+        answers[backend] = [y.detach(), *grads]
+    assert all(relative_error(a, b) <= 8e-3 for a, b in zip(answers["cuda"], answers["triton"]))
+
+
+def test_dropout_of_a_captured_call_is_refused_by_name() -> None:
+    """Every replay is to have another mask, so the seed lies on the device, where this interface cannot take it."""
+    i = make_inputs(300, 512, 512, 16, BF16, device="cuda")
+    tensors = (i.x, i.weight, i.lora_A, i.lora_B)
+    fusedlora.lora_linear(*tensors, scaling=1.0, dropout_p=0.1, backend="cuda")
+    with pytest.raises(RuntimeError, match="seed is drawn on the device"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fusedlora.lora_linear(*tensors, scaling=1.0, dropout_p=0.1, backend="cuda")
+
+
+def test_threads_do_not_share_arguments() -> None:
+    problems = [make_inputs(300 + 8 * n, 512, 512, 16, BF16, device="cuda", seed=n) for n in range(4)]
+    expected = [run(fusedlora.lora_linear, i, backend="cuda") for i in problems]
+    wrong = []
+
+    def work(n: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                got = run(fusedlora.lora_linear, problems[n], backend="cuda")
+                wrong.extend(name for name in got if not torch.equal(got[name], expected[n][name]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+def test_two_streams_beside_a_kernel_that_holds_the_sms() -> None:
+    problems = [make_inputs(1000, 512, 1024, 16, BF16, device="cuda", seed=n) for n in range(2)]
+    expected = [launch_both(i) for i in problems]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    big = torch.randn(8192, 8192, device="cuda", dtype=BF16)
+    wrong = torch.zeros(2, device="cuda", dtype=torch.int64)
+    torch.cuda.synchronize()
+    for n in range(100):
+        if n % 10 == 0:
+            with torch.cuda.stream(streams[2]):
+                big @ big
+        for i, want, stream, count in zip(problems, expected, streams, wrong):
+            with torch.cuda.stream(stream):
+                got = launch_both(i)
+                for name in got:
+                    count.add_((got[name] != want[name]).sum())
+    torch.cuda.synchronize()
+    assert not wrong.any()
+
+
+def test_a_launch_costs_the_host_little() -> None:
+    """Below 8 µs on a server of its own; here a bound that a shared machine keeps too."""
+    i = make_inputs(64, 512, 512, 16, BF16, device="cuda", bias=False)
+    plan = cuda.forward_plan(i.x, i.weight, i.lora_A, i.lora_B, None, seed=None, adapter_dtype=BF16, save_s=False)
+    y = i.x.new_empty(64, 512)
+    tensors = (i.x, i.weight, i.lora_A, i.lora_B, None, None, None, y)
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(50):
+            plan.launch(tensors, 1.0, None, None)
+        times.append((time.perf_counter() - begin) / 50 * 1e6)
+    assert statistics.median(times) < 16, times
