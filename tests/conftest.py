@@ -55,6 +55,14 @@ def cuda_kernels() -> None:
         cuda.missing.cache_clear()
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend with kernels, for tests on a GPU that hold for both."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_kernels")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _no_tuned_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine's user has tuned is no part of a test."""

@@ -34,14 +34,6 @@ pytestmark = pytest.mark.gpu
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The tests that take it hold for both; tests/test_cuda.py has what is only backend cuda's."""
-    if request.param == "cuda":
-        request.getfixturevalue("cuda_kernels")
-    return request.param
-
-
 def forward_backward(i: Inputs, backend: str = "triton", **settings) -> list[torch.Tensor]:
     return list(run(fusedlora.lora_linear, i, backend=backend, **settings).values())
 
