@@ -241,9 +241,12 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (rank == 0) tell_cluster(shared_address(const_cast<int*>(own_place)), claim(c.words + PLACE), CLUSTER);
-    tma_prefetch(&c.left);
-    tma_prefetch(&c.right);
-    tma_prefetch(&c.out);
+    if (c.tiles || c.shrink.out) tma_prefetch(&c.left);
+    if (c.shrink.out) tma_prefetch(&c.skinny);
+    if (c.tiles) {
+      tma_prefetch(&c.right);
+      tma_prefetch(&c.out);
+    }
   }
   cluster_meet();
 
