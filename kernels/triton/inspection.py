@@ -23,6 +23,8 @@ from fusedlora.memory import StreamMemory
 
 # SMs of a typical GPU of each compute capability: A100, A10, RTX 4090, H100, B200, RTX 5090.
 TYPICAL_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+# No NVIDIA GPU's capability: config.py takes its smallest tiles, the kernels use no PTX.
+UNKNOWN = 0
 _OPTIONS = ("num_warps", "num_stages")
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _POINTER |= {torch.int32: "*i32", torch.int64: "*i64"}
@@ -50,9 +52,22 @@ class Report:
         return self.ptx.count(instruction)
 
 
+@dataclasses.dataclass(frozen=True)
+class AmdReport:
+    """What one launch compiled for an AMD GPU needs: bytes of LDS and of scratch, spilled registers; its assembly."""
+
+    shared: int
+    scratch: int
+    spills: int
+    assembly: str
+
+
 @contextlib.contextmanager
 def recorded_launches(capability: int) -> Iterator[list[Launch]]:
-    """Inside, launchers called with CPU tensors choose as on a GPU of this capability, and launch nothing."""
+    """Inside, launchers called with CPU tensors choose as on a GPU of this capability, and launch nothing.
+
+    UNKNOWN stands for a GPU that config.py knows nothing of.
+    """
     seen: list[Launch] = []
 
     class Recorder(Launcher):
@@ -60,7 +75,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
             names = [parameter.name for parameter in self.kernel.params if not parameter.is_constexpr]
             seen.append(Launch(self.kernel, dict(zip(names, arguments, strict=True)) | self.constants))
 
-    facts = (capability, TYPICAL_SMS[capability])
+    facts = (capability, TYPICAL_SMS.get(capability, 304))
     with contextlib.ExitStack() as stack:
         for module in (forward, backward, dora):
             for name, stand_in in (
@@ -123,4 +138,21 @@ def inspect_launch(launch: Launch, capability: int) -> Report:
         spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
         warnings=tuple(sorted(set(re.findall(r"C7[45]\d\d", said)))),
         ptx=compiled.asm["ptx"],
+    )
+
+
+def inspect_amd_launch(launch: Launch, architecture: str = "gfx942") -> AmdReport:
+    """Compiles for an AMD GPU, on which fp32 is multiplied as it is."""
+    changed = Launch(launch.kernel, launch.arguments | {"PRECISION": "ieee"})
+    compiled = compile_launch(changed, GPUTarget("hip", architecture, 64))
+    assembly = compiled.asm["amdgcn"]
+
+    def most(name: str) -> int:
+        return max(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", assembly))
+
+    return AmdReport(
+        shared=compiled.metadata.shared,
+        scratch=most("private_segment_fixed_size"),
+        spills=most("vgpr_spill_count"),
+        assembly=assembly,
     )

@@ -17,7 +17,7 @@ import triton
 from fusedlora.config import SHARED_MEMORY
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.forward import lora_forward
-from fusedlora.kernels.inspection import TYPICAL_SMS, Launch, inspect_launch, record
+from fusedlora.kernels.inspection import TYPICAL_SMS, UNKNOWN, Launch, inspect_amd_launch, inspect_launch, record
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -116,6 +116,28 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         if capability == 90 and (launch.arguments.get("TILES") or launch.arguments.get("NEED_DX")):
             assert report.count("cp.async.bulk.tensor")
             assert report.count("wgmma.mma_async")
+
+
+LDS = 65_536
+AMD_QUICK = ("r16", "r64", "fp32-adapters-r16", "autocast-r16", "dropout-r32", "fp32-r16", "16-rows", "two-launches")
+# What does not fit: three terms of so wide a rank. Registers that spill elsewhere, again for want of narrower tiles.
+AMD_TOO_LARGE = {("fp32-adapters-r256", "backward_kernel")}
+AMD_SPILLS = {"fp32-adapters-r64": 16, "fp32-adapters-r128": 704, "dropout-fp32-adapters-r128": 384}
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=() if v in AMD_QUICK else pytest.mark.slow) for v in VARIANTS]
+)
+def test_compiles_for_amd(variant: str) -> None:
+    """For gfx942 (MI300): within its LDS, on its matrix cores, with fences between programs."""
+    for launch in launches_of(UNKNOWN, variant):
+        report = inspect_amd_launch(launch)
+        assert (report.shared > LDS) == ((variant, launch.kernel.__name__) in AMD_TOO_LARGE)
+        assert report.spills <= AMD_SPILLS.get(variant, 0)
+        tiles = launch.arguments.get("TILES") or (launch.arguments.get("REST") and launch.arguments["NEED_DX"])
+        assert not tiles or "v_mfma_" in report.assembly
+        if launch.arguments["SHRINK"] and (launch.arguments.get("TILES") or launch.arguments.get("REST")):
+            assert "buffer_wbl2 sc1" in report.assembly and "buffer_inv sc1" in report.assembly
 
 
 def test_launch_counts() -> None:
