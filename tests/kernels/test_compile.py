@@ -106,7 +106,8 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         report = inspect_launch(launch, capability)
         assert report.registers > 16, "an empty kernel"
         assert report.shared <= SHARED_MEMORY[capability]
-        few = 0 if capability == 90 or (capability, variant) in QUICK else 16
+        plain = (capability, variant) in QUICK and not variant.startswith("fp32-adapters")
+        few = 0 if capability == 90 or plain else 16
         assert report.spills <= max(few, SPILLS_ALLOWED.get(variant, 0))
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
