@@ -205,28 +205,29 @@ def broken(part: str, patch: pytest.MonkeyPatch) -> None:
     """Breaks one thing of the fused path."""
     from fusedlora import functional
 
-    forward, backward, linear, rule = (
-        functional.ops.forward,
-        functional.ops.backward,
-        backend.lora_linear,
-        (backend.parts_or_reason),
-    )
+    find, linear, rule = functional.find, backend.lora_linear, backend.parts_or_reason
 
-    def wrong_backward(*given: Any) -> Any:
-        dy, x, weight, A, B, s, mask, scale, scaling, dropout_p, *rest = given
-        if part == "the dropout mask in backward" and mask is not None:
-            other = ~mask if mask.dtype is torch.bool else mask + 1
-            given = (dy, x, weight, A, B, s, other, scale, scaling, dropout_p, *rest)
-        dx, dA, dB = backward(*given)
-        if part == "scaling in dA":
-            dA = dA / scaling
-        if part == "the sign of dA":
-            dA = -dA
-        if part == "the LoRA term of dX":
-            dx = dy @ weight
-        if part == "scaling in dB":
-            dB = dB / scaling
-        return dx, dA, dB
+    class WrongPlan:
+        """Stands before the plan of any backend: a plan of the kernels calls no op."""
+
+        def __init__(self, plan: Any) -> None:
+            self.plan, self.forward = plan, plan.forward
+
+        def backward(self, dy: Tensor, saved: Any, scaling: float, *rest: Any) -> Any:
+            _, weight, _, _, _, mask, _ = saved
+            if part == "the dropout mask in backward" and mask is not None:
+                other = ~mask if mask.dtype is torch.bool else mask + 1
+                saved = (*saved[:5], other, saved[6])
+            dx, dA, dB = self.plan.backward(dy, saved, scaling, *rest)
+            if part == "scaling in dA":
+                dA = dA / scaling
+            if part == "the sign of dA":
+                dA = -dA
+            if part == "the LoRA term of dX":
+                dx = dy @ weight
+            if part == "scaling in dB":
+                dB = dB / scaling
+            return dx, dA, dB
 
     def wrong_linear(x: Tensor, *given: Any, **settings: Any) -> Tensor:
         if part == "the dropout":
@@ -241,8 +242,7 @@ def broken(part: str, patch: pytest.MonkeyPatch) -> None:
         finally:
             layer.merged_adapters = merged
 
-    patch.setattr(functional.ops, "forward", forward)
-    patch.setattr(functional.ops, "backward", wrong_backward)
+    patch.setattr(functional, "find", lambda *given: WrongPlan(find(*given)))
     patch.setattr(backend, "lora_linear", wrong_linear)
     if part == "the merged state":
         patch.setattr(backend, "parts_or_reason", wrong_rule)
