@@ -299,7 +299,7 @@ class TestWhyNot:
         return told
 
     def test_four_bits(self, device: torch.device) -> None:
-        import bitsandbytes as bnb
+        bnb = pytest.importorskip("bitsandbytes")
 
         def base(**attributes: Any) -> Any:
             return lambda layer: vars(layer.base_layer).update(attributes)
@@ -381,6 +381,7 @@ def test_the_bare_function(device: torch.device) -> None:
 @pytest.mark.parametrize("kind", q.FOUR_BIT)
 def test_four_bits_are_decoded_into_a_buffer(kind: str, device: torch.device) -> None:
     """As on a GPU; a CPU's bitsandbytes has no such kernel, so one is lent to it."""
+    pytest.importorskip("bitsandbytes")
     from fusedlora.integrations.peft_bnb import four_bit
 
     base = q.build(Case(kind, FP32), device).base_model.model.up.base_layer
