@@ -12,6 +12,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fusedlora")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the `device` fixture")
     group.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    group.addoption("--at-once", action="store_true", help="show failures when they happen, not at the end")
+
+
+class _AtOnce:
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"FAILED {report.nodeid} ({report.when})\n{report.longreprtext}")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if config.getoption("--at-once") and reporter is not None:  # xdist's workers have none and leave it to their parent
+        config.pluginmanager.register(_AtOnce(reporter))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,7 +55,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         choice = "cuda" if torch.cuda.is_available() else "cpu"
     if choice == "cuda" and not torch.cuda.is_available():
         pytest.fail("--device cuda: torch.cuda.is_available() is False")
-    return torch.device(choice)
+    return torch.empty(0, device=choice).device  # with an index, as tensors have it
 
 
 @pytest.fixture(scope="session")
