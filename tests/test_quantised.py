@@ -229,6 +229,7 @@ class TestBuffers:
             y = quantised_lora_linear(p.x, weight, p.lora_A, p.lora_B, p.bias, scaling=p.scaling)
             return (y.detach(), *torch.autograd.grad(y, (p.x, p.lora_A, p.lora_B), p.dy))
 
+        torch.cuda.synchronize()  # what was made on the default stream
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             expected = [t.clone() for t in step()]

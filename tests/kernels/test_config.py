@@ -64,9 +64,9 @@ def test_a_launch_without_tiles_or_shrink_tasks() -> None:
 def test_a_schedule_takes_little_of_the_hosts_time(p: Problem) -> None:
     """Each new number of rows makes its own."""
     config = backward_config(p)
-    begin = time.perf_counter()
+    begin = time.thread_time()  # other processes may be at work
     backward_schedule.__wrapped__(p, config, True, True, True)
-    assert time.perf_counter() - begin < 0.1
+    assert time.thread_time() - begin < 0.1
 
 
 def test_a_config_breaks_a_rule() -> None:
