@@ -228,6 +228,7 @@ def test_dropout_of_a_captured_call_is_refused_by_name() -> None:
 def test_threads_do_not_share_arguments() -> None:
     problems = [make_inputs(300 + 8 * n, 512, 512, 16, BF16, device="cuda", seed=n) for n in range(4)]
     expected = [run(fusedlora.lora_linear, i, backend="cuda") for i in problems]
+    torch.cuda.synchronize()
     wrong = []
 
     def work(n: int) -> None:
