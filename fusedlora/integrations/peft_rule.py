@@ -49,14 +49,14 @@ def parts_or_reason(layer: Any, x: Any, classes: Container[type]) -> Parts | str
     dropout = modules["lora_dropout"]._modules[active]
     scaling = layer.scaling[active]
 
+    if type(A) is not Linear or type(B) is not Linear:
+        name, module = ("lora_B", B) if type(A) is Linear else ("lora_A", A)
+        return f"{name} is a {name_of(type(module))}, not exactly an nn.Linear"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(base) is not Linear or type(weight) is not Parameter:
         weight = _quantised(layer, active, base, x)
         if isinstance(weight, str):
             return weight
-    if type(A) is not Linear or type(B) is not Linear:
-        name, module = ("lora_B", B) if type(A) is Linear else ("lora_A", A)
-        return f"{name} is a {name_of(type(module))}, not exactly an nn.Linear"
     dropout_p = 0.0 if type(dropout) is Identity else dropout_rate(dropout)
     if isinstance(dropout_p, str):
         return dropout_p

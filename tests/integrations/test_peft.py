@@ -19,7 +19,7 @@ sides = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec
 _spec.loader.exec_module(sides)
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
-from fusedlora.testing import error_ratios  # noqa: E402
+from fusedlora.testing import error_ratios, relative_error  # noqa: E402
 
 backend = sides.backend
 Case = sides.Case
@@ -161,7 +161,9 @@ class TestCompiled:
         found = sides.run(compiled, x, dy, case.autocast)
         assert found.keys() == {k if k in ("y", "dx") else f"_orig_mod.{k}" for k in eager}
         for key, value in found.items():
-            torch.testing.assert_close(value, eager[key.removeprefix("_orig_mod.")], msg=key)
+            # of whole tensors: single elements of a sum that cancels may be further apart
+            error = relative_error(value, eager[key.removeprefix("_orig_mod.")])
+            assert error <= 4 * torch.finfo(value.dtype).eps, (key, error)
 
     @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
     def test_the_graph_holds_the_fused_op(self, dora: bool, device: torch.device) -> None:
