@@ -194,9 +194,7 @@ int run(const Arguments& a, int64_t* sizes) {
 
 template <int RANKS, bool BACKWARD>
 int by_type(const Arguments& a, int64_t* sizes) {
-#ifndef FUSEDLORA_BF16_ONLY
   if (!a.is_bf16) return run<__half, RANKS, BACKWARD>(a, sizes);
-#endif
   return run<__nv_bfloat16, RANKS, BACKWARD>(a, sizes);
 }
 
@@ -215,19 +213,13 @@ extern template int by_type<1, true>(const Arguments&, int64_t*);
 extern template int by_type<2, true>(const Arguments&, int64_t*);
 extern template int by_type<4, true>(const Arguments&, int64_t*);
 #endif
-#ifndef FUSEDLORA_RANKS
-#define FUSEDLORA_RANKS 4
-#endif
-
 thread_local char problem[256] = "";
 
 template <bool BACKWARD>
 int by_rank(const Arguments& a, int64_t* sizes) {
   if (a.r <= 16) return by_type<1, BACKWARD>(a, sizes);
-#if FUSEDLORA_RANKS >= 4
   if (a.r <= 32) return by_type<2, BACKWARD>(a, sizes);
   if (a.r <= 64) return by_type<4, BACKWARD>(a, sizes);
-#endif
   return fail("r", -3);
 }
 

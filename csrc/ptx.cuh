@@ -178,55 +178,37 @@ __device__ __forceinline__ uint2 load_shared_half(uint32_t address) {
 template <typename T>
 struct Type;
 
-template <>
-struct Type<__nv_bfloat16> {
-  __device__ static uint32_t pack(float low, float high) {
-    uint32_t out;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-    return out;
-  }
-  __device__ static __nv_bfloat16 from(float value) { return __float2bfloat16_rn(value); }
-  // d += a [16, 16] · b [16, 8]
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-  // The elements of a pair whose bits of `hash` reach those of `bound`; the others become zero.
-  __device__ static uint32_t keep(uint32_t pair, uint32_t hash, uint32_t bound) {
-    uint32_t out;
-    asm("{\n.reg .b32 one;\nset.geu.bf16x2.bf16x2 one, %2, %3;\nmul.rn.bf16x2 %0, %1, one;\n}"
-        : "=r"(out)
-        : "r"(pair), "r"(hash), "r"(bound));
-    return out;
-  }
-};
+// As the instructions name the types.
+#define FUSEDLORA_TYPE(TYPE, NAME, ROUND)                                                                             \
+  template <>                                                                                                         \
+  struct Type<TYPE> {                                                                                                 \
+    __device__ static uint32_t pack(float low, float high) {                                                          \
+      uint32_t out;                                                                                                   \
+      asm("cvt.rn." NAME "x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));                                     \
+      return out;                                                                                                     \
+    }                                                                                                                 \
+    __device__ static TYPE from(float value) { return ROUND(value); }                                                 \
+    /* d += a [16, 16] · b [16, 8] */                                                                                 \
+    __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                     \
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                             \
+                   ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                             \
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                   \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                   \
+    }                                                                                                                 \
+    /* The elements of a pair whose bits of `hash` reach those of `bound`; the others become zero. */                 \
+    __device__ static uint32_t keep(uint32_t pair, uint32_t hash, uint32_t bound) {                                   \
+      uint32_t out;                                                                                                   \
+      asm("{\n.reg .b32 one;\nset.geu." NAME "x2." NAME "x2 one, %2, %3;\nmul.rn." NAME "x2 %0, %1, one;\n}"          \
+          : "=r"(out)                                                                                                 \
+          : "r"(pair), "r"(hash), "r"(bound));                                                                        \
+      return out;                                                                                                     \
+    }                                                                                                                 \
+  };
 
-template <>
-struct Type<__half> {
-  __device__ static uint32_t pack(float low, float high) {
-    uint32_t out;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-    return out;
-  }
-  __device__ static __half from(float value) { return __float2half_rn(value); }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-  __device__ static uint32_t keep(uint32_t pair, uint32_t hash, uint32_t bound) {
-    uint32_t out;
-    asm("{\n.reg .b32 one;\nset.geu.f16x2.f16x2 one, %2, %3;\nmul.rn.f16x2 %0, %1, one;\n}"
-        : "=r"(out)
-        : "r"(pair), "r"(hash), "r"(bound));
-    return out;
-  }
-};
+FUSEDLORA_TYPE(__nv_bfloat16, "bf16", __float2bfloat16_rn)
+FUSEDLORA_TYPE(__half, "f16", __float2half_rn)
+
+#undef FUSEDLORA_TYPE
 
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -13,6 +13,7 @@ from distributed_worker import (
     adapted,
     assert_close,
     assert_same_training,
+    assert_trains_alike,
     batches,
     case,
     layers,
@@ -44,22 +45,6 @@ def fsdp(model: nn.Module, blocks: list[nn.Module] | None = None, **options: obj
     for block in [*(model if blocks is None else blocks), model]:
         fully_shard(block, reshard_after_forward=True, **options)
     return model
-
-
-def assert_trains_alike(parallel: nn.Module, single: nn.Module) -> None:
-    """Each rank's half of every batch through `parallel`, the whole batch through `single`."""
-    steps = [optimizer_of(model) for model in (parallel, single)]
-    for x, target in batches():
-        for optimizer in steps:
-            optimizer.zero_grad()
-        loss = F.mse_loss(parallel(part(x)), part(target))
-        expected = F.mse_loss(single(x), target)
-        loss.backward()
-        expected.backward()
-        for optimizer in steps:
-            optimizer.step()
-        assert_close("loss", mean_over_ranks(loss), expected.detach())
-        assert_same_training(parallel, single)
 
 
 @case

@@ -154,9 +154,25 @@ def assert_same_training(model: nn.Module, single: nn.Module, limit: float = CLO
             assert_close(f"{name}.grad", whole(found.grad), expected.grad, limit)
             compared += 1
         assert_close(name, whole(found.detach()), expected.detach(), limit)
-    assert not names and compared >= 2 * len(layers(single)), compared
+    assert not names and compared >= max(1, 2 * len(layers(single))), compared
     for name, layer in layers(model).items():
         assert layer.last_backend == ("triton" if ON_GPU else "reference"), name
+
+
+def assert_trains_alike(parallel: nn.Module, single: nn.Module) -> None:
+    """Each rank's half of every batch through `parallel`, the whole batch through `single`."""
+    steps = [optimizer_of(model) for model in (parallel, single)]
+    for x, target in batches():
+        for optimizer in steps:
+            optimizer.zero_grad()
+        loss = F.mse_loss(parallel(part(x)), part(target))
+        expected = F.mse_loss(single(x), target)
+        loss.backward()
+        expected.backward()
+        for optimizer in steps:
+            optimizer.step()
+        assert_close("loss", mean_over_ranks(loss), expected.detach())
+        assert_same_training(parallel, single)
 
 
 def main(family: str, rank: int, world_size: int, folder: Path) -> None:
