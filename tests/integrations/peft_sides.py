@@ -178,4 +178,6 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     """The same keys, and fp32 values that differ by the order of summation alone."""
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
-        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        # A sum whose terms cancel is as exact as its neighbours, not as its own size.
+        atol = 2e-5 * float(value.abs().max()) if value.numel() else 0.0
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=atol, msg=lambda text, key=key: f"{key}: {text}")

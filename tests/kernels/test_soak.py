@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -51,6 +52,12 @@ KINDS = [
 STREAMS = 4
 
 
+class Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    outputs: list[torch.Tensor]  # which a replay writes
+    leaves: Inputs  # which it reads, and which must stay alive for it
+
+
 @dataclasses.dataclass
 class Work:
     """One kind of call, what its first call gave, and a graph of it for each stream where its bits repeat."""
@@ -59,14 +66,14 @@ class Work:
     dropout_p: float
     backend: str
     expected: list[torch.Tensor]
-    graphs: list[tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]]
+    graphs: list[Captured]
 
     def call(self) -> list[torch.Tensor]:
         return list(run(fusedlora.lora_linear, self.inputs, dropout_p=self.dropout_p, backend=self.backend).values())
 
 
-def captured(i: Inputs, backend: str, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
-    """A graph of one forward and backward, and the outputs that a replay writes."""
+def captured(i: Inputs, backend: str, stream: torch.cuda.Stream) -> Captured:
+    """A graph of one forward and backward."""
     with torch.cuda.stream(stream):
         run(fusedlora.lora_linear, i, backend=backend)
     torch.cuda.synchronize()
@@ -77,7 +84,7 @@ def captured(i: Inputs, backend: str, stream: torch.cuda.Stream) -> tuple[torch.
         tensors = (leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, leaves.bias)
         y = fusedlora.lora_linear(*tensors, scaling=i.scaling, backend=backend)
         grads = torch.autograd.grad(y, (leaves.x, leaves.lora_A, leaves.lora_B), i.dy)
-    return graph, [y.detach(), *grads]
+    return Captured(graph, [y.detach(), *grads], leaves)
 
 
 def make_works(streams: list[torch.cuda.Stream], backend: str = "triton") -> list[Work]:
@@ -103,8 +110,9 @@ def share(works: list[Work], stream: torch.cuda.Stream, place: int, calls: int, 
         for _ in range(calls):
             work = order.choice(works)
             if work.graphs and order.random() < 0.5:
-                graph, got = work.graphs[place]
-                graph.replay()
+                graph = work.graphs[place]
+                graph.graph.replay()
+                got = graph.outputs
             else:
                 got = work.call()
             for a, b in zip(got, work.expected, strict=True):
