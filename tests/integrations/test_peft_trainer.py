@@ -41,6 +41,7 @@ def train(model: Any, folder: Path, **options: Any) -> list[float]:
         disable_tqdm=True,
         **options,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # over more, Trainer replicates with DataParallel: no plain Parameters
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
