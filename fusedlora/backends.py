@@ -33,21 +33,23 @@ class Call(NamedTuple):
     precision: str  # float32_matmul_precision, "" unless dtype is float32
     rows: int = 1  # M rounded up to a power of two, so that choices are few
     scale: bool = False  # whether scaling is read on the device
+    direction: str = "forward"  # or "backward": "auto" may take one backend for the one and another for the other
 
 
 @dataclass(frozen=True)
 class Backend:
     """A way to run the two ops. why_not gives the reason against a call, or None.
 
-    plan, where there is one, makes the Plan of calls whose tensors are packed: see plans.py. Nobody is told of calls
-    that an optional one does not take, unless they ask.
+    launchers, where there are any, gives for a device the functions that make forward's and backward's launches of
+    calls whose tensors are packed: see packed.py. Nobody is told of calls that an optional one does not take, unless
+    they ask.
     """
 
     name: str
     why_not: Callable[[Call], str | None]
     forward: Callable[..., tuple[Tensor, Tensor | None]]
     backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
-    plan: Callable[..., Any] | None = None
+    launchers: Callable[[torch.device], tuple[Callable[..., Any], Callable[..., Any]]] | None = None
     optional: bool = False
 
 
@@ -60,6 +62,7 @@ def describe_call(
     mask: Tensor | None,
     scale: Tensor | None,
     adapter_dtype: torch.dtype,
+    direction: str = "forward",
 ) -> Call:
     """The call of lora_linear's tensors; x may be dy, and weight None where no asked gradient reads it."""
     r, K = lora_A.shape
@@ -79,9 +82,8 @@ def describe_call(
     else:
         noise = "device seed" if mask.is_cuda else "seed"
     rows = 1 << (x.numel() // x.shape[-1] - 1).bit_length()
-    return Call(
-        named, x.device, dtype, adapter_dtype, lora_A.dtype, N, K, r, noise, layout, precision, rows, scale is not None
-    )
+    dtypes = dtype, adapter_dtype, lora_A.dtype
+    return Call(named, x.device, *dtypes, N, K, r, noise, layout, precision, rows, scale is not None, direction)
 
 
 def float32_precision() -> str:
@@ -200,7 +202,7 @@ def _cuda_why_not(call: Call) -> str | None:
     capability = _capability(call.device)
     if capability != (9, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
-    if not (call.named or prefers_cuda(call.rows, call.N, call.K, call.r, call.dropout != "")):
+    if not (call.named or prefers_cuda(call.direction, call.rows, call.N, call.K, call.r, call.dropout != "")):
         return "these kernels have not been measured faster here"
     if (missing := cuda.missing()) is not None:
         return missing
@@ -248,10 +250,8 @@ def _or_shape(weight: Tensor | None, dy: Tensor, lora_A: Tensor) -> Tensor:
     return dy.new_empty(1).expand(dy.shape[1], lora_A.shape[1]) if weight is None else weight
 
 
-def _cuda_plan(*arguments: Any) -> Any:
-    from .packed import PackedPlan
-
-    return PackedPlan("cuda", cuda.forward_plan, cuda.backward_plan, *arguments)
+def _cuda_launchers(device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return cuda.forward_plan, cuda.backward_plan
 
 
 def _triton_forward(
@@ -326,15 +326,12 @@ def _triton_backward(
     )
 
 
-def _triton_plan(x: Tensor, *arguments: Any) -> Any:
+def _triton_launchers(device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
     from fusedlora.kernels.backward import backward_plan
     from fusedlora.kernels.forward import forward_plan
 
-    from .packed import PackedPlan
-
-    one_launch = _one_launch(x.device)
-    plans = partial(forward_plan, one_launch=one_launch), partial(backward_plan, one_launch=one_launch)
-    return PackedPlan("triton", *plans, x, *arguments)
+    one_launch = _one_launch(device)
+    return partial(forward_plan, one_launch=one_launch), partial(backward_plan, one_launch=one_launch)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -362,14 +359,15 @@ def _reference_backward(dy: Tensor, *args: Any, **settings: Any) -> tuple[Tensor
         return reference.backward(dy, *args, **settings)
 
 
-TRITON = Backend("triton", _triton_why_not, _triton_forward, _triton_backward, _triton_plan)
+TRITON = Backend("triton", _triton_why_not, _triton_forward, _triton_backward, _triton_launchers)
 REFERENCE = Backend("reference", lambda call: None, _reference_forward, _reference_backward)
-CUDA = Backend("cuda", _cuda_why_not, _cuda_forward, _cuda_backward, _cuda_plan, optional=True)
+CUDA = Backend("cuda", _cuda_why_not, _cuda_forward, _cuda_backward, _cuda_launchers, optional=True)
 BACKENDS = (CUDA, TRITON, REFERENCE)
 NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
-last_used: str | None = None  # name of the backend that the latest call took
-_chosen: dict[tuple[str, Call], Backend] = {}
+last_used: str | None = None  # name of the backend that the latest forward or backward took
+last_backward: str | None = None  # that of the latest one's backward; its own, if it was a backward
+_chosen: dict[tuple[str, Call], tuple[Backend, str]] = {}
 _warned: set[str] = set()
 
 
@@ -382,13 +380,22 @@ def select(name: str, call: Call) -> Backend:
         ValueError: name is no backend.
         RuntimeError: the named backend does not take the call; the message says why.
     """
-    global last_used
-    backend = _chosen.get((name, call))
-    if backend is None:
-        backend = _choose(name, call)
-        _chosen[(name, call)] = backend
+    global last_used, last_backward
+    found = _chosen.get((name, call))
+    if found is None:
+        found = _chosen[(name, call)] = _choose(name, call), _choose(name, call._replace(direction="backward")).name
+    backend, last_backward = found
     last_used = backend.name
     return backend
+
+
+def taken() -> str | None:
+    """What the latest call took, in words: a backend's name, or those of forward and backward where they differ."""
+    return None if last_used is None else told(last_used, last_backward)
+
+
+def told(forward: str, backward: str | None) -> str:
+    return forward if backward in (None, forward) else f"{forward} forward + {backward} backward"
 
 
 def _choose(name: str, call: Call) -> Backend:

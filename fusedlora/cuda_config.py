@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 from .config import Problem
 
@@ -27,12 +28,31 @@ class CudaConfig:
     parts: int
 
 
-def prefers_cuda(rows: int, N: int, K: int, r: int, dropout: bool) -> bool:
-    """Whether "auto" takes these kernels where they take the call: where they have been measured faster than Triton's.
+class Calls(NamedTuple):
+    """Calls of one direction, each bound included; the defaults are all of them. `rows` is M up to a power of two."""
 
-    `rows` is M rounded up to a power of two.
+    rows: tuple[int, int] = (1, 1 << 40)
+    N: tuple[int, int] = (1, 1 << 40)
+    K: tuple[int, int] = (1, 1 << 40)
+    r: tuple[int, int] = (1, MAX_RANK)
+    dropout: tuple[bool, ...] = (False, True)
+
+    def hold(self, rows: int, N: int, K: int, r: int, dropout: bool) -> bool:
+        bounds = zip((self.rows, self.N, self.K, self.r), (rows, N, K, r))
+        return dropout in self.dropout and all(low <= value <= high for (low, high), value in bounds)
+
+
+# Where these kernels have been measured faster than Triton's (pytest bench/ --benchmark shows both).
+FASTER: dict[str, tuple[Calls, ...]] = {"forward": (), "backward": ()}
+
+
+def prefers_cuda(direction: str, rows: int, N: int, K: int, r: int, dropout: bool) -> bool:
+    """Whether "auto" takes these kernels for "forward" or "backward" calls that they take: where FASTER has them.
+
+    `rows` is M rounded up to a power of two. A forward may be theirs and its backward Triton's, or the other way round:
+    S and the dropout's seed mean the same to both.
     """
-    return False
+    return any(calls.hold(rows, N, K, r, dropout) for calls in FASTER[direction])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -144,9 +144,9 @@ def check(device: torch.device) -> None:
     rows = 2048 if cuda else 512
     tell(stage="choosing a backend", call=f"x [M, {side}] → [M, {side}], r = {RANK}, {dtype}".replace("torch.", ""))
     plan = explain(*inputs(device, dtype, rows, side, side, seed=0)[:4])
-    backend = plan.backend
+    backend = plan.backend if plan.backward is None else "auto"
     launches = plan.config.split(";")[0] if plan.config else ""
-    about = f"{backend}, {launches}" if launches else backend
+    about = f"{plan.taken}, {launches}" if launches else plan.taken
     tell(backend=about, one_launch=backend == "triton" and launches.startswith("one launch"), why_not=plan.why_not)
 
     worst: tuple[float, str] = (0.0, "")

@@ -100,7 +100,7 @@ def _stock(
     if backend not in ("auto", "reference"):
         raise RuntimeError(f"backend {backend!r} does not take this call: {WITH_DROPOUT}")
     if not torch.compiler.is_compiling():
-        backends.last_used = "reference"
+        backends.last_used = backends.last_backward = "reference"
         if x.device.type == "cuda" and backend == "auto":
             backends.warn_once("reference", "triton", WITH_DROPOUT)
     plain = F.linear(x, weight, bias)

@@ -108,7 +108,7 @@ def _scale(
     need_dm: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    call = describe_call(backend, dy, weight, lora_A, lora_B, None, None, adapter_dtype)
+    call = describe_call(backend, dy, weight, lora_A, lora_B, None, None, adapter_dtype, "backward")
     scaled = dm = None
     if _by_kernels(backend, call):
         from fusedlora.kernels import dora

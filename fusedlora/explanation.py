@@ -17,12 +17,18 @@ class Explanation:
     """What a call would do; str() gives it in a few lines."""
 
     backend: str
-    why_not: dict[str, str]  # the reason of each backend that does not take the call
+    why_not: dict[str, str]  # the reason of each backend that does not take the call, or one direction of it
     config: str | None  # how the kernels are launched, None where no kernel is
     copies: tuple[str, ...]  # tensors that are made beside the outputs, S and T
+    backward: str | None = None  # backward's backend, where "auto" takes another one than for forward
+
+    @property
+    def taken(self) -> str:
+        """The backend in words, or both."""
+        return backends.told(self.backend, self.backward)
 
     def __str__(self) -> str:
-        lines = [f"backend: {self.backend}"]
+        lines = [f"backend: {self.taken}"]
         if self.config is not None:
             lines.append(f"config: {self.config}")
         lines += [f"not {name}: {reason}" for name, reason in self.why_not.items()]
@@ -90,6 +96,33 @@ def explain(
         where = x.device if drawn_on_device(x) else None
         mask = torch.empty(0, dtype=torch.int64 if seeded else torch.bool, device=where)
     call = backends.describe_call(backend, x, weight, lora_A, lora_B, mask, scale, adapter_dtype)
+    taker, reasons = _taker(backend, call)
+    backward, reasons_backward = _taker(backend, call._replace(direction="backward"))
+    config = None
+    flat = x.reshape(-1, x.shape[-1])
+    configs = {name: _CONFIGS[name](flat, call) for name in (taker, backward) if name in _CONFIGS}
+    if backward == taker and taker in configs:
+        launches, *both = configs[taker]
+        config = "{} each way; forward {}; backward {}".format(launches, *both)
+    elif len(configs) == 2:
+        (up, up_config, _), (down, _, down_config) = configs[taker], configs[backward]
+        config = f"forward: {up}, {up_config}; backward: {down}, {down_config}"
+    if "cuda" in configs:
+        copies += _cuda_copies(flat, lora_A, lora_B)
+    if "triton" in configs:
+        copies += _triton_copies(flat, lora_A, lora_B, call)
+    if taker == "reference":
+        if mask is not None:
+            copies.append("dropout mask, one byte an element of x; x under the mask")
+        if adapter_dtype != x.dtype:
+            copies.append(f"x in {adapter_dtype}, for the adapter's products")
+    reasons = _of_both(reasons, reasons_backward)
+    copies = list(dict.fromkeys(copies))
+    return Explanation(taker, reasons, config, tuple(copies), None if backward == taker else backward)
+
+
+def _taker(backend: str, call: backends.Call) -> tuple[str, dict[str, str]]:
+    """The backend that takes a call of one direction, or "none", and why the others do not."""
     reasons = {}
     taker = None
     for candidate in backends.BACKENDS:
@@ -102,25 +135,23 @@ def explain(
             taker = candidate.name
         else:
             reasons[candidate.name] = reason
-    config = None
-    flat = x.reshape(-1, x.shape[-1])
-    if taker == "cuda":
-        config = _cuda_config(flat, call)
-        copies += _layout_copies(flat, lora_A, lora_B)
-        if lora_A.dtype != x.dtype:
-            copies.append(f"lora_A and lora_B in {x.dtype}, written by the launch itself")
-    elif taker == "triton":
-        config = _triton_config(flat, call)
-        copies += _triton_copies(flat, lora_A, lora_B, call)
-    elif taker == "reference":
-        if mask is not None:
-            copies.append("dropout mask, one byte an element of x; x under the mask")
-        if adapter_dtype != x.dtype:
-            copies.append(f"x in {adapter_dtype}, for the adapter's products")
-    return Explanation(taker or "none", reasons, config, tuple(copies))
+    return taker or "none", reasons
 
 
-def _cuda_config(x: Tensor, call: backends.Call) -> str:
+def _of_both(forward: dict[str, str], backward: dict[str, str]) -> dict[str, str]:
+    """Reasons by backend; one against a single direction says which."""
+    reasons = {}
+    for name in (b.name for b in backends.BACKENDS if b.name in forward or b.name in backward):
+        found = {"forward": forward.get(name), "backward": backward.get(name)}
+        if found["forward"] == found["backward"]:
+            reasons[name] = forward[name]
+        else:
+            reasons[name] = "; ".join(f"{direction}: {reason}" for direction, reason in found.items() if reason)
+    return reasons
+
+
+def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
+    """What is launched, and how forward and backward are configured."""
     from .config import Problem
     from .cuda import num_sms
     from .cuda_config import cuda_config
@@ -129,7 +160,14 @@ def _cuda_config(x: Tensor, call: backends.Call) -> str:
     up, down = (
         Problem(M, *sides, call.r, size, False, 90, sms, drops) for sides in ((call.N, call.K), (call.K, call.N))
     )
-    return f"one launch each way; forward {cuda_config(up)}; backward {cuda_config(down)}"
+    return "one launch", str(cuda_config(up)), str(cuda_config(down))
+
+
+def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
+    copies = _layout_copies(x, lora_A, lora_B)
+    if lora_A.dtype != x.dtype:
+        copies.append(f"lora_A and lora_B in {x.dtype}, written by the launch itself")
+    return copies
 
 
 def _layout_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
@@ -142,7 +180,7 @@ def _layout_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
     return copies
 
 
-def _triton_config(x: Tensor, call: backends.Call) -> str:
+def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     from fusedlora.kernels.launch import device_facts
 
     from .config import Problem
@@ -156,10 +194,10 @@ def _triton_config(x: Tensor, call: backends.Call) -> str:
     forward, why_forward = tuning.choose("forward", up, call.device, tuning.in_use())
     backward, why_backward = tuning.choose("backward", down, call.device, tuning.in_use())
     plans = forward_schedule(up, forward), backward_schedule(down, backward, True, True, True)
-    return (
-        f"{launches} each way; forward ({why_forward}) {forward}, {plans[0]}; "
-        f"backward ({why_backward}) {backward}, {plans[1]}"
-    )
+    return launches, f"({why_forward}) {forward}, {plans[0]}", f"({why_backward}) {backward}, {plans[1]}"
+
+
+_CONFIGS = {"cuda": _cuda_config, "triton": _triton_config}
 
 
 def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:

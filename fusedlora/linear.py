@@ -50,7 +50,8 @@ class FusedLoRALinear(Mergeable):
             read there at each call and each replay of a CUDA graph. A tensor is no part of the state dict and does not
             move with the layer, so that several layers may share one; merge() takes the value that it has then.
         backend: "auto", or the name of the backend to insist on.
-        last_backend: the one that the latest call took, None before it and under torch.compile.
+        last_backend: the one that the latest call took, None before it and under torch.compile; where backward takes
+            another one, "cuda forward + triton backward".
         merged: whether the adapter is in the weight now.
         adapters_enabled: False runs the linear alone; where the adapter is merged, forward then raises RuntimeError.
 
@@ -231,7 +232,7 @@ class FusedLoRALinear(Mergeable):
             backend=self.backend,
         )
         if not torch.compiler.is_compiling():
-            self.__dict__["last_backend"] = backends.last_used  # past nn.Module.__setattr__, which takes longer
+            self.__dict__["last_backend"] = backends.taken()  # past nn.Module.__setattr__, which takes longer
         return y
 
     def extra_repr(self) -> str:

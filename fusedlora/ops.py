@@ -104,7 +104,7 @@ def _backward(
     need_dB: bool,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    call = describe_call(backend, dy, weight, lora_A, lora_B, mask, scale, adapter_dtype)
+    call = describe_call(backend, dy, weight, lora_A, lora_B, mask, scale, adapter_dtype, "backward")
     return select(backend, call).backward(
         dy,
         x,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,16 +15,14 @@ _ALL = (True, True, True)
 
 
 class PackedPlan(Plan):
-    """Calls that a backend's kernels take, with `packed` tensors of one kind.
+    """Calls whose forward one backend's kernels take and whose backward its own or another's, with `packed` tensors.
 
-    Its functions give what launches them. x, y, dy and dx keep their leading dimensions.
+    All are of one kind. x, y, dy and dx keep their leading dimensions.
     """
 
     def __init__(
         self,
-        name: str,
-        forward_plan: Callable[..., Any],
-        backward_plan: Callable[..., Any],
+        takers: tuple[backends.Backend, backends.Backend],
         x: torch.Tensor,
         weight: torch.Tensor,
         lora_A: torch.Tensor,
@@ -34,7 +31,10 @@ class PackedPlan(Plan):
         backend: str,
     ) -> None:
         super().__init__(dropout_p, adapter_dtype, backend)
-        self.name, self.forward_plan, self.backward_plan = name, forward_plan, backward_plan
+        up, down = takers
+        assert up.launchers is not None and down.launchers is not None
+        self.names = up.name, down.name
+        self.forward_plan, self.backward_plan = up.launchers(x.device)[0], down.launchers(x.device)[1]
         (self.N, self.K), self.r = weight.shape, lora_A.shape[0]
         self.M = x.numel() // self.K
         self.y_shape = (*x.shape[:-1], self.N)
@@ -60,7 +60,7 @@ class PackedPlan(Plan):
                 adapter_dtype=self.adapter_dtype,
                 save_s=save_s,
             )
-        backends.last_used = self.name
+        backends.last_used, backends.last_backward = self.names
         y = x.new_empty(*self.y_shape)
         numbers = launch_dropout(seed, self.dropout_p, scaling)
         if not save_s:
@@ -99,7 +99,7 @@ class PackedPlan(Plan):
                 adapter_dtype=self.adapter_dtype,
                 needs=_ALL,
             )
-        backends.last_used = self.name
+        backends.last_used = backends.last_backward = self.names[1]
         dx = dy.new_empty(*shape)
         dA = lora_A.new_empty(self.r, self.K)
         dB = lora_B.new_empty(self.N, self.r)

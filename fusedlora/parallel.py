@@ -239,7 +239,7 @@ class ParallelLoRALinear(FusedLoRALinear):
                 backend=self.backend,
             )
         if not torch.compiler.is_compiling():
-            self.__dict__["last_backend"] = backends.last_used
+            self.__dict__["last_backend"] = backends.taken()
         return y
 
     def _local(self, name: str, mesh: DeviceMesh) -> Tensor:

@@ -123,7 +123,10 @@ def _make(
     # which kernels take float32 depends on a setting that may change at any time
     if for_kernels and x.numel() > 0 and x.dtype is not torch.float32:
         seed = torch.empty(0, dtype=torch.int64) if drops else None
-        chosen = select(backend, describe_call(backend, x, weight, lora_A, lora_B, seed, scale, adapter_dtype))
-        if chosen.plan is not None:
-            return chosen.plan(x, weight, lora_A, dropout_p, adapter_dtype, backend)
+        call = describe_call(backend, x, weight, lora_A, lora_B, seed, scale, adapter_dtype)
+        takers = select(backend, call), select(backend, call._replace(direction="backward"))
+        if all(taker.launchers is not None for taker in takers):
+            from .packed import PackedPlan
+
+            return PackedPlan(takers, x, weight, lora_A, dropout_p, adapter_dtype, backend)
     return Plan(dropout_p, adapter_dtype, backend)

@@ -9,7 +9,7 @@ import torch
 
 from fusedlora import backends, cuda, dropout
 from fusedlora.config import Problem
-from fusedlora.cuda_config import MAX_RANK, CudaConfig, cuda_config, prefers_cuda
+from fusedlora.cuda_config import FASTER, MAX_RANK, Calls, CudaConfig, cuda_config, prefers_cuda
 from fusedlora.testing import Inputs, make_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -255,13 +255,29 @@ def test_no_library(monkeypatch, tmp_path) -> None:
 
 def test_auto_takes_them_only_where_measured(hopper, monkeypatch, recwarn) -> None:
     call = GOOD._replace(named=False)
-    assert not prefers_cuda(call.rows, call.N, call.K, call.r, dropout=True)
+    assert set(FASTER) == {"forward", "backward"}
+    assert not prefers_cuda("forward", 10**9, call.N, call.K, call.r, dropout=True), "of no such rows is anything known"
+    asked = []
+    monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about))
     assert backends.select("auto", call) is backends.TRITON
     assert backends.CUDA.why_not(call) == "these kernels have not been measured faster here"
-    asked = []
+    asked.clear()
     monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about) or True)
     monkeypatch.setattr(backends, "_chosen", {})
     assert backends.select("auto", call._replace(rows=512)) is backends.CUDA
-    assert asked == [(512, 64, 128, 16, True)]
+    assert asked == [(direction, 512, 64, 128, 16, True) for direction in ("forward", "backward")]
     assert backends.select("auto", call._replace(scale=True)) is backends.TRITON
     assert not recwarn.list, "nobody is told of a choice between kernels"
+
+
+def test_the_table_of_what_is_faster(monkeypatch) -> None:
+    few = Calls(rows=(1, 64), K=(64, 4096), r=(1, 16), dropout=(False,))
+    monkeypatch.setitem(FASTER, "forward", (few, Calls(rows=(8192, 8192))))
+    monkeypatch.setitem(FASTER, "backward", ())
+    assert prefers_cuda("forward", 64, 64, 4096, 16, False)
+    near_by = {"rows": 128, "K": 4104, "r": 17, "dropout": True}
+    for changed in near_by.items():
+        about = {"rows": 64, "N": 64, "K": 4096, "r": 16, "dropout": False} | dict([changed])
+        assert not prefers_cuda("forward", **about), changed
+        assert prefers_cuda("forward", **about | {"rows": 8192})
+        assert not prefers_cuda("backward", **about | {"rows": 8192})

@@ -67,7 +67,7 @@ def forward_over(stock_forward: Any) -> Any:
         else:
             y = dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling)
         if eager:
-            self.__dict__[_LAST] = backends.last_used
+            self.__dict__[_LAST] = backends.taken()
             calls["fused"] += 1
         return y
 
