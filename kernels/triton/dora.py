@@ -32,6 +32,8 @@ from fusedlora.schedule import cdiv
 # small gain, would be large beside u where the bias is what y mostly holds, or where y has left its dtype's range.
 LEAST_GAIN = 2.0**-6
 LEAST_GAIN_BESIDE_BIAS = 0.5
+# Parts of a row of W, whose squares different programs sum.
+MAX_PARTS = 16
 
 
 @triton.jit
@@ -52,31 +54,62 @@ def add_product(left, right, acc, dtype: tl.constexpr, TERMS: tl.constexpr, PREC
     return tl.dot(left.to(dtype), right.to(dtype), acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["scaling"])
+@triton.jit
+def sum_of_parts(partial_ptr, parts, N, n_offs, inside):
+    """Columns n_offs of partial [parts, N], summed over the parts in index order."""
+    total = tl.zeros(n_offs.shape, tl.float32)
+    p_offs = tl.arange(0, 16)
+    for first in range(0, parts, 16):
+        ptrs = partial_ptr + (first + p_offs)[:, None] * N + n_offs[None, :]
+        mask = (first + p_offs < parts)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def store_gain(squares, magnitude_ptr, gain_ptr, norm_ptr, n_offs, inside):
+    """norm and gain of rows whose squares are summed."""
+    norm = tl.sqrt_rn(squares).to(magnitude_ptr.dtype.element_ty).to(tl.float32)
+    norm = tl.where(inside, norm, 1.0)
+    magnitude = tl.load(magnitude_ptr + n_offs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(norm_ptr + n_offs, norm, mask=inside)
+    tl.store(gain_ptr + n_offs, tl.div_rn(magnitude, norm), mask=inside)
+
+
+@triton.jit(do_not_specialize=["scaling", "steps", "parts"])
 def gain_kernel(
     # W [N, K], A [r, K], B [N, r], magnitude [N]; None or scale []
     w_ptr, a_ptr, b_ptr, magnitude_ptr, scale_ptr,
     # outputs, fp32: gain [N], norm [N]
     gain_ptr, norm_ptr,
+    # workspaces: partial sums [parts, N]; a zeroed word for each block of rows
+    partial_ptr, arrived_ptr,
     N, K, r, stride_wn,
-    scaling,
+    scaling, steps, parts,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """norm = ‖W + scaling · scale · B A‖ per row, rounded to the magnitude's dtype; gain = magnitude / norm.
 
+    A program sums the squares of BLOCK_N rows over `steps` steps of BLOCK_K columns, one of `parts` such runs, so that
+    several programs share an SM and hide each other's waits. The last of a row block's adds all parts in index order.
+
     With SPLIT A and B are fp32 beside a 16-bit W. They keep fp32's precision, which shows where B A all but cancels W.
     """
     if scale_ptr is not None:
         scaling *= tl.load(scale_ptr).to(tl.float32)
-    n_offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    begin = part * steps * BLOCK_K
+    n_offs = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n_offs < N
     r_offs = tl.arange(0, RANK_K)
     b = load_skinny(b_ptr, 1, r, r_offs, n_offs, r, N).T  # [BLOCK_N, RANK_K]
     rows_ptr = w_ptr + n_offs[:, None].to(tl.int64) * stride_wn
     squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for k in tl.range(begin, min(begin + steps * BLOCK_K, K), BLOCK_K, num_stages=STAGES):
         k_offs = k + tl.arange(0, BLOCK_K)
-        mask = (n_offs < N)[:, None] & (k_offs < K)[None, :]
+        mask = inside[:, None] & (k_offs < K)[None, :]
         w = tl.load(rows_ptr + k_offs[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_K]
         product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for first_r in tl.static_range(0, BLOCK_R, RANK_K):
@@ -86,11 +119,16 @@ def gain_kernel(
             product = add_product(b, a, product, w_ptr.dtype.element_ty, 3 if SPLIT else 1, PRECISION)
         adapted = w.to(tl.float32) + scaling * product
         squares += adapted * adapted
-    norm = tl.sqrt_rn(tl.sum(squares, 1)).to(magnitude_ptr.dtype.element_ty).to(tl.float32)
-    norm = tl.where(n_offs < N, norm, 1.0)
-    magnitude = tl.load(magnitude_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)
-    tl.store(norm_ptr + n_offs, norm, mask=n_offs < N)
-    tl.store(gain_ptr + n_offs, tl.div_rn(magnitude, norm), mask=n_offs < N)
+    total = tl.sum(squares, 1)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + part * N + n_offs, total, mask=inside)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == parts - 1:
+            total = sum_of_parts(partial_ptr, parts, N, n_offs, inside)
+            store_gain(total, magnitude_ptr, gain_ptr, norm_ptr, n_offs, inside)
+            tl.store(arrived_ptr + block, 0)
+    else:
+        store_gain(total, magnitude_ptr, gain_ptr, norm_ptr, n_offs, inside)
 
 
 @triton.jit
@@ -186,12 +224,7 @@ def scale_kernel(
                     tl.store(partial_ptr + part * N + a_offs, tl.sum(again, 0), mask=bad)
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == parts - 1:
-            total = tl.zeros((BLOCK_N,), tl.float32)
-            p_offs = tl.arange(0, 16)
-            for first in range(0, parts, 16):
-                p_ptrs = partial_ptr + (first + p_offs)[:, None] * N + n_offs[None, :]
-                p_mask = (first + p_offs < parts)[:, None] & inside[None, :]
-                total += tl.sum(tl.load(p_ptrs, mask=p_mask, other=0.0), 0)
+            total = sum_of_parts(partial_ptr, parts, N, n_offs, inside)
             norm = tl.load(norm_ptr + n_offs, mask=inside, other=1.0)
             tl.store(dm_ptr + n_offs, tl.div_rn(total, norm).to(dm_ptr.dtype.element_ty), mask=inside)
             tl.store(arrived_ptr + block, 0)
@@ -208,7 +241,7 @@ def _plan(
     needs: tuple[bool, bool],
     specialised: object,
 ) -> tuple[Launcher, int, int]:
-    """The launcher and, for the pass over dy, rows of a part and their number.
+    """The launcher, the rows of a part, or steps for the gain, and the number of parts.
 
     `specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are.
     """
@@ -216,13 +249,18 @@ def _plan(
     wide = block_r(r)
     constants = {"SPLIT": split, "PRECISION": PRECISION, "num_warps": 4}
     if kind == "gain":
-        # One step of A takes 8 KB, of a wide rank 16 KB: two or more programs on an SM hide each other's waits.
+        # One step of A takes 8 KB, of a wide rank 16 KB.
         size = 8192 if wide <= 64 else 16384
         block_k = max(16, min(128, size // (wide * itemsizes[1])))
         block_n = 16 if split and wide > 64 else 32  # the terms of B stay in registers
         constants |= {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": wide, "RANK_K": wide if wide <= 128 else 64}
         constants |= {"STAGES": 3 if wide > 64 else 4, "num_stages": 3}
-        return Launcher(gain_kernel, cdiv(N, block_n), device, constants), 0, 0
+        blocks = cdiv(N, block_n)
+        # Four programs on each SM.
+        parts = max(1, min(4 * facts[1] // blocks, cdiv(K, 2 * block_k), MAX_PARTS))
+        steps = cdiv(cdiv(K, parts), block_k)
+        parts = cdiv(K, steps * block_k)
+        return Launcher(gain_kernel, blocks * parts, device, constants), steps, parts
     block_m, block_n = 32 if itemsizes[0] == 2 else 16, 128
     blocks = cdiv(N, block_n)
     # About eight programs for each SM, so that the last ones to finish are short.
@@ -268,7 +306,7 @@ def dora_gain(
         alignment(*tensors),
     )
     itemsizes = weight.element_size(), lora_A.element_size()
-    launcher, _, _ = _plan(
+    launcher, steps, parts = _plan(
         "gain",
         device,
         device_facts(device),
@@ -278,8 +316,11 @@ def dora_gain(
         (False, False),
         specialised,
     )
-    arguments = (weight, lora_A, lora_B, magnitude, scale, gain, norm, N, K, r, stride_wn, float(scaling))
-    launcher(device_memory(device).of_current_stream(), arguments)
+    stream = device_memory(device).of_current_stream()
+    partial = stream.work.take(4 * parts * N)[: 4 * parts * N].view(torch.float32) if parts > 1 else None
+    words = stream.words(cdiv(N, launcher.constants["BLOCK_N"])) if parts > 1 else None
+    sizes = (N, K, r, stride_wn)
+    launcher(stream, (*tensors, partial, words, *sizes, float(scaling), steps, parts))
     return gain, norm
 
 

@@ -176,6 +176,25 @@ def test_gain(case: Case, size: float) -> None:
     assert torch.equal(gain, given["magnitude"].float() / norm)
 
 
+@pytest.mark.parametrize("N, K", [(40, 1032), (72, 2600), (32, 5000)], ids=str)
+def test_gain_of_long_rows(N: int, K: int) -> None:
+    """Several programs sum a row's squares, the last of them adds their sums, in whatever order they come."""
+    parts, plain = [], launch.Launcher.__call__
+
+    def noted(self, memory, arguments):
+        parts.append(arguments[-1])
+        plain(self, memory, arguments)
+
+    given = make(Case(4, K, N, 5, adapter_dtype=FP32))
+    tensors = [given[name] for name in NAMES[1:5]]
+    with poisoned_memory(), mock.patch.object(launch.Launcher, "__call__", noted):
+        gain, norm = dora_gain(*tensors, scaling=SCALING, adapter_dtype=FP32)
+        again = dora_gain(*tensors, scaling=SCALING, adapter_dtype=FP32)
+    assert min(parts) > 1
+    assert relative_error(norm, exact(given)["norm"]) < 1e-6
+    assert torch.equal(gain, given["magnitude"] / norm) and torch.equal(again[0], gain)
+
+
 def test_gain_is_one_where_the_adapter_is_zero() -> None:
     """For the norm itself as magnitude; the rounding of both is one."""
     given = make(CASES[0])
