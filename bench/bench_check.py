@@ -46,20 +46,28 @@ def memory_of(case: Case, rows: int) -> tuple[int, int]:
     return one, 8 * (2 * x + 3 * y + w + 2 * max(x, y)) + rows * 3 * (x + y) * size
 
 
-def reference(layer: Layer, adapter: str | None, feature: str = "", kept: Tensor | None = None) -> tuple[Tensor, ...]:
+def reference(
+    layer: Layer,
+    adapter: str | None,
+    feature: str = "",
+    kept: Tensor | None = None,
+    frozen: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
     """y, dX, dA, dB in float64, written out, and with DoRA dm; y and dX alone for the frozen linear.
 
-    kept [M, K] is the mask of the dropout, where that is the feature.
+    kept [M, K] is the mask of the dropout, where that is the feature; frozen the frozen linear's y and dX, if known.
     """
     x, dy, w = layer.x.detach().double(), layer.dy.double(), layer.weight.double()
-    y = x @ w.t()
+    if frozen is None:
+        frozen = x @ w.t(), dy @ w
     if adapter is None:
-        return y, dy @ w
+        return frozen
+    y, dx = frozen
     a, b = (t.double() for t in layer.adapters[adapter])
     if kept is not None:
         x = x.mul_(kept).div_(1 - DROPOUT)
     s = SCALING * (x @ a.t())
-    y.addmm_(s, b.t())
+    y = y.addmm(s, b.t())
     magnitude: tuple[Tensor, ...] = ()
     if feature == "dora":
         m = layer.magnitude.to(layer.adapters[adapter][0].dtype).double()
@@ -67,11 +75,12 @@ def reference(layer: Layer, adapter: str | None, feature: str = "", kept: Tensor
         magnitude = ((dy * y).sum(0) / norm,)
         y.mul_(m / norm)
         dy.mul_(m / norm)
+        dx = dy @ w
     t = SCALING * (dy @ b)
-    dx = t @ a
+    added = t @ a
     if kept is not None:
-        dx.mul_(kept).div_(1 - DROPOUT)
-    return y, dx.addmm_(dy, w), t.t() @ x, dy.t() @ s, *magnitude
+        added.mul_(kept).div_(1 - DROPOUT)
+    return y, added.add_(dx), t.t() @ x, dy.t() @ s, *magnitude
 
 
 class WrongResult(AssertionError):
@@ -96,7 +105,7 @@ def compare(
 
 
 class Expected:
-    """The references of one layer; those without dropout are worked out once."""
+    """The references of one layer; those without dropout are worked out once, and the frozen linear's part for all."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -104,10 +113,13 @@ class Expected:
 
     def of(self, adapter: str | None, feature: str, kept: Kept) -> tuple[Tensor, ...]:
         """What the latest call, or the latest replay of a captured one, should have given."""
+        frozen = self.known.get((None, ""))
+        if frozen is None:
+            frozen = self.known[None, ""] = reference(self.layer, None)
         if feature == "dropout":
-            return reference(self.layer, adapter, feature, read_kept(kept))
+            return reference(self.layer, adapter, feature, read_kept(kept), frozen)
         if (adapter, feature) not in self.known:
-            self.known[adapter, feature] = reference(self.layer, adapter, feature)
+            self.known[adapter, feature] = reference(self.layer, adapter, feature, frozen=frozen)
         return self.known[adapter, feature]
 
 

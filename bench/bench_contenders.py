@@ -12,6 +12,7 @@ from bench_cases import Case
 from bench_layers import DROPOUT, Build
 
 from fusedlora import backends
+from fusedlora.backends import Call
 
 T = TypeVar("T")
 
@@ -21,7 +22,10 @@ EVERY = (*TRAINING, "features", "decode")
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the tables. rival: the eager row with the same adapter dtype, autocast and feature, for ours."""
+    """A row of the tables. rival: the eager row with the same adapter dtype, autocast and feature, for ours.
+
+    A row of ours has a twin of backend "cuda" where that takes it; without_twin says why it does not.
+    """
 
     name: str
     label: str
@@ -32,7 +36,9 @@ class Contender:
     compiled: bool = False
     feature: str = ""  # "dropout", "dora"
     backend: str | None = None  # the one that must take ours, where it is not the session's
+    backward: str | None = None  # the one that must take its backward, where that is another
     groups: tuple[str, ...] = TRAINING
+    without_twin: str | None = None
 
     @property
     def ours(self) -> bool:
@@ -42,6 +48,10 @@ class Contender:
     def setting(self) -> tuple[str | None, bool, str]:
         """What two rows share that may be compared."""
         return self.adapter, self.autocast, self.feature
+
+    def taker(self, direction: str, session: str) -> str:
+        """The backend that must take ours forward or backward, the session's where the row has none of its own."""
+        return (self.backward if direction == "backward" else None) or self.backend or session
 
     def adapter_itemsize(self, case: Case) -> int | None:
         if self.adapter is None:
@@ -54,8 +64,51 @@ class Contender:
         return torch.autocast(device.type, dtype=case.torch_dtype)
 
 
-def _pairs(case: Case) -> list[Contender]:
-    """For every setting our row and the eager row."""
+def call_of(row: Contender, case: Case, device: torch.device, direction: str, *, named: bool) -> Call:
+    """How a backend sees the row's calls, packed as they are; with dropout on a GPU as captured ones, with its seed."""
+    wide = row.adapter == "fp32" and case.dtype != "fp32"
+    dtype, parameter = case.torch_dtype, torch.float32 if wide else case.torch_dtype
+    return Call(
+        named,
+        device,
+        dtype,
+        dtype if row.autocast else parameter,
+        parameter,
+        case.N,
+        case.K,
+        case.r,
+        dropout="" if row.feature != "dropout" else "device seed" if device.type == "cuda" else "mask",
+        weight_layout=(case.K, 1, 0),
+        precision=backends.float32_precision() if case.dtype == "fp32" else "",
+        rows=1 << (case.M - 1).bit_length(),
+        direction=direction,
+    )
+
+
+def auto_takes(row: Contender, case: Case, device: torch.device, group: str) -> str:
+    """The backend that "auto" takes for the row's calls, in words: both where forward's and backward's differ."""
+    takers = [
+        next(b.name for b in backends.BACKENDS if b.why_not(call_of(row, case, device, way, named=False)) is None)
+        for way in ("forward", "backward")
+    ]
+    if group in ("forward", "decode"):
+        return takers[0]
+    return takers[1] if group == "backward" else backends.told(*takers)
+
+
+def with_twin(row: Contender, case: Case, device: torch.device, build: Build) -> list[Contender]:
+    """A row of ours and its twin of backend "cuda", by `build`; alone where that does not take it on this device."""
+    ways = [call_of(row, case, device, way, named=True) for way in ("forward", "backward")]
+    for reason in map(backends.CUDA.why_not, ways):
+        if reason is not None:
+            return [replace(row, without_twin=reason)]
+    name = row.name.replace("fusedlora", "fusedlora_cuda")
+    label = row.label.replace(f"fusedlora {row.backend}", "fusedlora cuda")
+    return [row, replace(row, name=name, label=label, build=build, backend="cuda")]
+
+
+def _pairs(case: Case, backend: str, twins_on: torch.device | None) -> list[Contender]:
+    """For every setting our row, its twin and the eager row."""
     kind = f"{case.dtype} adapters"
     adapters = [("", kind, "same", False)]
     if case.dtype != "fp32":
@@ -65,27 +118,38 @@ def _pairs(case: Case) -> list[Contender]:
         ]
     rows = []
 
-    def add(suffix: str, label: str, ours: Build, eager: Build, **setting: Any) -> None:
-        rows.append(Contender(f"fusedlora{suffix}", f"fusedlora, {label}", ours, rival=f"eager{suffix}", **setting))
-        rows.append(Contender(f"eager{suffix}", f"PEFT arithmetic, {label}", eager, **setting))
+    def add(suffix: str, label: str, adapter: str, eager: Build, options: dict[str, Any], **setting: Any) -> None:
+        ours, cuda = (layers.fusedlora(adapter, backend=name, **options) for name in (backend, "cuda"))
+        rival, setting = f"eager{suffix}", setting | {"adapter": adapter}
+        row = Contender(f"fusedlora{suffix}", f"fusedlora, {label}", ours, rival=rival, **setting)
+        if twins_on is None:
+            rows.append(row)
+        else:
+            row = replace(row, label=f"fusedlora {backend}, {label}", backend=backend)
+            rows.extend(with_twin(row, case, twins_on, cuda))
+        rows.append(Contender(rival, f"PEFT arithmetic, {label}", eager, **setting))
 
     for suffix, label, adapter, autocast in adapters:
-        shared = {"adapter": adapter, "autocast": autocast}
         groups = (*TRAINING, "features") if suffix else EVERY
-        add(suffix, label, layers.fusedlora(adapter), layers.eager(adapter), **shared, groups=groups)
-        ours, eager = layers.fusedlora(adapter, lora_dropout=DROPOUT), layers.eager_with_dropout(adapter)
-        shared |= {"feature": "dropout", "groups": ("features",)}
-        add(f"{suffix}_dropout", f"{label}, dropout {DROPOUT}", ours, eager, **shared)
-    ours, eager = layers.fusedlora("same", use_dora=True), layers.eager_with_dora("same")
-    add("_dora", f"{kind}, DoRA", ours, eager, adapter="same", feature="dora", groups=("features",))
+        add(suffix, label, adapter, layers.eager(adapter), {}, autocast=autocast, groups=groups)
+        feature = {"autocast": autocast, "feature": "dropout", "groups": ("features",)}
+        eager = layers.eager_with_dropout(adapter)
+        add(f"{suffix}_dropout", f"{label}, dropout {DROPOUT}", adapter, eager, {"lora_dropout": DROPOUT}, **feature)
+    eager = layers.eager_with_dora("same")
+    add("_dora", f"{kind}, DoRA", "same", eager, {"use_dora": True}, feature="dora", groups=("features",))
     return rows
 
 
-def contenders(case: Case, *, compile: bool, autotune: bool) -> list[Contender]:
-    """Every row of a case, the frozen linear first, then ours."""
+def contenders(
+    case: Case, *, compile: bool, autotune: bool, backend: str = "auto", twins_on: torch.device | None = None
+) -> list[Contender]:
+    """Every row of a case, the frozen linear first, then ours.
+
+    backend: the one that ours ask for. twins_on: the device on which each of ours gets a twin of backend "cuda".
+    """
     kind = case.dtype
     mixed = case.dtype != "fp32"
-    pairs = _pairs(case)
+    pairs = _pairs(case, backend, twins_on)
     frozen = Contender("frozen", "frozen nn.Linear", layers.frozen, None, groups=EVERY)
     rows = [frozen, *(row for row in pairs if row.ours), *(row for row in pairs if not row.ours)]
     if find_spec("peft") is not None:
@@ -106,14 +170,15 @@ def contenders(case: Case, *, compile: bool, autotune: bool) -> list[Contender]:
     return rows
 
 
-def sweep_contenders(case: Case, backend: str, *, compile: bool) -> list[Contender]:
-    """Frozen, ours by `auto`, which takes `backend`, the kernels by name where auto does not take them, eager."""
+def sweep_contenders(case: Case, backend: str, backward: str | None, *, compile: bool) -> list[Contender]:
+    """Frozen, ours by `auto`, which takes `backend` (and `backward`), Triton's where auto does not take them, eager."""
     known = {c.name: c for c in contenders(case, compile=compile, autotune=False)}
-    rows = [known["frozen"], replace(known["fusedlora"], label="fusedlora, auto", backend=backend)]
-    if backend != "triton":
+    ours = replace(known["fusedlora"], label="fusedlora, auto", backend=backend, backward=backward)
+    rows = [known["frozen"], ours]
+    if (backend, backward) != ("triton", None):
         build = layers.fusedlora("same", backend="triton")
-        label = "fusedlora, kernels by name"
-        rows.append(replace(rows[1], name="fusedlora_triton", label=label, build=build, backend="triton"))
+        triton = {"label": "fusedlora, kernels by name", "build": build, "backend": "triton", "backward": None}
+        rows.append(replace(ours, name="fusedlora_triton", **triton))
     return [*rows, known["eager"], *([known["compile"]] if compile else [])]
 
 

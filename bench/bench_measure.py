@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+from bench_ahead import compile_ahead
 from bench_cases import Case
 from bench_check import Expected, make_layers, memory_of
-from bench_contenders import Contender, assert_backend
+from bench_contenders import Contender, assert_backend, auto_takes
 from bench_rows import SMOKE, Effort, Failure, Row, above_cpu_bound
 from bench_runner import Runner
 
@@ -51,15 +52,31 @@ class Lab:
         self.say(f"{case.title}: {count} sets of W, x, dy")
         runners: dict[str, Runner] = {}
         failures: dict[str, Failure] = {}
+        only_decode = set(rows) == {"decode"}
         expected = Expected(layers[-1])
-        for name, contender in wanted.items():
+
+        def attempt(step: Callable[[str], None], name: str) -> None:
             try:
-                runner = runners[name] = Runner(contender, case, layers, self.device)
-                runner.check(contender.backend or self.backend, expected, only_decode=set(rows) == {"decode"})
+                step(name)
             except Exception as error:  # one contender's failure must not hide the others' rows
                 failures[name] = Failure.of(error)
                 runners.pop(name, None)
                 self.say(f"  {name} failed: {failures[name].reason}")
+
+        def build(name: str) -> None:
+            runners[name] = Runner(wanted[name], case, layers, self.device)
+
+        def check(name: str) -> None:
+            runners[name].check(self.backend, expected, only_decode=only_decode)
+
+        for name in wanted:
+            attempt(build, name)
+        if self.device.type == "cuda":
+            compile_ahead([runner for runner in runners.values() if runner.contender.ours], self.stream, only_decode)
+            self.say("  kernels are compiled")
+        for name in list(runners):
+            attempt(check, name)
+        self.say("  outputs are checked")
         found: dict[tuple[str, str], Row] = {}
         for group, group_rows in rows.items():
             found |= self._time(case, group, group_rows, runners, failures, expected)
@@ -90,7 +107,8 @@ class Lab:
 
     def _timer(self, runner: Runner, group: str, expected: Expected) -> GraphTimer | WallTimer:
         if runner.contender.ours:
-            backend = runner.contender.backend or self.backend
+            last = "forward" if group in ("forward", "decode") else "backward"
+            backend = runner.contender.taker(last, self.backend)
             return assert_backend(backend, lambda: runner.timer(group, self.stream, self.effort, expected))
         return runner.timer(group, self.stream, self.effort, expected)
 
@@ -103,7 +121,10 @@ class Lab:
         failures: dict[str, Failure],
         expected: Expected,
     ) -> dict[tuple[str, str], Row]:
-        found = {c.name: Row(group, case, c, backend=(c.backend or self.backend) if c.ours else None) for c in rows}
+        found = {c.name: Row(group, case, c) for c in rows}
+        for row in (row for row in found.values() if row.contender.ours):
+            row.backend = row.contender.backend or self.backend
+            row.auto = auto_takes(row.contender, case, self.device, group)
         timers: dict[str, GraphTimer | WallTimer] = {}
         for name, row in found.items():
             failure = failures.get(name)

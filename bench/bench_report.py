@@ -20,7 +20,7 @@ def heading(machine: Mapping[str, str], state: Mapping[str, str], backend: str) 
     lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
     if state:
         lines.append("while the frozen linear ran: " + ", ".join(f"{name} {value}" for name, value in state.items()))
-    lines.append(f"fusedlora's rows: backend {backend!r}, asserted for every one of them")
+    lines.append(f"fusedlora's rows: backend {backend!r} where none is named, asserted for every one of them")
     if "gpu" not in machine:
         lines.append("no CUDA device: small shapes on the CPU, wall time; this says nothing about the kernels")
     return lines
@@ -111,6 +111,29 @@ def configs(rows: Sequence[Row]) -> list[str]:
     return [f"  {title}, {name}: {config}" for title, name, config in found]
 
 
+def choice(rows: Sequence[Row]) -> list[str]:
+    """Where there are rows of two backends: which of them "auto" takes, and which rows are left out and why."""
+    ours = [row for row in rows if row.contender.ours]
+    lines = []
+    if len({row.backend for row in ours}) > 1:
+        taken: dict[str, dict[str, None]] = {}
+        for row in ours:
+            if row.backend != "cuda" and row.auto is not None:
+                taken.setdefault(row.auto, {})[f"{row.group} {row.case.title} {row.contender.name}"] = None
+        for told, calls in taken.items():
+            lines.append(f'backend="auto" takes {told}: ' + ("everywhere" if len(taken) == 1 else ", ".join(calls)))
+    reasons: dict[str, list[Row]] = {}
+    for row in ours:
+        if row.contender.without_twin is not None:
+            reasons.setdefault(row.contender.without_twin, []).append(row)
+    for reason, without in reasons.items():
+        names = ", ".join(dict.fromkeys(row.contender.name for row in without))
+        cases = _cases(without)
+        where = "" if cases == _cases(ours) else f" at {', '.join(case.title for case in cases)}"
+        lines.append(f"no row of backend cuda beside {names}{where}: {reason}")
+    return lines
+
+
 def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
@@ -155,7 +178,7 @@ def render(rows: Sequence[Row], machine: Mapping[str, str], state: Mapping[str, 
     lines: list[str] = []
     for group in groups:
         lines += [*group_table(group, rows, on_gpu), ""]
-    lines += [*configs(rows), "", *heading(machine, state, backend), ""]
+    lines += [*configs(rows), "", *heading(machine, state, backend), *choice(rows), ""]
     for group in groups:
         lines += [*tax_matrix(group, rows, on_gpu), ""]
     return lines + ([] if on_gpu else cpu_rule(rows))

@@ -26,6 +26,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     backend: str | None = None
+    auto: str | None = None  # what "auto" takes for the calls of a row of ours
     config: str | None = None
     failed: str | None = None
     trace: str | None = None
@@ -43,6 +44,8 @@ class Row:
             "peak_bytes": self.peak_bytes,
             "peak_over_rival": self.rival_peak_ratio,
             "backend": self.backend,
+            "auto": self.auto,
+            "without_twin": self.contender.without_twin,
             "config": self.config,
             "failed": self.failed,
             "rounds": len(self.times),
@@ -65,7 +68,7 @@ class Effort:
     wall_block_seconds: float
 
 
-FULL = Effort(rounds=15, block_seconds=0.006, wall_block_seconds=0.012)
+FULL = Effort(rounds=11, block_seconds=0.006, wall_block_seconds=0.012)
 FULL_CPU = Effort(rounds=15, block_seconds=0.02, wall_block_seconds=0.02)
 SWEEP = Effort(rounds=7, block_seconds=0.004, wall_block_seconds=0.01)
 END_TO_END = Effort(rounds=7, block_seconds=0.0, wall_block_seconds=0.2)

@@ -1,5 +1,6 @@
 """One contender over every set of a case: its calls, its check against float64, its timers."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -44,20 +45,28 @@ class Runner:
         y = self.forward(i)
         return (y.detach(), *self.backward(i, y))
 
-    def check(self, backend: str, expected: Expected, *, only_decode: bool) -> None:
-        """Compare the last set's outputs with float64, ours as calls that `backend` takes; note errors and memory.
+    def step(self, *, only_decode: bool) -> tuple[Tensor, ...]:
+        """Outputs of the last set."""
+        last = len(self.layers) - 1
+        return (self.decode(last),) if only_decode else self.training(last)
+
+    def check(self, session: str, expected: Expected, *, only_decode: bool) -> None:
+        """Compare the last set's outputs with float64, ours as calls that their backend takes; note errors and memory.
+
+        session: the backend of rows that have none of their own.
 
         Raises:
             WrongResult, BackendMismatch: it fails.
         """
         last = len(self.layers) - 1
-        step = (lambda: (self.decode(last),)) if only_decode else (lambda: self.training(last))
+        step = functools.partial(self.step, only_decode=only_decode)
         if self.contender.ours:
+            forward, backward = (self.contender.taker(way, session) for way in ("forward", "backward"))
             if only_decode:
-                assert_backend(backend, step)
+                assert_backend(forward, step)
             else:
-                y = assert_backend(backend, lambda: self.forward(last))
-                assert_backend(backend, lambda: self.backward(last, y))
+                y = assert_backend(forward, lambda: self.forward(last))
+                assert_backend(backward, lambda: self.backward(last, y))
                 del y
             with self.contender.context(self.device, self.case):
                 self.config = explain(self.layers[last].x, self.built[last].call).config
@@ -103,7 +112,8 @@ class Runner:
         if stream is None or group == "module":
             return WallTimer(calls, device=self.device, prepare=prepare, block_seconds=effort.wall_block_seconds)
         self._note_kept(True)
-        timer = GraphTimer(calls, stream=stream, prepare=prepare, block_seconds=effort.block_seconds)
+        # the check has warmed up one set: a pass over all of them is enough
+        timer = GraphTimer(calls, stream=stream, prepare=prepare, warmup=1, block_seconds=effort.block_seconds)
         self._check_replay(group, timer, expected)
         self._note_kept(False)
         return timer

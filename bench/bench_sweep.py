@@ -21,6 +21,7 @@ from bench_rows import Row
 
 import fusedlora.kernels
 from fusedlora import explain
+from fusedlora.explanation import Explanation
 from fusedlora.timing import GraphTimer, WallTimer, ratios
 
 Record = dict[str, Any]
@@ -117,9 +118,10 @@ class Sweep:
             raise OutOfTime(f"{self.seconds:.0f} s have passed: run it again to go on")
         if self.store.copy_gbps is None:
             self.store.copy_gbps = copy_gbps(self.lab)
-        backend, why_not = chosen(case, self.lab.device)
-        record: Record = {"id": case.id, "case": asdict(case), "auto": backend, "why_not": why_not}
-        rows = sweep_contenders(case, backend, compile=compile)
+        told = chosen(case, self.lab.device)
+        about = {"auto": told.taken, "why_not": told.why_not.get("triton")}
+        record: Record = {"id": case.id, "case": asdict(case)} | about
+        rows = sweep_contenders(case, told.backend, told.backward, compile=compile)
         try:
             found = {name: row for (_, name), row in self.lab.measure(case, {"training": rows}).items()}
         except DoesNotFit as error:
@@ -147,12 +149,11 @@ def _facts(row: Row) -> Record:
     return {name: known[name] for name in names if known.get(name) is not None}
 
 
-def chosen(case: Case, device: torch.device) -> tuple[str, str | None]:
-    """The backend that `auto` takes for a shape, and why not the kernels, where it does not take them."""
+def chosen(case: Case, device: torch.device) -> Explanation:
+    """What `auto` takes for a shape, and why not the others."""
     dtype = case.torch_dtype
     shapes = ((case.M, case.K), (case.N, case.K), (case.r, case.K), (case.N, case.r))
-    told = explain(*(torch.empty(shape, device=device, dtype=dtype) for shape in shapes))
-    return told.backend, told.why_not.get("triton")
+    return explain(*(torch.empty(shape, device=device, dtype=dtype) for shape in shapes))
 
 
 def copy_gbps(lab: Lab) -> float:

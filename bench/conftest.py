@@ -37,7 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--bench-autotune", action="store_true", help="add the torch.compile max-autotune rows (slow)")
     group.addoption(
-        "--bench-backend", default=None, help="backend that our rows must take (triton on a GPU, else reference)"
+        "--bench-backend",
+        default=None,
+        help="backend that our rows take (triton on a GPU, and beside it cuda where that takes them; else reference)",
     )
     group.addoption("--bench-out", default="bench-out", help="folder for the JSON, the text and the picture")
     group.addoption("--sweep-seconds", type=float, default=None, help="start no further shape of the sweep after this")
@@ -79,8 +81,11 @@ class Plan:
         of_group = {group: cases_of(group, self.on_gpu, self.measure) for group in self.groups}
         self.cases = {case.id: case for cases in of_group.values() for case in cases}
         autotune = option.bench_autotune or "autotune" in option.keyword
+        # beside Triton's rows those of the CUDA kernels; only where both could run
+        ours = {"backend": self.backend, "twins_on": self.device if self.backend == "triton" and self.on_gpu else None}
+        compile = self.measure or self.on_gpu
         self.contenders = {
-            name: {c.name: c for c in contenders(case, compile=self.measure or self.on_gpu, autotune=autotune)}
+            name: {c.name: c for c in contenders(case, compile=compile, autotune=autotune, **ours)}
             for name, case in self.cases.items()
         }
         # of each group the names of its shapes and rows

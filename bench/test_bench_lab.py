@@ -46,7 +46,7 @@ class ReplayedByCalling:
 
     stale = False
 
-    def __init__(self, calls, *, stream, prepare=None, block_seconds=0.0):
+    def __init__(self, calls, *, stream, prepare=None, warmup=2, block_seconds=0.0):
         self.calls, self.prepare, self.count, self.stream = calls, prepare, len(calls), stream
         self.replays = 0
         self.outputs = self.last()

@@ -1,11 +1,16 @@
 """The rows of the tables: a test a group, shape and contender.
 
-    pytest bench/ --benchmark                       everything (on a GPU: select with -k, a shape takes half a minute)
+    pytest bench/ --benchmark                       everything (on a GPU: select with -k)
     pytest bench/ --benchmark -k headline           the six shapes of the README
     pytest bench/ --benchmark -k "training and headline and not compile"
     pytest bench/ --benchmark -k "features and headline"    what dropout, fp32 adapters and DoRA cost there
     pytest bench/ --benchmark -k decode             a few rows, forward alone
     pytest bench/ --benchmark -k "training and M512 and r16 and not compile"
+    pytest bench/ --benchmark -k "features and headline and not eager and not cuda"
+
+Where the CUDA C++ kernels run, each row of ours has a twin with `cuda` in its name; those that they refuse are listed
+with the reason, and so is what backend="auto" takes. A line of progress tells when a shape's kernels were compiled,
+its rows checked, and a group timed.
 
 The figures are taken outside of pytest-benchmark, in interleaved rounds over all rows of a shape, and handed to its
 fixture round by round, so that its JSON, its comparison and its statistics work on them.
