@@ -19,6 +19,7 @@ from bench_measure import Lab
 from bench_model import model_rows
 from bench_report import render, report, write_json, write_picture
 from bench_rows import FULL, FULL_CPU, SMOKE, Failure, Row
+from bench_sweep import code_id
 from bench_sweep_cases import sweep_cases_of
 
 from fusedlora.timing import machine
@@ -216,7 +217,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     lines = render(plan.recorded, facts, state, plan.backend)
     folder = Path(config.option.bench_out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", report(plan.recorded, facts, state, plan.backend))
+    known = {"date": time.strftime("%Y-%m-%d"), "code": code_id()}
+    write_json(folder / "bench.json", known | report(plan.recorded, facts, state, plan.backend))
     (folder / "bench.txt").write_text("\n".join(lines) + "\n")
     title = ", ".join(f"{name} {facts[name]}" for name in ("gpu", "cpu", "torch", "triton") if name in facts)
     groups = [row.group for row in plan.recorded]
