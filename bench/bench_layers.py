@@ -1,5 +1,6 @@
 """What a row calls: the frozen linear, PEFT's arithmetic written out, peft's module, torch.compile of it, and ours."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -138,11 +139,14 @@ def eager_with_dora(adapter: str) -> Build:
 def compiled(adapter: str, mode: str) -> Build:
     # The function, not a module for each set: one compilation then serves every set of the rotation.
     # fullgraph: a graph break, or more recompilations than allowed, is an error and not a silent eager run.
-    function = torch.compile(eager_lora, mode=mode, fullgraph=True, dynamic=False)
+    @functools.cache  # torch.compile imports the compiler: only for rows that are measured
+    def function() -> Callable[..., Tensor]:
+        return torch.compile(eager_lora, mode=mode, fullgraph=True, dynamic=False)
 
     def build(layer: Layer, case: Case) -> Built:
         a, b = _parameters(layer, adapter)
-        return Built(lambda x: function(x, layer.weight, a, b, SCALING), (a, b))
+        call = function()
+        return Built(lambda x: call(x, layer.weight, a, b, SCALING), (a, b))
 
     return build
 

@@ -98,7 +98,7 @@ class Merged:
                 self.rows.setdefault(key, []).append(row)
 
     def cell(self, groups: Sequence[str], case: Case, contender: str) -> str | None:
-        """Median of the runs' taxes, the least and the most, in how many runs if not in all; None where not asked for."""
+        """Median of the runs' taxes, the least and the most, in how many runs if not in all; None: not asked for."""
         for group in groups:
             rows = self.rows.get((group, case, contender))
             if rows is None:
