@@ -1,12 +1,14 @@
 // The C interface: workspaces' layout, tensor maps and the launch. No torch header is needed.
 //
 // Compiled as it is this file gives everything. To compile it in parallel, it gives with -DFUSEDLORA_UNIT_RANKS=1, 2 or
-// 4 and -DFUSEDLORA_UNIT_BACKWARD=0 or 1 the kernels of so many 16 ranks and that direction, with -DFUSEDLORA_UNITS
-// what lies above them.
+// 4 and -DFUSEDLORA_UNIT_BACKWARD=0 or 1 the kernels of so many 16 ranks and that direction, with
+// -DFUSEDLORA_UNIT_DECODE=0 or 1 those of decoding in fp16 or bf16, with -DFUSEDLORA_UNITS what lies above them.
 #include <atomic>
 #include <cstdio>
+#include <type_traits>
 
 #include "arguments.h"
+#include "decode.cuh"
 #include "lora.cuh"
 
 namespace fusedlora {
@@ -61,11 +63,10 @@ struct Places {
 
 [[maybe_unused]] int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
 
-template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
-int launch(const Arguments& a, const Call<T>& call) {
-  auto kernel = lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT>;
-  constexpr int bytes = Layout<BLOCK_N, RANKS>::TOTAL;
-  static std::atomic<uint64_t> allowed{0};  // a bit for each device
+// `blocks` blocks in clusters of `cluster`. `allowed` has a bit for each device that lets the kernel have its `bytes`.
+template <typename C>
+int launch_clusters(void (*kernel)(C), std::atomic<uint64_t>& allowed, int bytes, int64_t blocks, int threads,
+                    int64_t cluster, void* stream, const C& call) {
   int device = 0;
   cudaGetDevice(&device);
   if (!(allowed >> device & 1)) {
@@ -74,17 +75,48 @@ int launch(const Arguments& a, const Call<T>& call) {
     allowed |= uint64_t(1) << device;
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(a.programs));
-  config.blockDim = dim3(THREADS);
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = bytes;
-  config.stream = static_cast<cudaStream_t>(a.stream);
+  config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {CLUSTER, 1, 1};
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, call);
   return status == cudaSuccess ? 0 : fail("cudaLaunchKernelEx", status);
+}
+
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
+int launch(const Arguments& a, const Call<T>& call) {
+  static std::atomic<uint64_t> allowed{0};
+  return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT>, allowed, Layout<BLOCK_N, RANKS>::TOTAL,
+                         a.programs, THREADS, CLUSTER, a.stream, call);
+}
+
+template <typename T, int TILES, int HALVES>
+int launch_decode(const Arguments& a, const DecodeCall<T>& call) {
+  static std::atomic<uint64_t> allowed{0};
+  const int64_t blocks = (a.N + 64 * HALVES - 1) / (64 * HALVES) * a.decode_split;
+  return launch_clusters(decode_kernel<T, TILES, HALVES>, allowed, DECODE_BYTES, blocks, DECODE_THREADS, a.decode_split,
+                         a.stream, call);
+}
+
+template <typename T, int TILES>
+int run_decode(const Arguments& a) {
+  DecodeCall<T> c = {};
+  if (!encode(&c.x, a.is_bf16, a.x, a.M, a.K, a.x_pitch, 8 * TILES) ||
+      !encode(&c.w, a.is_bf16, a.w, a.N, a.K, a.w_pitch, int(a.decode_rows)) ||
+      !encode(&c.a, a.is_bf16, a.a, a.r, a.K, a.a_pitch, int((a.r + 15) / 16 * 16))) {
+    return fail("cuTensorMapEncodeTiled", -2);
+  }
+  c.b = a.b, c.bias = a.bias, c.gain = static_cast<const float*>(a.gain);
+  c.y = static_cast<T*>(a.y), c.saved = static_cast<T*>(a.saved_s);
+  c.b_pitch = a.b_pitch, c.scaling = float(a.scaling);
+  c.M = int(a.M), c.N = int(a.N), c.K = int(a.K), c.r = int(a.r), c.split = int(a.decode_split);
+  c.param_is_float = a.param_is_float, c.bias_is_float = a.bias_is_float;
+  return a.decode_rows == 128 ? launch_decode<T, TILES, 2>(a, c) : launch_decode<T, TILES, 1>(a, c);
 }
 
 template <typename T, int RANKS, bool BACKWARD>
@@ -198,7 +230,18 @@ int by_type(const Arguments& a, int64_t* sizes) {
   return run<__nv_bfloat16, RANKS, BACKWARD>(a, sizes);
 }
 
-#ifdef FUSEDLORA_UNIT_RANKS
+// A, in x's dtype, is one that a tensor map reads.
+template <typename T>
+int decode(const Arguments& a) {
+  return a.M <= 8 ? run_decode<T, 1>(a) : a.M <= 16 ? run_decode<T, 2>(a) : a.M <= 32 ? run_decode<T, 4>(a) : run_decode<T, 8>(a);
+}
+
+#if defined(FUSEDLORA_UNIT_DECODE)
+
+template int decode<std::conditional_t<FUSEDLORA_UNIT_DECODE, __nv_bfloat16, __half>>(const Arguments&);
+}  // namespace fusedlora
+
+#elif defined(FUSEDLORA_UNIT_RANKS)
 
 template int by_type<FUSEDLORA_UNIT_RANKS, FUSEDLORA_UNIT_BACKWARD>(const Arguments&, int64_t*);
 }  // namespace fusedlora
@@ -212,6 +255,8 @@ extern template int by_type<4, false>(const Arguments&, int64_t*);
 extern template int by_type<1, true>(const Arguments&, int64_t*);
 extern template int by_type<2, true>(const Arguments&, int64_t*);
 extern template int by_type<4, true>(const Arguments&, int64_t*);
+extern template int decode<__half>(const Arguments&);
+extern template int decode<__nv_bfloat16>(const Arguments&);
 #endif
 thread_local char problem[256] = "";
 
@@ -223,12 +268,25 @@ int by_rank(const Arguments& a, int64_t* sizes) {
   return fail("r", -3);
 }
 
+int forward(const Arguments& a, int64_t* sizes) {
+  if (a.decode_rows == 0) return by_rank<false>(a, sizes);
+  const bool split = a.decode_split == 1 || a.decode_split == 2 || a.decode_split == 4 || a.decode_split == 8;
+  const bool rows = a.decode_rows == 64 || (a.decode_rows == 128 && a.decode_split > 1);
+  const bool in_place = !a.param_is_float && reinterpret_cast<uintptr_t>(a.a) % 16 == 0 && a.a_pitch % 8 == 0;
+  if (a.M > 64 || a.r > 64 || a.has_seed || !split || !rows || !in_place) return fail("the decode kernel", -4);
+  if (sizes) {
+    sizes[0] = sizes[1] = 0;
+    return 0;
+  }
+  return a.is_bf16 ? decode<__nv_bfloat16>(a) : decode<__half>(a);
+}
+
 }  // namespace fusedlora
 
 extern "C" {
 // 0, or an error of which fusedlora_problem() tells. With `sizes` nothing runs: it gets the bytes of the workspace and
 // the number of words, which must be zero and are left so.
-int fusedlora_forward(const Arguments* a, int64_t* sizes) { return fusedlora::by_rank<false>(*a, sizes); }
+int fusedlora_forward(const Arguments* a, int64_t* sizes) { return fusedlora::forward(*a, sizes); }
 int fusedlora_backward(const Arguments* a, int64_t* sizes) { return fusedlora::by_rank<true>(*a, sizes); }
 const char* fusedlora_problem() { return fusedlora::problem; }
 }

@@ -79,4 +79,42 @@ FUSEDLORA_WGMMA_256(__half, "f16")
 #undef FUSEDLORA_WGMMA_128
 #undef FUSEDLORA_WGMMA_256
 
+// d [64, N] += a [64, 16] · b [16, N], both with their depth in rows.
+template <typename T, int N>
+struct NarrowWgmma;
+
+#define FUSEDLORA_REGISTERS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FUSEDLORA_REGISTERS_8(i) FUSEDLORA_REGISTERS_4(i), FUSEDLORA_REGISTERS_4(i + 4)
+#define FUSEDLORA_REGISTERS_16(i) FUSEDLORA_REGISTERS_8(i), FUSEDLORA_REGISTERS_8(i + 8)
+#define FUSEDLORA_REGISTERS_32(i) FUSEDLORA_REGISTERS_16(i), FUSEDLORA_REGISTERS_16(i + 16)
+#define FUSEDLORA_NAMES_4 "%0, %1, %2, %3"
+#define FUSEDLORA_NAMES_8 FUSEDLORA_NAMES_4 ", %4, %5, %6, %7"
+#define FUSEDLORA_NAMES_16 FUSEDLORA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FUSEDLORA_NAMES_32 \
+  FUSEDLORA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+
+#define FUSEDLORA_WGMMA_NARROW(TYPE, NAME, N, COUNT, A, B)                                                            \
+template <>                                                                                                           \
+struct NarrowWgmma<TYPE, N> {                                                                                         \
+  __device__ static void run(float (&d)[COUNT], uint64_t a, uint64_t b) {                                             \
+    asm volatile(                                                                                                     \
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                                               \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME                                               \
+        " {" FUSEDLORA_NAMES_##COUNT "}, " A ", " B ", add, 1, 1, 0, 0;\n}"                                           \
+        : FUSEDLORA_REGISTERS_##COUNT(0)                                                                              \
+        : "l"(a), "l"(b));                                                                                            \
+  }                                                                                                                   \
+};
+#define FUSEDLORA_WGMMAS_NARROW(TYPE, NAME)             \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 8, 4, "%4", "%5")    \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 16, 8, "%8", "%9")   \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 32, 16, "%16", "%17") \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 64, 32, "%32", "%33")
+
+FUSEDLORA_WGMMAS_NARROW(__nv_bfloat16, "bf16")
+FUSEDLORA_WGMMAS_NARROW(__half, "f16")
+
+#undef FUSEDLORA_WGMMAS_NARROW
+#undef FUSEDLORA_WGMMA_NARROW
+
 }  // namespace fusedlora
