@@ -23,59 +23,84 @@ constexpr int DECODE_BARRIERS = 1024;    // bytes before the stages, which start
 template <typename T>
 struct DecodeCall {
   CUtensorMap x, w, a;
-  const void *b, *bias;  // bias: [N] or null
+  const uint16_t* b;     // T's bits
+  const void* bias;      // [N] or null
   const float* gain;     // [N] or null
-  T *y, *saved;          // saved: [M, r] or null
+  T* y;
+  uint16_t* saved;  // [M, r], T's bits, or null
   int64_t b_pitch;
   float scaling;
   int M, N, K, r, split;
-  bool param_is_float, bias_is_float;
+  bool bias_is_float;
 };
 
-// What a thread needs of rows n and n + 8 of the output: B, as the first operand of mma.sync, gain and bias.
+// What a thread needs of rows n and n + 8 of the output: B, as the first operand of mma.sync, gain and bias. Nothing here
+// looks at what it loads, so that all loads are on their way at once.
+template <typename T>
 struct OutputRows {
   uint32_t b[4][4];
-  float gain[2], bias[2];
+  float gain[2];
+  uint32_t bias[2];  // as they lie in memory
 
-  template <typename T>
   __device__ OutputRows(const DecodeCall<T>& c, int n, int t) {
 #pragma unroll
     for (int q = 0; q < 4; q++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int row = n + 8 * (i % 2), rank = 16 * q + 8 * (i / 2) + 2 * t;
-        b[q][i] = Type<T>::pack(factor(c, row, rank), factor(c, row, rank + 1));
+        const uint16_t* from = c.b + row * c.b_pitch + rank;
+        const uint32_t low = row < c.N && rank < c.r ? from[0] : 0, high = row < c.N && rank + 1 < c.r ? from[1] : 0;
+        b[q][i] = low | high << 16;
       }
     }
+#pragma unroll
     for (int h = 0; h < 2; h++) {
       const int row = n + 8 * h;
       gain[h] = c.gain && row < c.N ? c.gain[row] : 1.0f;
-      bias[h] = c.bias && row < c.N ? element<T>(c.bias, row, c.bias_is_float) : 0.0f;
+      bias[h] = 0;
+      if (c.bias && row < c.N) {
+        if (c.bias_is_float) {
+          bias[h] = static_cast<const uint32_t*>(c.bias)[row];
+        } else {
+          bias[h] = static_cast<const uint16_t*>(c.bias)[row];
+        }
+      }
     }
   }
 
-  template <typename T>
-  __device__ static float element(const void* from, int64_t at, bool is_float) {
-    return is_float ? static_cast<const float*>(from)[at] : float(static_cast<const T*>(from)[at]);
-  }
-
-  template <typename T>
-  __device__ static float factor(const DecodeCall<T>& c, int row, int rank) {
-    return row < c.N && rank < c.r ? element<T>(c.b, row * c.b_pitch + rank, c.param_is_float) : 0.0f;
+  __device__ float finish(float sum, int h, bool bias_is_float) const {
+    const uint16_t half = uint16_t(bias[h]);
+    return sum * gain[h] + (bias_is_float ? __uint_as_float(bias[h]) : float(reinterpret_cast<const T&>(half)));
   }
 };
 
-// The sum over the cluster of a unit, in the order of the blocks.
-__device__ __forceinline__ void sum_unit(float (&d)[4], uint32_t units, int unit, int lane, int split) {
-  float4 part[DECODE_MAX_SPLIT];
+// d[i] = the sum over the cluster of unit `first` + i · `step`, for i < `valid`, in the order of the blocks. Sixteen
+// loads are on their way at once.
+template <int UNITS>
+__device__ __forceinline__ void sum_units(
+    float (&d)[UNITS][4], uint32_t units, int first, int step, int valid, int lane, int split) {
+  constexpr int BLOCKS = 16 / UNITS < DECODE_MAX_SPLIT ? 16 / UNITS : DECODE_MAX_SPLIT;
 #pragma unroll
-  for (int i = 0; i < DECODE_MAX_SPLIT; i++) {
-    if (i < split) part[i] = load_cluster(units + unit_bytes(unit, lane), i);
-  }
-  d[0] = part[0].x, d[1] = part[0].y, d[2] = part[0].z, d[3] = part[0].w;
+  for (int i = 0; i < UNITS; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
+  for (int block = 0; block < split; block += BLOCKS) {
+    float4 part[BLOCKS][UNITS];
 #pragma unroll
-  for (int i = 1; i < DECODE_MAX_SPLIT; i++) {
-    if (i < split) d[0] += part[i].x, d[1] += part[i].y, d[2] += part[i].z, d[3] += part[i].w;
+    for (int b = 0; b < BLOCKS; b++) {
+#pragma unroll
+      for (int i = 0; i < UNITS; i++) {
+        part[b][i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (block + b < split && i < valid) {
+          part[b][i] = load_cluster(units + unit_bytes(first + i * step, lane), block + b);
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+#pragma unroll
+      for (int i = 0; i < UNITS; i++) {
+        d[i][0] += part[b][i].x, d[i][1] += part[b][i].y, d[i][2] += part[b][i].z, d[i][3] += part[b][i].w;
+      }
+    }
   }
 }
 
@@ -139,7 +164,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
 
   __syncthreads();
   const auto [group, first, step] = finisher(rank, warp, c.split, GROUPS);
-  const OutputRows rows(c, row + 16 * group + g, t);  // long before they are needed
+  const OutputRows<T> rows(c, row + 16 * group + g, t);  // long before they are needed
   float acc[HALVES][4 * TILES] = {}, s[4 * TILES] = {};
   int stage = 0, phase = 0;
   for (int i = 0; i < count; i++) {
@@ -176,36 +201,37 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
   cluster_meet();
 
   // S, all of it in every block, rounded once and as the second operand of mma.sync.
-  for (int u = warp; u < ranks * TILES; u += 4) {
-    float d[4];
-    sum_unit(d, units, GROUPS * TILES + u, lane, c.split);
-    const int q = u / TILES, m = 8 * (u % TILES) + g;
-    uint32_t pair[2];
-    for (int h = 0; h < 2; h++) {
-      const bool there = 16 * q + 8 * h + g < c.r;  // x may be infinite
-      const float low = there ? d[2 * h] * c.scaling : 0.0f, high = there ? d[2 * h + 1] * c.scaling : 0.0f;
-      pair[h] = transposed(Type<T>::pack(low, high));
-    }
-    store_shared_half(small + 256 * u + 8 * lane, pair[0], pair[1]);
-    if (c.saved && blockIdx.x == 0 && m < c.M) {
+  constexpr int AT_ONCE = TILES / 4 > 0 ? TILES / 4 : 1;
+  for (int begin = warp; begin < ranks * TILES; begin += 4 * AT_ONCE) {
+    float d[AT_ONCE][4];
+    sum_units(d, units, GROUPS * TILES + begin, 4, (ranks * TILES - begin + 3) / 4, lane, c.split);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int k = 16 * q + 8 * (i / 2) + 2 * t + i % 2;
-        const T* halves = reinterpret_cast<const T*>(&pair[i / 2]);
-        if (k < c.r) c.saved[int64_t(m) * c.r + k] = halves[i % 2];
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int u = begin + 4 * i, q = u / TILES, m = 8 * (u % TILES) + g;
+      if (u >= ranks * TILES) break;
+      uint32_t pair[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const bool there = 16 * q + 8 * h + g < c.r;  // x may be infinite
+        const float low = there ? d[i][2 * h] * c.scaling : 0.0f, high = there ? d[i][2 * h + 1] * c.scaling : 0.0f;
+        pair[h] = transposed(Type<T>::pack(low, high));
+      }
+      store_shared_half(small + 256 * u + 8 * lane, pair[0], pair[1]);
+      if (c.saved && blockIdx.x == 0 && m < c.M) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int k = 16 * q + 8 * (j / 2) + 2 * t + j % 2;
+          if (k < c.r) c.saved[int64_t(m) * c.r + k] = uint16_t(pair[j / 2] >> 16 * (j % 2));
+        }
       }
     }
   }
   float y[TILES][4];
-#pragma unroll
-  for (int i = 0; i < TILES; i++) {
-    if (first + step * i < TILES) sum_unit(y[i], units, group * TILES + first + step * i, lane, c.split);
-  }
-  cluster_arrive();
+  sum_units(y, units, group * TILES + first, step, (TILES - first + step - 1) / step, lane, c.split);
   meet(1, 128);
 #pragma unroll
   for (int i = 0; i < TILES; i++) {
-    const int tile = first + step * i, m = 8 * tile + g;
+    const int tile = first + step * i;
     if (tile >= TILES) break;
 #pragma unroll
     for (int q = 0; q < 4; q++) {
@@ -214,13 +240,19 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
         Type<T>::mma(y[i], rows.b[q], few.x, few.y);
       }
     }
+  }
+  cluster_arrive();  // what came from the other blocks has been used
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    const int tile = first + step * i, m = 8 * tile + g;
+    if (tile >= TILES) break;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      for (int j = 0; j < 2; j++) y[i][2 * h + j] = y[i][2 * h + j] * rows.gain[h] + rows.bias[h];
+      for (int j = 0; j < 2; j++) y[i][2 * h + j] = rows.finish(y[i][2 * h + j], h, c.bias_is_float);
       // From columns of yᵀ to rows of y; N is a multiple of 8.
       const uint32_t pair = transposed(Type<T>::pack(y[i][2 * h], y[i][2 * h + 1]));
-      const int column = row + 16 * group + 8 * h + 2 * t;
-      if (m < c.M && column < c.N) *reinterpret_cast<uint32_t*>(c.y + int64_t(m) * c.N + column) = pair;
+      const int n = row + 16 * group + 8 * h + 2 * t;
+      if (m < c.M && n < c.N) *reinterpret_cast<uint32_t*>(c.y + int64_t(m) * c.N + n) = pair;
     }
   }
   cluster_wait();  // the others may still be reading this block's sums

@@ -111,11 +111,11 @@ int run_decode(const Arguments& a) {
       !encode(&c.a, a.is_bf16, a.a, a.r, a.K, a.a_pitch, int((a.r + 15) / 16 * 16))) {
     return fail("cuTensorMapEncodeTiled", -2);
   }
-  c.b = a.b, c.bias = a.bias, c.gain = static_cast<const float*>(a.gain);
-  c.y = static_cast<T*>(a.y), c.saved = static_cast<T*>(a.saved_s);
+  c.b = static_cast<const uint16_t*>(a.b), c.bias = a.bias, c.gain = static_cast<const float*>(a.gain);
+  c.y = static_cast<T*>(a.y), c.saved = static_cast<uint16_t*>(a.saved_s);
   c.b_pitch = a.b_pitch, c.scaling = float(a.scaling);
   c.M = int(a.M), c.N = int(a.N), c.K = int(a.K), c.r = int(a.r), c.split = int(a.decode_split);
-  c.param_is_float = a.param_is_float, c.bias_is_float = a.bias_is_float;
+  c.bias_is_float = a.bias_is_float;
   return a.decode_rows == 128 ? launch_decode<T, TILES, 2>(a, c) : launch_decode<T, TILES, 1>(a, c);
 }
 
