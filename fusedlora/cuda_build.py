@@ -29,12 +29,17 @@ FLAGS = (
     *("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-cudart", "static"),
     *("-Xptxas", "-v"),  # the log then tells of registers and spills
 )
-# What lora.cu is compiled as, side by side: the kernels of a direction and so many 16 ranks, and what lies above them.
+# What lora.cu is compiled as, side by side: the kernels of a direction and so many 16 ranks, those of
+# decoding, and what lies above them.
 UNITS = {
     f"{direction}_r{16 * ranks}": (f"-DFUSEDLORA_UNIT_RANKS={ranks}", f"-DFUSEDLORA_UNIT_BACKWARD={backward}")
     for ranks in (4, 2, 1)  # the longest first
     for backward, direction in ((1, "backward"), (0, "forward"))
-} | {"interface": ("-DFUSEDLORA_UNITS",)}
+} | {
+    "decode_bf16": ("-DFUSEDLORA_UNIT_DECODE=1",),
+    "decode_fp16": ("-DFUSEDLORA_UNIT_DECODE=0",),
+    "interface": ("-DFUSEDLORA_UNITS",),
+}
 # A compiler takes 0.25 GB (nvcc 13.0); the rest is for what else may want memory meanwhile.
 MEMORY_PER_JOB = 1 << 30
 

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from .config import Problem
 
 MAX_RANK = 64
+MAX_DECODE = 64
+# Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
+DECODE_UP_TO = 0
 # Rows of a tile; two tiles of a pair, one under the other, are a cluster's.
 _BLOCK_M, _CLUSTER = 128, 2
 
@@ -18,7 +21,8 @@ class CudaConfig:
     """`programs` blocks work in clusters of two; tiles are 128 × block_n, `group` pairs of rows at a time for L2.
 
     `shrink_clusters` clusters compute S or T before their tiles. A stripe of dA or dB is summed in `parts` runs of
-    rows.
+    rows. With `decode_rows`, a forward that the decode kernel takes is its: that many rows of W a block, 64 or 128, and
+    their depth split over a cluster of `decode_split`, 1 (with 64 rows), 2, 4 or 8.
     """
 
     block_n: int
@@ -26,6 +30,8 @@ class CudaConfig:
     programs: int
     shrink_clusters: int
     parts: int
+    decode_rows: int = 0
+    decode_split: int = 1
 
 
 class Calls(NamedTuple):
@@ -66,7 +72,20 @@ def cuda_config(p: Problem, tiles: bool = True) -> CudaConfig:
     slack = -(pairs_m * _cdiv(p.out, block_n)) % clusters if tiles else 0
     late = slack == 0 or _cdiv(pairs_m, slack) > 3
     shrink_clusters = min(clusters if late else slack, pairs_m)
-    return CudaConfig(block_n, 4, programs, shrink_clusters, parts=2 if p.M > 4096 else 1)
+    decode = decode_config(p) if p.M <= DECODE_UP_TO else (0, 1)
+    return CudaConfig(block_n, 4, programs, shrink_clusters, 2 if p.M > 4096 else 1, *decode)
+
+
+def decode_config(p: Problem) -> tuple[int, int]:
+    """decode_rows and decode_split: the widest blocks that give nearly every SM one, each at least 256 deep."""
+    enough = p.num_sms * 9 // 10
+    for rows in (128, 64):
+        blocks, split = _cdiv(p.out, rows), rows // 64
+        while split < 8 and blocks * split < enough and p.depth >= 512 * split:
+            split *= 2
+        if blocks * split >= enough:
+            break
+    return rows, split
 
 
 def _cdiv(a: int, b: int) -> int:

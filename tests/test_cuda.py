@@ -131,6 +131,76 @@ def test_the_bits_do_not_depend_on_who_computes_what(case: Case) -> None:
             assert all(torch.equal(got[name], expected[name]) for name in expected), (programs, clusters)
 
 
+DECODE_CASES = [
+    *(Case(M, 4096, 1024, 16) for M in (1, 2, 5, 8, 16, 17, 33, 64)),
+    *(Case(M, 776, 520, r, FP16, bias=True) for M in (1, 9, 64) for r in (1, 3, 33, 64)),
+    Case(7, 8, 8, 2),
+    Case(64, 40, 72, 64, bias=True),
+    Case(64, 4096, 14336, 33),
+    Case(3, 14336, 4096, 16, FP16),
+]
+DECODE_SPLITS = [(64, 1), (64, 2), (64, 4), (64, 8), (128, 2), (128, 4), (128, 8)]
+
+
+def decode(rows: int, split: int) -> CudaConfig:
+    return dataclasses.replace(WIDE, decode_rows=rows, decode_split=split)
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decoding_has_no_more_error_than_the_eager_path_and_repeats(case: Case) -> None:
+    i = case.inputs()
+    tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+    eager, answer = eager_peft(*tensors, scaling=i.scaling), exact(i)
+    exact_s = i.scaling * i.x.double() @ i.lora_A.double().t()
+    for rows, split in DECODE_SPLITS:
+        settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": case.dtype, "config": decode(rows, split)}
+        with poisoned_memory():
+            y, s = cuda.lora_forward(*tensors, save_s=True, **settings)
+        ratio = error_ratios({"y": y}, {"y": eager}, answer)["y"]
+        lucky = case.M * case.N < 4096 and relative_error(y, answer["y"]) <= 4 * torch.finfo(case.dtype).eps
+        assert ratio <= LUCK or lucky, (rows, split, ratio)
+        assert s is not None and relative_error(s, exact_s) <= torch.finfo(case.dtype).eps, (rows, split)
+        for _ in range(3):
+            with poisoned_memory():
+                again, _ = cuda.lora_forward(*tensors, save_s=False, **settings)
+            assert torch.equal(again, y), (rows, split)
+
+
+def test_decoding_reads_rows_of_any_pitch_and_keeps_infinity_to_its_row() -> None:
+    x = torch.randn(9, 1024, device="cuda", dtype=BF16)[:, :768]
+    weight = torch.randn(264, 1000, device="cuda", dtype=BF16)[:, 8:776]
+    lora_A, lora_B = (torch.randn(*shape, device="cuda", dtype=BF16) for shape in ((5, 768), (264, 5)))
+    gain, bias = torch.rand(264, device="cuda") + 0.5, torch.randn(264, device="cuda")
+
+    def y(x: torch.Tensor, config: CudaConfig | None) -> torch.Tensor:
+        settings: dict[str, Any] = {"scaling": 0.1, "adapter_dtype": BF16, "save_s": False, "config": config}
+        return cuda.lora_forward(x, weight, lora_A, lora_B, bias, gain=gain, **settings)[0]
+
+    found = y(x, decode(64, 2))
+    assert relative_error(found, y(x, None)) <= 4e-3
+    x[1, 5] = float("inf")
+    infinite = y(x, decode(64, 2))
+    assert not infinite[1].isfinite().any()
+    others = [m for m in range(9) if m != 1]
+    assert torch.equal(infinite[others], found[others])
+
+
+def test_decoding_is_replayed_by_a_graph() -> None:
+    i = make_inputs(16, 4096, 4096, 16, BF16, device="cuda", bias=False)
+    settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": BF16, "save_s": True, "config": decode(128, 4)}
+    tensors = (i.x, i.weight, i.lora_A, i.lora_B, None)
+    cuda.lora_forward(*tensors, **settings)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, s = cuda.lora_forward(*tensors, **settings)
+    for _ in range(20):
+        i.x.normal_()
+        y.fill_(float("nan"))
+        graph.replay()
+        want, want_s = cuda.lora_forward(*tensors, **settings)
+        assert torch.equal(y, want) and s is not None and want_s is not None and torch.equal(s, want_s)
+
+
 @pytest.mark.parametrize("need", range(1, 8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
 @pytest.mark.parametrize("M, dropout_p", [(300, 0.0), (300, 0.3), (5000, 0.0)])
 def test_only_the_needed_gradients(need: int, M: int, dropout_p: float) -> None:

@@ -142,11 +142,14 @@ def test_changed_sources_are_another_library(nvcc, monkeypatch, tmp_path: Path) 
 def test_every_direction_and_rank_is_a_unit() -> None:
     text = (cuda_build.sources_dir() / "lora.cu").read_text()
     instances = re.findall(r"extern template int by_type<(\d), (true|false)>", text)
+    decoding = re.findall(r"extern template int decode<(\w+)>", text)
     defines = {
         (f"-DFUSEDLORA_UNIT_RANKS={ranks}", f"-DFUSEDLORA_UNIT_BACKWARD={int(backward == 'true')}")
         for ranks, backward in instances
     }
-    assert len(instances) == 6 and defines | {("-DFUSEDLORA_UNITS",)} == set(cuda_build.UNITS.values())
+    decode_defines = {(f"-DFUSEDLORA_UNIT_DECODE={int(dtype == '__nv_bfloat16')}",) for dtype in decoding}
+    assert len(instances) == 6 and len(decode_defines) == 2
+    assert defines | decode_defines | {("-DFUSEDLORA_UNITS",)} == set(cuda_build.UNITS.values())
 
 
 def test_no_more_jobs_than_memory(monkeypatch) -> None:
@@ -172,3 +175,55 @@ def test_the_packed_arguments_are_the_structs(tmp_path: Path) -> None:
     kinds = [*"q" * len(cuda.SETTINGS), *"Q" * len(cuda.POINTERS), *"dqqq"]
     assert told[:-2] == [f"{name} {8 * i} {kind}" for i, (name, kind) in enumerate(zip(names, kinds, strict=True))]
     assert told[-2] == f"size {8 * len(names)}"
+
+
+def test_the_decode_kernel_shares_everything_out_once(tmp_path: Path) -> None:
+    """A C++ compiler runs its index functions: depth over the blocks of a cluster, units over their warps, bytes."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "tell.cpp").write_text("""
+#include <cstdio>
+#include <initializer_list>
+#include "decode_units.h"
+using namespace fusedlora;
+int main() {
+  for (int split = 1; split <= DECODE_MAX_SPLIT; split *= 2) {
+    for (int K : {8, 64, 72, 776, 4096, 14336}) {
+      printf("depth %d %d", split, K);
+      for (int rank = 0; rank <= split; rank++) printf(" %d", depth_begin(K, rank, split));
+      puts("");
+    }
+    for (int groups = 4; groups <= 4 * split && groups <= 8; groups *= 2) {
+      printf("units %d %d", split, groups);
+      for (int rank = 0; rank < split; rank++) {
+        for (int warp = 0; warp < 4; warp++) {
+          const Finisher f = finisher(rank, warp, split, groups);
+          for (int tile = f.first; tile < 8; tile += f.step) printf(" %d", f.group * 8 + tile);
+        }
+      }
+      puts("");
+    }
+  }
+  printf("bytes 0 0");
+  for (int unit = 0; unit < 96; unit++) {
+    for (int lane = 0; lane < 32; lane++) printf(" %d", unit_bytes(unit, lane));
+  }
+  puts("");
+}
+""")
+    include = f"-I{cuda_build.sources_dir()}"
+    subprocess.run([compiler, "-std=c++17", include, "tell.cpp", "-o", "tell"], cwd=tmp_path, check=True)
+    told = subprocess.run([tmp_path / "tell"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(told) == 4 * 6 + 7 + 1
+    for line in told:
+        kind, *words = line.split()
+        split, about, *found = map(int, words)
+        if kind == "depth":
+            steps = [b - a for a, b in zip(found, found[1:])]
+            assert len(steps) == split and found[0] == 0 and found[-1] == -(-about // 64), line
+            assert min(steps) >= 0 and max(steps) - min(steps) <= 1, line
+        elif kind == "units":
+            assert sorted(found) == list(range(8 * about)), line
+        else:
+            assert found == list(range(0, 96 * 512, 16))

@@ -9,7 +9,16 @@ import torch
 
 from fusedlora import backends, cuda, dropout
 from fusedlora.config import Problem
-from fusedlora.cuda_config import FASTER, MAX_RANK, Calls, CudaConfig, cuda_config, prefers_cuda
+from fusedlora.cuda_config import (
+    DECODE_UP_TO,
+    FASTER,
+    MAX_RANK,
+    Calls,
+    CudaConfig,
+    cuda_config,
+    decode_config,
+    prefers_cuda,
+)
 from fusedlora.testing import Inputs, make_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -145,6 +154,47 @@ def test_one_row_of_any_stride(recorder: Recorder) -> None:
     i = make_inputs(1, 64, 72, 3, BF16)
     forward(dataclasses.replace(i, x=i.x.as_strided((1, 64), (3, 1))))
     assert recorder.launches[0]["x_pitch"] == 64
+
+
+DECODE = dataclasses.replace(CONFIG, decode_rows=128, decode_split=4)
+
+
+def test_the_decode_kernel_is_asked_for_by_configuration(recorder: Recorder) -> None:
+    i = make_inputs(64, 64, 72, 3, BF16)
+    forward(i, config=DECODE), forward(i, config=CONFIG), forward(i)
+    found = [(call["decode_rows"], call["decode_split"]) for call in recorder.launches]
+    assert found == [(128, 4), (0, 0), (0, 0)]
+    assert DECODE_UP_TO == 0, "the table names it only where it has been measured"
+
+
+def test_calls_that_the_decode_kernel_leaves_to_the_other(recorder: Recorder) -> None:
+    i = make_inputs(64, 64, 72, 3, BF16)
+    moved = torch.cat([i.lora_A.new_zeros(1), i.lora_A.flatten()])[1:].view(3, 64)
+    assert moved.data_ptr() % 16
+    forward(make_inputs(65, 64, 72, 3, BF16), config=DECODE)
+    forward(make_inputs(64, 64, 72, 3, BF16, FP32), config=DECODE)
+    forward(dataclasses.replace(i, lora_A=moved), config=DECODE)
+    forward(i, seed=SEED, dropout_p=0.25, config=DECODE)
+    backward(i, torch.ones(64, 3, dtype=BF16), config=DECODE)
+    assert [(call["decode_rows"], call["block_n"]) for call in recorder.launches] == [(0, 128)] * 5
+
+
+@pytest.mark.parametrize(
+    "out, depth, expected",
+    [
+        (4096, 4096, (128, 4)),  # 128 blocks
+        (14336, 4096, (128, 2)),  # 224: two on some SMs
+        (4096, 14336, (128, 4)),
+        (1024, 4096, (64, 8)),
+        (1024, 1024, (64, 4)),  # not below 256 of depth
+        (520, 776, (64, 2)),
+        (8, 8, (64, 1)),
+        (128256, 4096, (128, 2)),
+    ],
+)
+def test_decode_configurations(out: int, depth: int, expected: tuple[int, int]) -> None:
+    found = decode_config(Problem(1, out, depth, 16, 2, False, 90, 132))
+    assert found == expected
 
 
 def test_no_rows(recorder: Recorder) -> None:

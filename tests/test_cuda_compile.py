@@ -3,6 +3,8 @@
 Takes a minute or two unless it has been built before; needs nvcc and ninja, no GPU.
 """
 
+import dataclasses
+import itertools
 import re
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from fusedlora import cuda, cuda_build
+from fusedlora.cuda_config import CudaConfig
 from fusedlora.testing import make_inputs
 
 # Bytes that a kernel may spill, as stores and as loads: few registers, outside of its main loop. None at r ≤ 16.
@@ -27,23 +30,27 @@ def library() -> Path:
     return cuda_build.build(print)
 
 
-def kernel_of(symbol: str) -> tuple[str, int, int, bool, bool]:
-    """dtype, block_n, ranks, backward, dropout of a mangled lora_kernel."""
-    found = re.search(r"lora_kernelI\d*(\w+?)Li(\d+)ELi(\d+)ELb(\d)ELb(\d)E", symbol)
+def kernel_of(symbol: str) -> tuple[str, str, tuple[int, ...]]:
+    """Name, dtype and template arguments of a mangled kernel."""
+    found = re.search(r"(lora_kernel|decode_kernel)I\d*(__nv_bfloat16|__half)((?:L[ib]\d+E)+)E", symbol)
     assert found, symbol
-    dtype, block_n, ranks, backward, dropout = found.groups()
-    return dtype, int(block_n), int(ranks), backward == "1", dropout == "1"
+    return found[1], found[2], tuple(int(number) for number in re.findall(r"L[ib](\d+)E", found[3]))
 
 
-def all_kernels() -> set[tuple[str, int, int, bool, bool]]:
+def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
+    # block_n, ranks, backward, dropout
+    tiles = itertools.product((128, 256), (1, 2, 4), (0, 1), (0, 1))
+    # 8 rows of x, 64 rows of W
+    decode = itertools.product((1, 2, 4, 8), (1, 2))
+    kernels = [("lora_kernel", *tiles), ("decode_kernel", *decode)]
+    dtypes = ("__nv_bfloat16", "__half")
     return {
-        (dtype, block_n, ranks, backward, dropout)
-        for dtype in ("__nv_bfloat16", "__half")
-        for block_n in (128, 256)
-        for ranks in (1, 2, 4)
-        for backward in (False, True)
-        for dropout in (False, True)
+        (name, dtype, arguments) for name, *all_arguments in kernels for arguments in all_arguments for dtype in dtypes
     }
+
+
+def spills_allowed(kernel: tuple[str, str, tuple[int, ...]]) -> tuple[int, int]:
+    return SPILLS_ALLOWED[kernel[2][1]] if kernel[0] == "lora_kernel" else (0, 0)
 
 
 @pytest.mark.slow
@@ -58,7 +65,7 @@ def test_no_warnings_and_few_spills(library: Path) -> None:
     too_many = {
         kernel: found
         for kernel, found in spills.items()
-        if any(n > most for n, most in zip(found, SPILLS_ALLOWED[kernel[2]]))
+        if any(n > most for n, most in zip(found, spills_allowed(kernel)))
     }
     assert not too_many
 
@@ -74,7 +81,10 @@ def test_every_kernel_multiplies_by_wgmma(library: Path) -> None:
     counts = {kernel_of(text.split(None, 1)[0]): len(re.findall(r"\bHGMMA\.", text)) for text in kernels}
     assert set(counts) == all_kernels()
     assert all(count >= 4 for count in counts.values()), counts  # one for each 16 of a stage's 64 of depth
-    assert all("UTMALDG" in text and "UTMASTG" in text for text in kernels), "TMA loads and stores"
+    decode = [text for text in kernels if "decode_kernel" in text.split(None, 1)[0]]
+    assert all("UTMALDG" in text for text in kernels), "TMA loads"
+    assert all("UTMASTG" in text for text in kernels if text not in decode), "TMA stores"
+    assert all("MOVM" in text and "HMMA" in text for text in decode), "the rank-r step on fragments"
 
 
 @pytest.mark.slow
@@ -96,6 +106,14 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
             cuda.lora_forward(
                 i.x, i.weight, i.lora_A, i.lora_B, None, scaling=1.0, adapter_dtype=torch.bfloat16, save_s=True
             )
+    few = make_inputs(64, 512, 768, 16, torch.bfloat16)
+    tensors = (few.x, few.weight, few.lora_A, few.lora_B, None)
+    decode = CudaConfig(128, 4, 132, 1, 1, decode_rows=128, decode_split=4)
+    plan = cuda.forward_plan(*tensors, save_s=True, config=decode, **settings)
+    assert (plan.work_size, plan.num_words) == (0, 0), "the decode kernel needs none"
+    for wrong in ({"decode_split": 3}, {"decode_split": 1}, {"decode_rows": 96}):
+        with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: the decode kernel: error -4"):
+            cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(decode, **wrong), **settings)
     wide = make_inputs(8, 512, 768, 65, torch.bfloat16)
     with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: r: error -3"):
         cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **settings)
