@@ -17,7 +17,7 @@
 namespace fusedlora {
 
 constexpr int DECODE_THREADS = 128 + 32, DECODE_MAX_STAGES = 8;
-constexpr int DECODE_BYTES = 112 << 10;  // two blocks fit on an SM: clusters find places, though SMs come in odd numbers
+constexpr int DECODE_BYTES = 112 << 10;  // two blocks fit on an SM, so that clusters find places everywhere
 constexpr int DECODE_BARRIERS = 1024;    // bytes before the stages, which start at a multiple of that
 
 template <typename T>
@@ -34,8 +34,8 @@ struct DecodeCall {
   bool bias_is_float;
 };
 
-// What a thread needs of rows n and n + 8 of the output: B, as the first operand of mma.sync, gain and bias. Nothing here
-// looks at what it loads, so that all loads are on their way at once.
+// What a thread needs of rows n and n + 8 of the output: B, as the first operand of mma.sync, gain and bias. Nothing
+// here looks at what it loads, so that all loads are on their way at once.
 template <typename T>
 struct OutputRows {
   uint32_t b[4][4];

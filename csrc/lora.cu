@@ -233,7 +233,8 @@ int by_type(const Arguments& a, int64_t* sizes) {
 // A, in x's dtype, is one that a tensor map reads.
 template <typename T>
 int decode(const Arguments& a) {
-  return a.M <= 8 ? run_decode<T, 1>(a) : a.M <= 16 ? run_decode<T, 2>(a) : a.M <= 32 ? run_decode<T, 4>(a) : run_decode<T, 8>(a);
+  if (a.M <= 16) return a.M <= 8 ? run_decode<T, 1>(a) : run_decode<T, 2>(a);
+  return a.M <= 32 ? run_decode<T, 4>(a) : run_decode<T, 8>(a);
 }
 
 #if defined(FUSEDLORA_UNIT_DECODE)
