@@ -5,7 +5,7 @@
 // Null: not there, or not wanted. Pitches: elements from a row to the next.
 typedef struct {
   int64_t is_bf16, param_is_float, bias_is_float, block_n, group, programs, shrink_clusters, parts_a, parts_b;
-  int64_t decode_rows, decode_split;  // of the decode kernel; zero: the tile kernel
+  int64_t decode_rows, decode_split, decode_early;  // of the decode kernel; zero: the tile kernel
   int64_t M, N, K, r;
   int64_t x_pitch, dy_pitch, w_pitch, a_pitch, b_pitch;
   const void *x, *dy, *w, *a, *b, *bias, *gain, *s;

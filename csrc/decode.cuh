@@ -16,9 +16,7 @@
 
 namespace fusedlora {
 
-constexpr int DECODE_THREADS = 128 + 32, DECODE_MAX_STAGES = 8;
-constexpr int DECODE_BYTES = 112 << 10;  // two blocks fit on an SM, so that clusters find places everywhere
-constexpr int DECODE_BARRIERS = 1024;    // bytes before the stages, which start at a multiple of that
+constexpr int DECODE_THREADS = 128 + 32;
 
 template <typename T>
 struct DecodeCall {
@@ -30,7 +28,7 @@ struct DecodeCall {
   uint16_t* saved;  // [M, r], T's bits, or null
   int64_t b_pitch;
   float scaling;
-  int M, N, K, r, split;
+  int M, N, K, r, split, stages;
   bool bias_is_float;
 };
 
@@ -125,13 +123,13 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
   // A's box comes first: wgmma reads 64 rows from its start on, and those past the box, which are W's, give sums that
   // nobody takes.
   const int ranks = (c.r + 15) / 16, a_bytes = 2048 * ranks;
-  const int stage_bytes = a_bytes + 8192 * HALVES + 1024 * TILES;
-  const int stages = min((DECODE_BYTES - 2 * DECODE_BARRIERS) / stage_bytes, DECODE_MAX_STAGES);
+  const int stage_bytes = decode_stage_bytes(ranks, HALVES, TILES), stages = c.stages;
   const int begin = depth_begin(c.K, rank, c.split), count = depth_begin(c.K, rank + 1, c.split) - begin;
 
+  let_next_launch_begin();
   if (warp == 4) {
-    auto load = [&](int i) {
-      const int stage = i % stages, k = 64 * (begin + i);
+    auto load = [&](int i, int stage) {
+      const int k = 64 * (begin + i);
       const uint32_t to = memory + stage * stage_bytes, barrier = full + 8 * stage;
       barrier_expect(barrier, stage_bytes);
       tma_load_once(to + a_bytes, &c.w, barrier, k, row);
@@ -139,20 +137,23 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
       tma_load(to + a_bytes + 8192 * HALVES, &c.x, barrier, k, 0);
     };
     if (lane == 0) {
+      for (const CUtensorMap* map : {&c.w, &c.a, &c.x}) tma_prefetch(map);
       for (int s = 0; s < stages; s++) {
         barrier_init(full + 8 * s, 1);
         barrier_init(empty + 8 * s, 1);
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       fence_to_tma();
-      for (int i = 0; i < min(stages, count); i++) load(i);
+      wait_for_launch_before();
+      for (int i = 0; i < min(stages, count); i++) load(i, i);
     }
     __syncwarp();
     __syncthreads();
     if (lane == 0) {
-      for (int i = stages; i < count; i++) {
-        barrier_wait(empty + 8 * (i % stages), (i / stages - 1) & 1);
-        load(i);
+      for (int i = stages, stage = 0, phase = 0; i < count; i++) {
+        barrier_wait(empty + 8 * stage, phase);
+        load(i, stage);
+        if (++stage == stages) stage = 0, phase ^= 1;
       }
     }
     __syncwarp();
@@ -163,6 +164,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
   }
 
   __syncthreads();
+  wait_for_launch_before();
   const auto [group, first, step] = finisher(rank, warp, c.split, GROUPS);
   const OutputRows<T> rows(c, row + 16 * group + g, t);  // long before they are needed
   float acc[HALVES][4 * TILES] = {}, s[4 * TILES] = {};

@@ -64,9 +64,10 @@ struct Places {
 [[maybe_unused]] int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
 
 // `blocks` blocks in clusters of `cluster`. `allowed` has a bit for each device that lets the kernel have its `bytes`.
+// `early`: the kernel itself waits for the launch before it.
 template <typename C>
 int launch_clusters(void (*kernel)(C), std::atomic<uint64_t>& allowed, int bytes, int64_t blocks, int threads,
-                    int64_t cluster, void* stream, const C& call) {
+                    int64_t cluster, bool early, void* stream, const C& call) {
   int device = 0;
   cudaGetDevice(&device);
   if (!(allowed >> device & 1)) {
@@ -79,11 +80,13 @@ int launch_clusters(void (*kernel)(C), std::atomic<uint64_t>& allowed, int bytes
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {unsigned(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = early ? 2 : 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, call);
   return status == cudaSuccess ? 0 : fail("cudaLaunchKernelEx", status);
 }
@@ -92,7 +95,7 @@ template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
 int launch(const Arguments& a, const Call<T>& call) {
   static std::atomic<uint64_t> allowed{0};
   return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT>, allowed, Layout<BLOCK_N, RANKS>::TOTAL,
-                         a.programs, THREADS, CLUSTER, a.stream, call);
+                         a.programs, THREADS, CLUSTER, false, a.stream, call);
 }
 
 template <typename T, int TILES, int HALVES>
@@ -100,7 +103,7 @@ int launch_decode(const Arguments& a, const DecodeCall<T>& call) {
   static std::atomic<uint64_t> allowed{0};
   const int64_t blocks = (a.N + 64 * HALVES - 1) / (64 * HALVES) * a.decode_split;
   return launch_clusters(decode_kernel<T, TILES, HALVES>, allowed, DECODE_BYTES, blocks, DECODE_THREADS, a.decode_split,
-                         a.stream, call);
+                         a.decode_early != 0, a.stream, call);
 }
 
 template <typename T, int TILES>
@@ -115,6 +118,7 @@ int run_decode(const Arguments& a) {
   c.y = static_cast<T*>(a.y), c.saved = static_cast<uint16_t*>(a.saved_s);
   c.b_pitch = a.b_pitch, c.scaling = float(a.scaling);
   c.M = int(a.M), c.N = int(a.N), c.K = int(a.K), c.r = int(a.r), c.split = int(a.decode_split);
+  c.stages = decode_stages(decode_stage_bytes((c.r + 15) / 16, int(a.decode_rows) / 64, TILES));
   c.bias_is_float = a.bias_is_float;
   return a.decode_rows == 128 ? launch_decode<T, TILES, 2>(a, c) : launch_decode<T, TILES, 1>(a, c);
 }

@@ -84,6 +84,13 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address, uint32_t rank) 
   return v;
 }
 
+// Where a launch may begin before the one before it on its stream has ended: the first call lets the next do so, the
+// second waits until all that the one before has written is there.
+
+__device__ __forceinline__ void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // TMA
 
 __device__ __forceinline__ void tma_load(

@@ -23,21 +23,8 @@ from .memory import device_memory, row_major, skinny_rows
 # The struct's members: those that a plan fixes, then those of each call. test_cuda_build.py compares them with C's.
 SETTINGS = (
     *("is_bf16", "param_is_float", "bias_is_float", "block_n", "group", "programs", "shrink_clusters"),
-    *(
-        "parts_a",
-        "parts_b",
-        "decode_rows",
-        "decode_split",
-        "M",
-        "N",
-        "K",
-        "r",
-        "x_pitch",
-        "dy_pitch",
-        "w_pitch",
-        "a_pitch",
-        "b_pitch",
-    ),
+    *("parts_a", "parts_b", "decode_rows", "decode_split", "decode_early"),
+    *("M", "N", "K", "r", "x_pitch", "dy_pitch", "w_pitch", "a_pitch", "b_pitch"),
 )
 POINTERS = (
     *("x", "dy", "w", "a", "b", "bias", "gain", "s", "y", "saved_s", "dx", "da", "db"),
@@ -171,7 +158,7 @@ def _plan(
     # The decode kernel reads A in place.
     in_place = param_dtype is dtype and there[POINTERS.index("a")] == 16 and pitches[3] % 8 == 0
     if config.decode_rows and forward and M <= MAX_DECODE and in_place and not drops:
-        settings |= {"decode_rows": config.decode_rows, "decode_split": config.decode_split}
+        settings |= {f"decode_{name}": getattr(config, f"decode_{name}") for name in ("rows", "split", "early")}
     settings |= dict(zip(SETTINGS[-9:], (*sizes, *pitches)))
     plan = ForwardPlan if forward else BackwardPlan
     return plan(direction, device, settings, list(there))

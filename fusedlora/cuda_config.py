@@ -22,7 +22,8 @@ class CudaConfig:
 
     `shrink_clusters` clusters compute S or T before their tiles. A stripe of dA or dB is summed in `parts` runs of
     rows. With `decode_rows`, a forward that the decode kernel takes is its: that many rows of W a block, 64 or 128, and
-    their depth split over a cluster of `decode_split`, 1 (with 64 rows), 2, 4 or 8.
+    their depth split over a cluster of `decode_split`, 1 (with 64 rows), 2, 4 or 8. `decode_early`: its blocks may
+    take their places while the launch before it on the stream ends, and wait there for what that has written.
     """
 
     block_n: int
@@ -32,6 +33,7 @@ class CudaConfig:
     parts: int
     decode_rows: int = 0
     decode_split: int = 1
+    decode_early: bool = True
 
 
 class Calls(NamedTuple):

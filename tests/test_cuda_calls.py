@@ -161,9 +161,10 @@ DECODE = dataclasses.replace(CONFIG, decode_rows=128, decode_split=4)
 
 def test_the_decode_kernel_is_asked_for_by_configuration(recorder: Recorder) -> None:
     i = make_inputs(64, 64, 72, 3, BF16)
-    forward(i, config=DECODE), forward(i, config=CONFIG), forward(i)
-    found = [(call["decode_rows"], call["decode_split"]) for call in recorder.launches]
-    assert found == [(128, 4), (0, 0), (0, 0)]
+    for config in (DECODE, dataclasses.replace(DECODE, decode_early=False), CONFIG, None):
+        forward(i, config=config)
+    found = [(call["decode_rows"], call["decode_split"], call["decode_early"]) for call in recorder.launches]
+    assert found == [(128, 4, 1), (128, 4, 0), (0, 0, 0), (0, 0, 0)]
     assert DECODE_UP_TO == 0, "the table names it only where it has been measured"
 
 
