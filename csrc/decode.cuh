@@ -110,6 +110,39 @@ __device__ __forceinline__ void keep_units(const float (&acc)[COUNT], uint32_t u
   }
 }
 
+// S, all of it in every block, rounded once and as the second operand of mma.sync. `worker` is one of the five warps; the
+// first has nothing else to do.
+template <typename T, int TILES, int GROUPS>
+__device__ __forceinline__ void small_units(
+    const DecodeCall<T>& c, uint32_t units, uint32_t small, int ranks, int worker, int lane) {
+  constexpr int AT_ONCE = TILES / 4 > 0 ? TILES / 4 : 1, WORKERS = DECODE_THREADS / 32;
+  const int g = lane / 4, t = lane % 4, count = ranks * TILES;
+  for (int begin = worker; begin < count; begin += WORKERS * AT_ONCE) {
+    float d[AT_ONCE][4];
+    sum_units(d, units, GROUPS * TILES + begin, WORKERS, (count - begin + WORKERS - 1) / WORKERS, lane, c.split);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int u = begin + WORKERS * i, q = u / TILES, m = 8 * (u % TILES) + g;
+      if (u >= count) break;
+      uint32_t pair[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const bool there = 16 * q + 8 * h + g < c.r;  // x may be infinite
+        const float low = there ? d[i][2 * h] * c.scaling : 0.0f, high = there ? d[i][2 * h + 1] * c.scaling : 0.0f;
+        pair[h] = transposed(Type<T>::pack(low, high));
+      }
+      store_shared_half(small + 256 * u + 8 * lane, pair[0], pair[1]);
+      if (c.saved && blockIdx.x == 0 && m < c.M) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int k = 16 * q + 8 * (j / 2) + 2 * t + j % 2;
+          if (k < c.r) c.saved[int64_t(m) * c.r + k] = uint16_t(pair[j / 2] >> 16 * (j % 2));
+        }
+      }
+    }
+  }
+}
+
 // TILES: 8 rows of x each. HALVES: 64 rows of W each.
 template <typename T, int TILES, int HALVES>
 __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_constant__ DecodeCall<T> c) {
@@ -125,6 +158,9 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
   const int ranks = (c.r + 15) / 16, a_bytes = 2048 * ranks;
   const int stage_bytes = decode_stage_bytes(ranks, HALVES, TILES), stages = c.stages;
   const int begin = depth_begin(c.K, rank, c.split), count = depth_begin(c.K, rank + 1, c.split) - begin;
+
+  // Once the stages are done with, the block's sums take their place, W's units first, and then S.
+  const uint32_t units = memory, small = units + unit_bytes((GROUPS + 4) * TILES, 0);
 
   let_next_launch_begin();
   if (warp == 4) {
@@ -158,6 +194,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
     }
     __syncwarp();
     cluster_meet();
+    small_units<T, TILES, GROUPS>(c, units, small, ranks, 0, lane);
+    __syncthreads();
     cluster_arrive();
     cluster_wait();
     return;
@@ -194,43 +232,16 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
     for (int h = 0; h < HALVES; h++) asm volatile("" : "+f"(acc[h][i])::"memory");
   }
 
-  // The stages are done with: the block's sums take their place, W's units first.
-  meet(1, 128);
-  const uint32_t units = memory, small = units + unit_bytes((GROUPS + 4) * TILES, 0);
+  meet(1, 128);  // no warp reads a stage any more
 #pragma unroll
   for (int h = 0; h < HALVES; h++) keep_units(acc[h], units, (4 * h + warp) * TILES, lane);
   if (warp < ranks) keep_units(s, units, (GROUPS + warp) * TILES, lane);
   cluster_meet();
 
-  // S, all of it in every block, rounded once and as the second operand of mma.sync.
-  constexpr int AT_ONCE = TILES / 4 > 0 ? TILES / 4 : 1;
-  for (int begin = warp; begin < ranks * TILES; begin += 4 * AT_ONCE) {
-    float d[AT_ONCE][4];
-    sum_units(d, units, GROUPS * TILES + begin, 4, (ranks * TILES - begin + 3) / 4, lane, c.split);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      const int u = begin + 4 * i, q = u / TILES, m = 8 * (u % TILES) + g;
-      if (u >= ranks * TILES) break;
-      uint32_t pair[2];
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const bool there = 16 * q + 8 * h + g < c.r;  // x may be infinite
-        const float low = there ? d[i][2 * h] * c.scaling : 0.0f, high = there ? d[i][2 * h + 1] * c.scaling : 0.0f;
-        pair[h] = transposed(Type<T>::pack(low, high));
-      }
-      store_shared_half(small + 256 * u + 8 * lane, pair[0], pair[1]);
-      if (c.saved && blockIdx.x == 0 && m < c.M) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const int k = 16 * q + 8 * (j / 2) + 2 * t + j % 2;
-          if (k < c.r) c.saved[int64_t(m) * c.r + k] = uint16_t(pair[j / 2] >> 16 * (j % 2));
-        }
-      }
-    }
-  }
+  small_units<T, TILES, GROUPS>(c, units, small, ranks, 4 - warp, lane);
   float y[TILES][4];
   sum_units(y, units, group * TILES + first, step, (TILES - first + step - 1) / step, lane, c.split);
-  meet(1, 128);
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < TILES; i++) {
     const int tile = first + step * i;
