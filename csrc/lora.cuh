@@ -158,12 +158,15 @@ __device__ void load_rows(uint2 (&few)[RANKS][2], const T* small, int row, int M
   }
 }
 
-// Shifts two bits in at the top: whether the halves of `hash` reach those of `bound`.
+// Shifts four bits in at the top: whether the halves of `hash` reach those of `bound`.
 template <int WORDS>
-__device__ __forceinline__ void keep_bits(uint32_t (&kept)[WORDS], uint32_t hash, uint32_t bound) {
-  const uint32_t bits = ((hash & 0xFFFF) >= (bound & 0xFFFF) ? 1 : 0) + (hash >> 16 >= bound >> 16 ? 2 : 0);
+__device__ __forceinline__ void keep_bits(uint32_t (&kept)[WORDS], const uint32_t (&hash)[2], uint32_t bound) {
+  uint32_t bits = 0;
+  for (int h = 0; h < 2; h++) {
+    bits |= ((hash[h] & 0xFFFF) >= (bound & 0xFFFF) ? 1 << 2 * h : 0) | (hash[h] >> 16 >= bound >> 16 ? 2 << 2 * h : 0);
+  }
 #pragma unroll
-  for (int i = 0; i < WORDS; i++) kept[i] = __funnelshift_r(kept[i], i + 1 < WORDS ? kept[i + 1] : bits, 2);
+  for (int i = 0; i < WORDS; i++) kept[i] = __funnelshift_r(kept[i], i + 1 < WORDS ? kept[i + 1] : bits, 4);
 }
 
 // Consumers: out [128, R] = scaling · left · skinnyᵀ for the row block from `row` on, published.
@@ -175,8 +178,7 @@ __device__ void shrink_rows(
   constexpr int R = L::R, TILES = R / 8;
   const int g = lane / 4, t = lane % 4;
   const int left_row = 16 * warp + lane % 16, right_row = lane / 16 * 8 + lane % 8;
-  uint32_t pair[2];
-  for (int h = 0; h < 2; h++) pair[h] = uint32_t(row + 16 * warp + g + 8 * h) * uint32_t(c.depth / 2) + t;
+  const uint32_t four = Mask::four(row + 16 * warp + g, t, c.depth / 2);
   float acc[TILES][4] = {};
   for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
     barrier_wait(full + 8 * stage, phase);
@@ -188,7 +190,7 @@ __device__ void shrink_rows(
       uint32_t a[4], b[4];
       load_matrices(a, left + left_row * 128 + (((2 * i + lane / 16) ^ (left_row % 8)) * 16));
       if constexpr (DROPOUT) {
-        for (int j = 0; j < 4; j++) a[j] = c.mask.template keep<T>(a[j], pair[j % 2] + (k + 16 * step + 8 * (j / 2)) / 2);
+        for (int j = 0; j < 4; j += 2) c.mask.template keep<T>(a[j], a[j + 1], four + (k + 16 * step + 4 * j) / 2);
       }
 #pragma unroll
       for (int n = 0; n < TILES; n += 2) {
@@ -320,11 +322,11 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       const int* progress = c.words + PROGRESS + row / BLOCK_M;
       uint2 few[RANKS][2];
       bool early = false;
-      // Which elements of the tile the dropout keeps, as the products' registers follow one another: two bits for each
-      // pair. They are hashed while the tensor cores work, so many pairs at a step.
+      // Which elements of the tile the dropout keeps, as the products' registers follow one another, four to a hash.
+      // They are hashed while the tensor cores work, so many at a step.
       uint32_t kept[ACCS / 32] = {};
       int hashed = 0;
-      const int pairs_a_step = (ACCS / 2 + steps - 1) / steps;
+      const int hashes_a_step = (ACCS / 4 + steps - 1) / steps;
       for (int k = 0; k < steps; k++) {
         const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2);
         const uint32_t right = stages + stage * L::STAGE + L::LEFT;
@@ -341,10 +343,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         }
         wgmma_commit();
         if constexpr (DROPOUT && BACKWARD) {
-          for (int until = min(hashed + pairs_a_step, ACCS / 2); hashed < until; hashed++) {
-            const int at = own_row + 8 * (hashed % 2);
-            const uint32_t pair = uint32_t(at) * uint32_t(c.cols / 2) + (col + hashed / 2 * 8) / 2 + t;
-            keep_bits(kept, c.mask.hash(pair), c.mask.bound);
+          for (int until = min(hashed + hashes_a_step, ACCS / 4); hashed < until; hashed++) {
+            uint32_t words[2];
+            c.mask.hash(words, Mask::four(own_row, (col + 8 * hashed) / 2 + t, c.cols / 2));
+            keep_bits(kept, words, c.mask.bound);
           }
         }
         wgmma_wait<1>();

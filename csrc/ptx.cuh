@@ -205,6 +205,12 @@ __device__ __forceinline__ uint2 load_fresh_half(const void* pointer) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_fresh_quarter(const void* pointer) {
+  uint32_t v;
+  asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint2 load_shared_half(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");

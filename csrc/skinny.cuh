@@ -10,23 +10,33 @@ namespace fusedlora {
 
 constexpr int SIDE_WARPS = 3;
 constexpr int SIDE_THREADS = 32 * SIDE_WARPS;
-// The dropout's mask: see fusedlora/dropout.py, whose hash this is. Pairs of columns share one.
+// The dropout's mask: see fusedlora/dropout.py, whose hash this is. Rows m and m + 8 of two columns share one.
 struct Mask {
   uint32_t low, high, bound;  // the seed's halves; the threshold in both halves of a word
 
-  __device__ uint32_t hash(uint32_t pair) const {
-    uint64_t z = uint64_t(pair + low) * 0x9E3779B9u;
+  // The number of the four elements that `row` and a pair of columns are in.
+  __device__ static uint32_t four(uint32_t row, uint32_t pair, uint32_t pairs) {
+    return (row / 16 * 8 + row % 8) * pairs + pair;
+  }
+
+  // Of the upper row and of the lower one.
+  __device__ void hash(uint32_t (&words)[2], uint32_t four) const {
+    uint64_t z = uint64_t(four + low) * 0x9E3779B9u;
     uint32_t h = uint32_t(z) ^ uint32_t(z >> 32) ^ high;
     z = uint64_t(h) * 0xBB67AE85u;
     h = uint32_t(z) ^ uint32_t(z >> 32);
     z = uint64_t(h) * 0xD2511F53u;
-    return (uint32_t(z) ^ uint32_t(z >> 32)) & 0x7FFF7FFFu;
+    words[0] = (uint32_t(z) ^ uint32_t(z >> 32)) & 0x7FFF7FFFu;
+    words[1] = (words[0] ^ __byte_perm(h, 0, 0x1032)) & 0x7FFF7FFFu;
   }
 
-  // The two elements of a pair, as far as they are kept.
+  // The elements of a four, two of each row, as far as they are kept.
   template <typename T>
-  __device__ uint32_t keep(uint32_t elements, uint32_t pair) const {
-    return Type<T>::keep(elements, hash(pair), bound);
+  __device__ void keep(uint32_t& upper, uint32_t& lower, uint32_t four) const {
+    uint32_t words[2];
+    hash(words, four);
+    upper = Type<T>::keep(upper, words[0], bound);
+    lower = Type<T>::keep(lower, words[1], bound);
   }
 };
 
@@ -126,7 +136,10 @@ __device__ void stripe_job(const Stripes<T>& p, const Mask& mask, int stripe, in
   const int own_rows = part_rows(last - part * rows, SIDE_WARPS);
   const int begin = part * rows + warp * own_rows, end = min(begin + own_rows, last);
   const T* src = p.src + col;
-  const T* small = p.small + int64_t(g) * p.pitch + 4 * t;
+  // Of 16 rows a thread takes four: neighbours, or two of each half, which share hashes.
+  constexpr int STEP = DROPOUT ? 8 : 2;
+  const int first_row = (DROPOUT ? 2 : 4) * t;
+  const T* small = p.small + int64_t(g) * p.pitch + first_row;
   float acc[PAIRS][TILES][4] = {};
   for (int m = begin; m < end; m += 16 * STEPS) {
     uint32_t big[STEPS][4][PAIRS];
@@ -134,7 +147,7 @@ __device__ void stripe_job(const Stripes<T>& p, const Mask& mask, int stripe, in
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
       for (int i = 0; i < 4; i++) {
-        const int row = m + 16 * s + 4 * t + i;
+        const int row = m + 16 * s + first_row + i / 2 * STEP + i % 2;
         const bool there = inside && row < end;
         if constexpr (W == 8) {
           uint4 v = load_streamed(src + row * p.src_pitch, there);
@@ -147,15 +160,22 @@ __device__ void stripe_job(const Stripes<T>& p, const Mask& mask, int stripe, in
       for (int n = 0; n < TILES; n++) {
         // `small` is padded with zeros up to a multiple of 16 rows
         const T* from = small + int64_t(8 * n) * p.pitch + m + 16 * s;
-        few[s][n] = m + 16 * s < end ? load_fresh_half(from) : make_uint2(0, 0);
+        few[s][n] = make_uint2(0, 0);
+        if (m + 16 * s < end) {
+          if constexpr (DROPOUT) {
+            few[s][n] = make_uint2(load_fresh_quarter(from), load_fresh_quarter(from + STEP));
+          } else {
+            few[s][n] = load_fresh_half(from);
+          }
+        }
       }
     }
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
       if constexpr (DROPOUT) {
-        for (int i = 0; i < 4; i++) {
-          const uint32_t pair = uint32_t(m + 16 * s + 4 * t + i) * uint32_t(p.cols / 2) + col / 2;
-          for (int c = 0; c < PAIRS; c++) big[s][i][c] = mask.keep<T>(big[s][i][c], pair + c);
+        for (int i = 0; i < 2; i++) {
+          const uint32_t four = mask.four(m + 16 * s + first_row + i, col / 2, p.cols / 2);
+          for (int c = 0; c < PAIRS; c++) mask.keep<T>(big[s][i][c], big[s][i + 2][c], four + c);
         }
       }
       for (int c = 0; c < PAIRS; c++) {

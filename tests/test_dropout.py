@@ -23,23 +23,35 @@ def seeds(count: int) -> list[int]:
     return torch.randint(2**62, 2**63 - 1, (count,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
+@pytest.mark.parametrize("M", [1, 16, 37, 43])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9999])
-def test_the_definition_in_python_integers(p: float) -> None:
-    seed, M, K = 2**62 + 0xFEDCBA9876543, 5, 24
+def test_the_definition_in_python_integers(p: float, M: int) -> None:
+    seed, K = 2**62 + 0xFEDCBA9876543, 24
     low, high, wrap = seed % 2**32, seed >> 32, 2**32
     got = mask_of(seed, M, K, p)
+    assert got.shape == (M, K)
     for m, k in itertools.product(range(M), range(K)):
-        z = ((m * K + k) // 2 + low) % wrap * 0x9E3779B9
+        z = (((m // 16 * 8 + m % 8) * K + k) // 2 + low) % wrap * 0x9E3779B9
         z = ((z ^ z >> 32) % wrap ^ high) * 0xBB67AE85
-        z = (z ^ z >> 32) % wrap * 0xD2511F53
         h = (z ^ z >> 32) % wrap
-        assert got[m, k].item() == ((h >> k % 2 * 16) % 2**15 >= round(p * 2**15))
+        z = h * 0xD2511F53
+        word = (z ^ z >> 32) % wrap
+        if m % 16 >= 8:
+            word ^= h >> 16 | h % 2**16 << 16
+        assert got[m, k].item() == ((word >> k % 2 * 16) % 2**15 >= round(p * 2**15))
 
 
 def test_in_parts_as_at_once(monkeypatch) -> None:
     whole = mask_of(2**62 + 9, 100, 78, 0.3)
-    monkeypatch.setattr(dropout, "_CHUNK", 1000)
-    assert torch.equal(mask_of(2**62 + 9, 100, 78, 0.3), whole)
+    for size in (1, 1000):  # one run of 16 rows at a time, and three
+        monkeypatch.setattr(dropout, "_CHUNK", size)
+        assert torch.equal(mask_of(2**62 + 9, 100, 78, 0.3), whole)
+
+
+def test_fewer_rows_are_the_first_of_more() -> None:
+    more = mask_of(2**62 + 9, 100, 78, 0.3)
+    for M in (0, 1, 8, 9, 16, 23, 99):
+        assert torch.equal(mask_of(2**62 + 9, M, 78, 0.3), more[:M])
 
 
 def test_no_rows() -> None:
@@ -73,7 +85,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor, p: float) -> float:
 def test_neighbours_are_independent(p: float) -> None:
     for seed in seeds(3):
         mask = mask_of(seed, 1024, 1024, p)
-        for dm, dk in itertools.product((0, 1, 2, 8, 64, 128), (0, 1, 2, 4, 8, 16, 32, 64, 512)):
+        for dm, dk in itertools.product((0, 1, 2, 7, 8, 9, 16, 24, 64, 128), (0, 1, 2, 4, 8, 16, 32, 64, 512)):
             if dm or dk:
                 assert abs(correlation(mask[dm:, dk:], mask[: 1024 - dm, : 1024 - dk], p)) < 5, (dm, dk)
 
@@ -97,9 +109,37 @@ def test_runs_of_eight_have_every_pattern() -> None:
     assert 255 - 6 * math.sqrt(510) < chi2 < 255 + 6 * math.sqrt(510)
 
 
+def of_one_hash(mask: torch.Tensor) -> torch.Tensor:
+    """[count, 4] of a mask [M, K], M % 16 = 0: the elements that share a hash, rows m and m + 8 of two columns."""
+    M, K = mask.shape
+    return mask.view(M // 16, 2, 8, K // 2, 2).permute(0, 2, 3, 1, 4).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.3, 0.5])
+def test_the_four_of_one_hash_are_independent(p: float) -> None:
+    for seed in seeds(2):
+        four = of_one_hash(mask_of(seed, 2048, 1024, p))
+        signs = four.double() - (1 - p)
+        for size in range(1, 5):
+            for chosen in itertools.combinations(range(4), size):
+                product = signs[:, chosen].prod(1) / (p * (1 - p)) ** (size / 2)
+                assert abs(product.mean().item() * math.sqrt(len(four))) < 5, chosen
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_fours_have_every_outcome(p: float) -> None:
+    for seed in seeds(2):
+        four = of_one_hash(mask_of(seed, 2048, 1024, p))
+        outcomes = (four.int() * 2 ** torch.arange(4)).sum(1).bincount(minlength=16).double()
+        kept = torch.tensor([number.bit_count() for number in range(16)])
+        expected = len(four) * (1 - p) ** kept * p ** (4 - kept)
+        chi2 = ((outcomes - expected) ** 2 / expected).sum().item()
+        assert chi2 < 15 + 6 * math.sqrt(30)
+
+
 def test_close_seeds_give_independent_masks() -> None:
     p, base = 0.1, 2**62 + 12345
-    others = [base + 1, base + 2, base + 1024, base + 2**32, base + 2**33, base ^ 2**31]
+    others = [base + 1, base + 2, base + 1024, base + 2**32, base + 2**33, base ^ 2**31, base + 2**48, base ^ 2**60]
     others += [seed >> 32 << 32 | base % 2**32 for seed in seeds(4)]  # the same lower half
     mask = mask_of(base, 1024, 1024, p)
     for other in others:

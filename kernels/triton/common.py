@@ -124,81 +124,100 @@ def load_seed(seed):
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
-# How masks are made. Two neighbours share a hash, which plain Triton has to form for each of them, as it does not see
-# which elements a thread holds together; PAIRED does it once, in PTX, where sm_90's comparison of packed bf16 also
-# gives both factors at once. Either way the mask is that of fusedlora/dropout.py.
+# How masks are made. Four elements share a hash, which plain Triton has to form for each of them, as it does not see
+# which elements a thread holds together; PAIRED does it once for two neighbours, in PTX, where sm_90's comparison of
+# packed bf16 also gives both factors at once. Either way the mask is that of fusedlora/dropout.py.
 PLAIN = tl.constexpr(1)
 PAIRED = tl.constexpr(2)
 
-# h from a pair's counter and the seed's upper half; the registers of the second element hold the same.
-_HASH = f"""
-    .reg .b32 h, t; .reg .b64 z;
+# A pair's word, w, from the counter of its four, the seed's upper half and its row's SELECTOR; the registers of the
+# second element hold the same.
+_WORD = f"""
+    .reg .b32 h, t, w; .reg .b64 z;
     mul.wide.u32 z, COUNTER, {dropout.C0}; mov.b64 {{h, t}}, z; xor.b32 h, h, t; xor.b32 h, h, HIGH;
     mul.wide.u32 z, h, {dropout.C1};       mov.b64 {{h, t}}, z; xor.b32 h, h, t;
-    mul.wide.u32 z, h, {dropout.C2};       mov.b64 {{h, t}}, z; xor.b32 h, h, t; and.b32 h, h, 0x7FFF7FFF;
+    mul.wide.u32 z, h, {dropout.C2};       mov.b64 {{w, t}}, z; xor.b32 w, w, t;
+    prmt.b32 t, h, 0, SELECTOR; xor.b32 w, w, t; and.b32 w, w, 0x7FFF7FFF;
 """
+# Which bytes, from the lowest on, then change a row's word: those of zero for the upper row of a four, those of h with
+# its halves exchanged for the lower one.
+UPPER_ROW = tl.constexpr(0x4444)
+LOWER_ROW = tl.constexpr(0x1032)
 
 
-def _hash(counter: str, high: str) -> str:
-    return _HASH.replace("COUNTER", counter).replace("HIGH", high)
+def _word(counter: str, high: str, selector: str) -> str:
+    return _WORD.replace("COUNTER", counter).replace("HIGH", high).replace("SELECTOR", selector)
 
 
 # As bf16 or fp16 numbers, 15 random bits compare as they do as integers. NaNs are the largest, hence "unordered".
-_MASK_16 = tl.constexpr("{" + _hash("$2", "$4") + "set.geu.TYPE.TYPE t, h, $6; mul.rn.TYPE $0, $1, t; }")
+_MASK_16 = tl.constexpr("{" + _word("$2", "$4", "$6") + "set.geu.TYPE.TYPE t, w, $8; mul.rn.TYPE $0, $1, t; }")
 MASK_BF16 = tl.constexpr(_MASK_16.value.replace("TYPE", "bf16x2"))
 MASK_FP16 = tl.constexpr(_MASK_16.value.replace("TYPE", "f16x2"))
 ADD_KEPT = tl.constexpr(
-    "{ .reg .pred p, q;" + _hash("$6", "$8") + "and.b32 t, h, 0x7FFF; setp.ge.u32 p, t, $10;"
-    "shr.u32 t, h, 16; setp.ge.u32 q, t, $10; mov.b32 $0, $2; mov.b32 $1, $3;"
+    "{ .reg .pred p, q;" + _word("$6", "$8", "$10") + "and.b32 t, w, 0x7FFF; setp.ge.u32 p, t, $12;"
+    "shr.u32 t, w, 16; setp.ge.u32 q, t, $12; mov.b32 $0, $2; mov.b32 $1, $3;"
     "@p add.rn.f32 $0, $0, $4; @q add.rn.f32 $1, $1, $5; }"
 )
 
 
 @triton.jit
-def pair_counter(low, rows, cols, depth):
+def counter_of(low, rows, cols, depth):
     """What the hashes of x [M, depth] are of. rows and cols broadcast."""
-    return rows.to(tl.uint32) * (depth // 2).to(tl.uint32) + low + (cols // 2).to(tl.uint32)
+    rows = rows.to(tl.uint32)
+    rows = rows // 16 * 8 + rows % 8
+    return rows * (depth // 2).to(tl.uint32) + low + (cols // 2).to(tl.uint32)
 
 
 @triton.jit
-def kept(counter, high, threshold, cols):
+def row_selector(rows):
+    """What chooses a row's word."""
+    return tl.where((rows & 8) == 0, UPPER_ROW, LOWER_ROW).to(tl.uint32)
+
+
+@triton.jit
+def kept(counter, high, threshold, rows, cols):
     """Which elements the dropout keeps."""
     h = (counter * C0) ^ tl.umulhi(counter, C0) ^ high
     h = (h * C1) ^ tl.umulhi(h, C1)
-    h = (h * C2) ^ tl.umulhi(h, C2)
-    return (h >> (cols % 2 * 16).to(tl.uint32) & 0x7FFF) >= threshold.to(tl.uint32)
+    word = (h * C2) ^ tl.umulhi(h, C2) ^ tl.where((rows & 8) == 0, 0, h >> 16 | h << 16)
+    return (word >> (cols % 2 * 16).to(tl.uint32) & 0x7FFF) >= threshold.to(tl.uint32)
 
 
 @triton.jit
 def masked(x, low, high, threshold, rows, cols, depth, DROPOUT: tl.constexpr):
     """The tile of x under the dropout's mask; rows [:, None] and cols [None, :]."""
-    counter = pair_counter(low, rows, cols, depth)
+    counter = counter_of(low, rows, cols, depth)
     if DROPOUT == PAIRED and x.dtype.primitive_bitwidth == 16:
         both = threshold.to(tl.uint32) * 0x10001
         assembly: tl.constexpr = MASK_BF16 if x.dtype == tl.bfloat16 else MASK_FP16
         return tl.inline_asm_elementwise(
-            assembly, "=r,r,r,r,r,r,r,r", [x, counter, high, both], dtype=x.dtype, is_pure=True, pack=2
+            assembly,
+            "=r,r,r,r,r,r,r,r,r,r",
+            [x, counter, high, row_selector(rows), both],
+            dtype=x.dtype,
+            is_pure=True,
+            pack=2,
         )
     else:
-        return tl.where(kept(counter, high, threshold, cols), x, 0.0)
+        return tl.where(kept(counter, high, threshold, rows, cols), x, 0.0)
 
 
 @triton.jit
 def add_kept(acc, product, low, high, threshold, rows, cols, depth, DROPOUT: tl.constexpr):
     """acc + the tile of product under the dropout's mask, both fp32."""
-    counter = pair_counter(low, rows, cols, depth)
+    counter = counter_of(low, rows, cols, depth)
     if DROPOUT == PAIRED:
         return tl.inline_asm_elementwise(
             ADD_KEPT,
-            "=&f,=&f,f,f,f,f,r,r,r,r,r,r",
-            [acc, product, counter, high, threshold.to(tl.uint32)],
+            "=&f,=&f,f,f,f,f,r,r,r,r,r,r,r,r",
+            [acc, product, counter, high, row_selector(rows), threshold.to(tl.uint32)],
             dtype=tl.float32,
             is_pure=True,
             pack=2,
         )
     else:
         # A sum chosen, not a summand: that way ptxas keeps everything in registers.
-        return tl.where(kept(counter, high, threshold, cols), acc + product, acc)
+        return tl.where(kept(counter, high, threshold, rows, cols), acc + product, acc)
 
 
 @triton.jit
