@@ -80,6 +80,7 @@ __device__ __forceinline__ void sum_units(
   constexpr int BLOCKS = 16 / UNITS < DECODE_MAX_SPLIT ? 16 / UNITS : DECODE_MAX_SPLIT;
 #pragma unroll
   for (int i = 0; i < UNITS; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
+#pragma unroll 1  // once, as a rule
   for (int block = 0; block < split; block += BLOCKS) {
     float4 part[BLOCKS][UNITS];
 #pragma unroll
@@ -117,6 +118,7 @@ __device__ __forceinline__ void small_units(
     const DecodeCall<T>& c, uint32_t units, uint32_t small, int ranks, int worker, int lane) {
   constexpr int AT_ONCE = TILES / 4 > 0 ? TILES / 4 : 1, WORKERS = DECODE_THREADS / 32;
   const int g = lane / 4, t = lane % 4, count = ranks * TILES;
+#pragma unroll 1
   for (int begin = worker; begin < count; begin += WORKERS * AT_ONCE) {
     float d[AT_ONCE][4];
     sum_units(d, units, GROUPS * TILES + begin, WORKERS, (count - begin + WORKERS - 1) / WORKERS, lane, c.split);
@@ -181,11 +183,13 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       fence_to_tma();
       wait_for_launch_before();
+#pragma unroll 1
       for (int i = 0; i < min(stages, count); i++) load(i, i);
     }
     __syncwarp();
     __syncthreads();
     if (lane == 0) {
+#pragma unroll 1
       for (int i = stages, stage = 0, phase = 0; i < count; i++) {
         barrier_wait(empty + 8 * stage, phase);
         load(i, stage);
