@@ -1,4 +1,4 @@
-"""dora_linear: DoRA's linear layer over lora_linear's two ops and two of its own.
+"""dora_linear: DoRA's linear layer over lora_linear's two ops and three of its own.
 
     norm = ‖W + s · B A‖ per row, a constant in backward      g = magnitude / norm
     y    = g ∘ u + bias,  u = x Wᵀ + s · (x Aᵀ) Bᵀ            dy' = g ∘ dy,  dm = Σ_m dy ∘ u / norm
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from . import __version__, backends, functional, ops
 from .arguments import admit
 from .backends import without_autocast
-from .dora_ops import dora_gain, dora_scale
+from .dora_gradients import dora_backward, gradients
+from .dora_ops import dora_gain
 from .plans import _unsafe_view
 
 WITH_DROPOUT = "with dropout in training DoRA takes the product with the weight of the dropped x too"
@@ -193,33 +194,16 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = dy.reshape(-1, dy.shape[-1])
         x = None if x is None else x.reshape(-1, shape[-1])
         y = None if y is None else y.reshape(-1, y.shape[-1])
-    # A dy' of 16 bits is good enough for dx and dW, which are 16-bit themselves. fp32 adapters' gradients are not, so
-    # there the gain goes to the sides of the products: T = s · dy (g∘B), dB = g ∘ (dyᵀ S).
-    split = adapter_dtype != dy.dtype
-    need_AB = need_A or need_B
-    need_dy = need_x or need_W or (need_AB and not split)
     db = dy.sum(0) if need_b else None
-    dm = scaled = dx = dW = dA = dB = None
-    if need_dy or need_m:
-        given = (dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B)
-        scaled, dm = dora_scale(*given, adapter_dtype, magnitude_dtype, need_dy, need_m, backend)
-        dm = dm if need_m else None
-
-    def backward(dy: Tensor, B: Tensor, need_dx: bool, need_dA: bool, need_dB: bool) -> Any:
-        given = (dy, x if need_dA else None, weight if need_dx else None, lora_A, B, s if need_dB else None, None)
-        return ops.backward(*given, scale, scaling, 0.0, adapter_dtype, need_dx, need_dA, need_dB, backend)
-
-    if split and need_AB:
-        rows = gain.unsqueeze(1)
-        _, dA, dB = backward(dy, lora_B * rows, False, need_A, need_B)
-        if need_B:
-            dB = dB * rows
-        if need_x:
-            assert scaled is not None
-            dx = backward(scaled, lora_B, True, False, False)[0]
-    elif need_x or need_AB:
-        assert scaled is not None
-        dx, dA, dB = backward(scaled, lora_B, need_x, need_A, need_B)
+    given = (dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B, scale, scaling, adapter_dtype, magnitude_dtype)
+    scaled = None
+    if need_x and need_A and need_B and need_m and not need_W:
+        dx, dA, dB, dm = dora_backward(*given, backend)
+    else:
+        dx, dA, dB, dm, scaled = gradients(
+            *given, backend, need_dx=need_x, need_dA=need_A, need_dB=need_B, need_dm=need_m, need_dy=need_W
+        )
+    dW = None
     if need_x:
         assert dx is not None
         dx = dx if flat else dx.view(shape)
@@ -227,8 +211,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         assert scaled is not None
         with without_autocast(dy):
             dW = scaled.t() @ x
-    grads = (dx if need_x else None, dW, dA if need_A else None, dB if need_B else None, dm, db)
-    return *grads, None, None, None, None
+    return dx, dW, dA, dB, dm, db, None, None, None, None
 
 
 class _Once(functional._Once):

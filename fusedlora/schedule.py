@@ -189,13 +189,16 @@ def forward_schedule(p: Problem, c: ForwardConfig) -> Schedule:
 
 
 @functools.lru_cache(maxsize=4096)
-def backward_schedule(p: Problem, c: BackwardConfig, dx: bool, da: bool, db: bool) -> Schedule:
-    """The schedule of the backward kernel: as forward, and the parts of a stripe, of about `c.stripe_rows` rows."""
+def backward_schedule(p: Problem, c: BackwardConfig, dx: bool, da: bool, db: bool, dora: bool = False) -> Schedule:
+    """The schedule of the backward kernel: as forward, and the parts of a stripe, of about `c.stripe_rows` rows.
+
+    With DoRA's tensors a stripe of dB reads twice as much.
+    """
     num_tiles = cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N) if dx else 0
     parts = max(1, min(MAX_PARTS, cdiv(p.M, c.stripe_rows)))
     da_stripes, db_stripes = cdiv(p.out, c.STRIPE_N), cdiv(p.depth, c.STRIPE_N)
     fused = c.FUSE_DB and not p.split and (dx or da)  # into the shrink tasks, where there are any
-    jobs = (da_stripes * da + db_stripes * (db and not fused)) * parts
+    jobs = (da_stripes * da + db_stripes * (db and not fused) * (1 + dora)) * parts
     schedule = _schedule(p, c, num_tiles, jobs=jobs, parts=parts, stripes=da_stripes + db_stripes)
     if not dx and not da:
         schedule = dataclasses.replace(schedule, num_tasks=0, shared_blocks=0, side_programs=0)

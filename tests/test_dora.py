@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fusedlora import backends, dora, dora_ops
+from fusedlora import backends, dora, dora_gradients, dora_ops
 from fusedlora.dora import dora_linear
 from fusedlora.testing import error_ratios, make_inputs, relative_error
 
@@ -419,6 +419,22 @@ def test_scale_op(dtype, adapter_dtype, shape, need_dy: bool, need_dm: bool, dev
     scaled, dm = dora_ops.dora_scale(*args)
     assert scaled.shape == (given["dy"].shape if need_dy else (0,)) and scaled.dtype is dtype
     assert dm.shape == ((24,) if need_dm else (0,)) and dm.dtype is wide
+
+
+@pytest.mark.parametrize("shape", [(9, 16, 24, 4), (40, 16, 24, 4), (0, 16, 24, 4)], ids=str)
+@pytest.mark.parametrize("dtype, adapter_dtype", [(FP32, None), (BF16, FP32), (BF16, None)], ids=str)
+def test_backward_op(dtype, adapter_dtype, shape, device) -> None:
+    given = make(*shape, dtype, adapter_dtype, device)
+    gain, norm = dora_ops.dora_gain(*gain_arguments(given))
+    wide = given["lora_A"].dtype
+    s = 0.35 * given["x"].to(wide) @ given["lora_A"].t()
+    y = given["dy"].clone()
+    read = (y, gain, norm, given["bias"], given["x"], given["weight"], s, given["lora_A"], given["lora_B"], None)
+    args = (given["dy"], *read, 0.35, wide, wide, "auto")
+    torch.library.opcheck(dora_gradients.dora_backward, args)
+    dx, dA, dB, dm = dora_gradients.dora_backward(*args)
+    assert dx.shape == given["x"].shape and dA.shape == given["lora_A"].shape and dB.shape == given["lora_B"].shape
+    assert dx.dtype is dtype and dA.dtype is dB.dtype is dm.dtype is wide and dm.shape == (24,)
 
 
 def test_linear_op(device) -> None:

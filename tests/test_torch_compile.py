@@ -179,7 +179,7 @@ OPS = re.compile(r"= torch\.ops\.fusedlora\.(\w+)\.default\(")
     [
         ("plain", ["forward"], ["backward"]),
         ("dropout", ["forward"], ["backward"]),
-        ("DoRA", ["dora_gain", "forward"], ["dora_scale", "backward"]),
+        ("DoRA", ["dora_gain", "forward"], ["dora_backward"]),
         ("lora_bias", ["forward"], ["backward"]),
     ],
 )
@@ -231,11 +231,12 @@ def arguments(device: torch.device, dropout_p: float = 0.0, **settings) -> dict[
         "linear": (*leaves, i.bias, mask, scale, 0.7, dropout_p, wide, backend, "version"),
         "dora_gain": gain_of,
         "dora_scale": (i.dy, *saved, wide, wide, True, True, backend),
+        "dora_backward": (i.dy, *saved, scale, 0.7, wide, wide, backend),
         "dora_linear": (*leaves, magnitude.clone().requires_grad_(), i.bias, scale, 0.7, wide, backend, "version"),
     }
 
 
-NAMES = ["forward", "backward", "linear", "dora_gain", "dora_scale", "dora_linear"]
+NAMES = ["forward", "backward", "linear", "dora_gain", "dora_scale", "dora_backward", "dora_linear"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"adapter_dtype": FP32}, {"dropout_p": 0.5}, {"bias": False}], ids=str)

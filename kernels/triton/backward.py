@@ -1,6 +1,8 @@
 """dX = dy W + T A, dA = Tᵀ x and dB = dyᵀ S, with T = scaling · dy B, in one launch."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -41,15 +43,34 @@ from fusedlora.schedule import SCHEDULED, backward_schedule, cdiv
 
 
 @triton.jit
+def store_stripe(acc, dm, out_ptr, dm_ptr, gain_ptr, norm_ptr, offs, mask, d_offs, depth, least):
+    """Stores what `stripe_job` has summed: acc [D, R], and with DoRA's tensors its dm [D]."""
+    if dm_ptr is not None:
+        inside = d_offs < depth
+        gain = tl.load(gain_ptr + d_offs, mask=inside, other=1.0)
+        norm = tl.load(norm_ptr + d_offs, mask=inside, other=1.0)
+        acc *= gain[:, None]
+        small = tl.abs(gain) < least
+        dm = tl.div_rn(dm / tl.where(small, 1.0, gain), norm).to(dm_ptr.dtype.element_ty)
+        tl.store(dm_ptr + d_offs, dm, mask=inside & ~small)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def stripe_job(
     big_desc, small_ptr, out_ptr, partial_ptr, arrived_ptr,
     stripe, part, parts, M, depth, r, stride_or, stride_od, seed, threshold,
+    # DoRA's, for dB: of y [M, depth]; [depth]; dm [depth] and its partial sums [parts, depth]
+    y_desc, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr, least,
     DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_R: tl.constexpr, STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [r, depth] = smallᵀ [r, M] @ big [M, depth] for one column block and one of `parts` equal runs of rows.
 
     With DROPOUT big lies under the mask. small may be TERMS planes [TERMS, M, r].
+
+    With DoRA's tensors out is multiplied by the gain, and dm is the sum over the rows of big ∘ (y - bias) / gain / norm
+    where |gain| is not below `least`.
 
     With PARTIALS each part stores its sum and the last to arrive adds all parts in index order, so the bits do not
     depend on who came last.
@@ -62,9 +83,18 @@ def stripe_job(
     RANK_FIRST: tl.constexpr = DROPOUT > 0
     if DROPOUT:
         seed_low, seed_high = load_seed(seed)
+    DORA: tl.constexpr = dm_ptr is not None
+    if DORA:
+        sums = tl.zeros((STRIPE_M, STRIPE_N), tl.float32)
+        bias = tl.zeros((STRIPE_N,), tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + d_offs, mask=d_offs < depth, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_R, STRIPE_N) if RANK_FIRST else (STRIPE_N, BLOCK_R), tl.float32)
     for m in tl.range(begin, min(begin + part_rows, M), STRIPE_M, num_stages=STRIPE_STAGES):
         big = big_desc.load([m, stripe * STRIPE_N])  # [STRIPE_M, STRIPE_N]
+        if DORA:
+            y = y_desc.load([m, stripe * STRIPE_N]).to(tl.float32)
+            sums += big.to(tl.float32) * (y - bias[None, :])
         # [BLOCK_R, STRIPE_M]
         high, middle, low = load_terms(
             small_ptr + tl.cast(m, tl.int64) * r, tl.cast(M, tl.int64) * r, 1, r, r_offs, m_offs, r, M - m, TERMS
@@ -79,18 +109,27 @@ def stripe_job(
         acc = regained(acc, STRIPE_M)
     mask = (d_offs < depth)[:, None] & (r_offs < r)[None, :]
     offs = d_offs[:, None] * stride_od + r_offs[None, :] * stride_or
+    dm = None
+    if DORA:
+        dm = tl.sum(sums, 0)
     if PARTIALS:
         size = depth * r
         tl.store(partial_ptr + part * size + offs, acc, mask=mask)
+        if DORA:
+            tl.store(dm_partial_ptr + part * depth + d_offs, dm, mask=d_offs < depth)
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == parts - 1:
             acc = tl.zeros((STRIPE_N, BLOCK_R), tl.float32)
             for p in range(parts):
                 acc += tl.load(partial_ptr + p * size + offs, mask=mask, other=0.0)
-            tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            if DORA:
+                dm = tl.zeros((STRIPE_N,), tl.float32)
+                for p in range(parts):
+                    dm += tl.load(dm_partial_ptr + p * depth + d_offs, mask=d_offs < depth, other=0.0)
+            store_stripe(acc, dm, out_ptr, dm_ptr, gain_ptr, norm_ptr, offs, mask, d_offs, depth, least)
             tl.store(arrived_ptr, 0)
     else:
-        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        store_stripe(acc, dm, out_ptr, dm_ptr, gain_ptr, norm_ptr, offs, mask, d_offs, depth, least)
 
 
 @triton.jit
@@ -116,15 +155,18 @@ def backward_kernel(
     x_ptr, s_ptr, w_ptr, a_ptr, b_ptr, scale_ptr,
     # outputs: dX [M, K], dA [r, K], dB [N, r]
     dx_ptr, da_ptr, db_ptr,
-    # workspaces: T [M, r]; partial sums of dA and dB: [parts, K · r] and [parts or row blocks, N · r]; with TERMS terms
-    # of A and B, then with more than one of T (in place of t_ptr's) and S, in dy's dtype; synchronisation words
-    t_ptr, da_partial_ptr, db_partial_ptr, terms_ptr, sync_ptr,
+    # None, or DoRA's: dm [N]; y [M, N], gain [N], norm [N], and of these the bias [N] or None
+    dm_ptr, y_ptr, gain_ptr, norm_ptr, bias_ptr,
+    # workspaces: T [M, r]; partial sums of dA and dB: [parts, K · r] and [parts or row blocks, N · r], and of dm
+    # [parts, N]; with TERMS terms of A and B, then with more than one of T (in place of t_ptr's) and S, in dy's dtype;
+    # synchronisation words
+    t_ptr, da_partial_ptr, db_partial_ptr, dm_partial_ptr, terms_ptr, sync_ptr,
     M, N, K, r,
     stride_ym, stride_xm, stride_wn, stride_ar, stride_bn,
     scaling, num_tasks, shared_blocks, side_programs, tile_programs, parts,
     # with DROPOUT: a number or an address, and the least hash that is kept
     seed, threshold,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, LEAST: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
     CONVERT: tl.constexpr, SHRINK: tl.constexpr, REST: tl.constexpr, FUSE_DB: tl.constexpr,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr,
@@ -140,8 +182,9 @@ def backward_kernel(
     below `tile_programs`, and then takes jobs until none is left. Programs without tiles so work on jobs while the
     others compute: tiles leave the memory idle.
     With FUSE_DB the shrink tasks form dB from the same read of dy, a partial sum for each row block, and the jobs of
-    dB only add these up; without, they are stripes like dA's. TERMS: A and B are fp32 beside a 16-bit dy, and CONVERT
-    writes their terms.
+    dB only add these up; without, they are stripes like dA's. With DoRA's tensors the gain is on the rows of W and B
+    already; dB's stripes put it on theirs, and form dm where |gain| is not below LEAST. TERMS: A and B are fp32 beside
+    a 16-bit dy, and CONVERT writes their terms.
     """
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
@@ -224,6 +267,9 @@ def backward_kernel(
                 db_jobs = tl.cdiv(N * r, REDUCE_SIZE)
             else:
                 dy_stripes = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [STRIPE_M, STRIPE_N])
+                y_stripes = None
+                if y_ptr is not None:
+                    y_stripes = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [STRIPE_M, STRIPE_N])
                 db_jobs = tl.cdiv(N, STRIPE_N) * parts
         if NEED_DA:
             x_stripes = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [STRIPE_M, STRIPE_N])
@@ -249,6 +295,7 @@ def backward_kernel(
                     stripe_job(
                         x_stripes, planes_ptr, da_ptr, da_partial_ptr, arrived_ptr + job // parts,
                         index // parts, index % parts, parts, M, K, r, K, 1, seed, threshold,
+                        None, None, None, None, None, None, None,
                         DROPOUT, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                     )  # fmt: skip
             if NEED_DB:
@@ -262,10 +309,27 @@ def backward_kernel(
                         stripe_job(
                             dy_stripes, s_ptr, db_ptr, db_partial_ptr, arrived_ptr + job // parts,
                             index // parts, index % parts, parts, M, N, r, 1, r, None, None,
+                            y_stripes, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr, LEAST,
                             0, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                         )  # fmt: skip
             job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
     leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dora:
+    """dm [N] for columns with |gain| ≥ least, and what it is made of: y [M, N], gain and norm [N], bias [N] or None."""
+
+    dm: torch.Tensor
+    y: torch.Tensor
+    gain: torch.Tensor
+    norm: torch.Tensor
+    bias: torch.Tensor | None
+    least: float
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.dm, self.y, self.gain, self.norm, self.bias
 
 
 @functools.lru_cache(maxsize=4096)
@@ -278,19 +342,26 @@ def _plan(
     param_dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
+    least: float | None,
     dropout: bool,
     config: BackwardConfig | None,
     tuned: bool,
     one_launch: bool,
     specialised: object,
 ) -> LaunchPlan:
-    """`specialised` is what else Triton compiles for: other dtypes, alignment, which tensors there are."""
+    """`least` is None without DoRA's tensors.
+
+    `specialised` is what else Triton compiles for: other dtypes, alignment, which tensors there are.
+    """
     M, N, K, r = sizes
     need_dx, need_dA, need_dB = needs
     terms = num_terms(param_dtype, adapter_dtype, dtype)
     problem = Problem(M, K, N, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or tuning.choose("backward", problem, device, tuned)[0]
-    schedule = backward_schedule(problem, config, *needs)
+    if least is not None:  # stripes of dB read y beside dy, into the same shared memory
+        stripe = {"STRIPE_M": min(config.STRIPE_M, 64), "STRIPE_STAGES": min(config.STRIPE_STAGES, 3)}
+        config = dataclasses.replace(config, FUSE_DB=False, **stripe)
+    schedule = backward_schedule(problem, config, *needs, dora=least is not None)
     parts = schedule.parts
     needs_t = need_dx or need_dA
     fuse_db = config.FUSE_DB and need_dB and needs_t and terms <= 1
@@ -300,6 +371,7 @@ def _plan(
         "NEED_DA": need_dA,
         "NEED_DB": need_dB,
         "PARTIALS": parts > 1,
+        "LEAST": least,
         **{name: value for name, value in vars(config).items() if name != "stripe_rows"},
         "FUSE_DB": fuse_db,
     }
@@ -309,10 +381,12 @@ def _plan(
     return LaunchPlan(
         tuple(Launcher(backward_kernel, schedule.num_programs, device, constants | phase) for phase in phases),
         device_memory(device),
-        Workspace(  # T, the partial sums of dA and of dB, terms of A, B, T and S
+        Workspace(  # without DoRA none of its tensors; T, the partial sums of dA, dB and dm, terms of A, B, T and S
+            *(() if least is not None else (None,) * 5),
             (dtype, M * r) if adapter_dtype == dtype and needs_t else None,
             (torch.float32, parts * K * r if parts > 1 and need_dA else 0),
             (torch.float32, db_sums * N * r if need_dB else 0),
+            None if least is None else (torch.float32, parts * N if parts > 1 else 0),
             (dtype, terms * r * (K + N) + (2 * terms * M * r if terms > 1 else 0)) if terms else None,
         ),
         schedule.num_words,
@@ -333,6 +407,7 @@ def backward_plan(
     seed: torch.Tensor | None,
     adapter_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
+    dora: Dora | None = None,
     config: BackwardConfig | None = None,
     one_launch: bool,
 ) -> LaunchPlan:
@@ -343,12 +418,16 @@ def backward_plan(
     device = dy.device
     sizes = (*dy.shape, weight.shape[1], lora_A.shape[0])
     dtypes = (dy.dtype, lora_A.dtype, adapter_dtype)
-    optional = (None if scale is None else scale.dtype, seed is None or seed.is_cuda)
+    optional: tuple[Any, ...] = (None if scale is None else scale.dtype, seed is None or seed.is_cuda)
+    least = None
+    if dora is not None:
+        least = dora.least
+        optional = (*optional, dora.dm.dtype, None if dora.bias is None else dora.bias.dtype, alignment(*dora.tensors))
     specialised = (*optional, alignment(lora_A, lora_B, s, scale))
     strides = (dy.stride(0), x.stride(0), weight.stride(0))
     facts = device_facts(device)
     return _plan(
-        device, facts, sizes, strides, *dtypes, needs, seed is not None,
+        device, facts, sizes, strides, *dtypes, needs, least, seed is not None,
         config, tuning.in_use(), one_launch, specialised,
     )  # fmt: skip
 
@@ -369,6 +448,7 @@ def lora_backward(
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
+    dora: Dora | None = None,
     config: BackwardConfig | None = None,
     one_launch: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -380,6 +460,7 @@ def lora_backward(
         scaling, scale, seed, dropout_p, adapter_dtype: as given to `lora_forward`.
         s: [M, r], as `lora_forward` returned it; only for dB.
         need_dx, need_dA, need_dB: which gradients to compute.
+        dora: with need_dB, what dm is made of and goes to; weight and lora_B then have the gain on their rows.
         config: tile sizes; None takes a tuned table's or the heuristic's.
         one_launch: False computes T in a launch of its own, and nothing waits for anything.
 
@@ -410,9 +491,10 @@ def lora_backward(
         seed=seed,
         adapter_dtype=adapter_dtype,
         needs=(need_dx, need_dA, need_dB),
+        dora=dora,
         config=config,
         one_launch=one_launch,
     )
     tensors = (dy, x, s, weight, lora_A, lora_B, scale, dx, da, db)
-    plan.launch(tensors, *launch_dropout(seed, dropout_p, scaling))
+    plan.launch(tensors if dora is None else (*tensors, *dora.tensors), *launch_dropout(seed, dropout_p, scaling))
     return dx, da, db

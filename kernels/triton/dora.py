@@ -1,7 +1,8 @@
-"""DoRA's two launches beside the main ones: the gain on the columns of y, and backward's pass over dy and y.
+"""DoRA's two launches beside the main ones: the gain on the columns of y, and what puts it into backward's products.
 
     norm = ‖W + scaling · B A‖ per row            gain = magnitude / norm       (before the forward kernel)
     dy'  = gain ∘ dy                              dm = Σ_m dy ∘ u / norm        (before the backward kernel)
+    or W' = gain ∘ W on its rows, B' = gain ∘ B, where W has fewer elements than dy; then the backward kernel forms dm
 
 u = x Wᵀ + S Bᵀ is the output before gain and bias. Formulas: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation"
 (2024), the norm taken as a constant in backward, as their section 4.3 has it.
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import block_r
+from fusedlora.kernels.backward import Dora, lora_backward
 from fusedlora.kernels.common import load_skinny, load_small, next_term
 from fusedlora.kernels.launch import (
     PRECISION,
@@ -25,7 +27,7 @@ from fusedlora.kernels.launch import (
     alignment,
     device_facts,
 )
-from fusedlora.memory import device_memory, skinny_rows
+from fusedlora.memory import device_memory, row_major, skinny_rows
 from fusedlora.schedule import cdiv
 
 # Where |gain| is below this, u is computed again rather than taken as (y - bias) / gain: y's rounding, divided by a
@@ -154,19 +156,21 @@ def unscaled_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "rows", "parts", "least"])
-def scale_kernel(
-    # gradient of the output: dy [M, N]; saved from forward: y [M, N], gain [N], norm [N]; None or bias [N]
-    dy_ptr, y_ptr, gain_ptr, norm_ptr, bias_ptr,
-    # what u is made of: x [M, K], W [N, K], S [M, r], B [N, r]
-    x_ptr, w_ptr, s_ptr, b_ptr,
-    # outputs: dy' [M, N], dm [N]
-    out_ptr, dm_ptr,
-    # workspaces: partial sums [parts, N]; a zeroed word for each column block
-    partial_ptr, arrived_ptr,
-    M, N, K, r,
-    stride_ym, stride_yn, stride_xm, stride_xk, stride_wn,
-    rows, parts, least,
+@triton.jit
+def finish_magnitude(partial_ptr, arrived_ptr, norm_ptr, dm_ptr, block, parts, N, n_offs, mask):
+    """Counts one part of a column block; the last one's program adds all of them, and stores dm where `mask` says."""
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == parts - 1:
+        total = sum_of_parts(partial_ptr, parts, N, n_offs, mask)
+        norm = tl.load(norm_ptr + n_offs, mask=mask, other=1.0)
+        tl.store(dm_ptr + n_offs, tl.div_rn(total, norm).to(dm_ptr.dtype.element_ty), mask=mask)
+        tl.store(arrived_ptr + block, 0)
+
+
+@triton.jit
+def magnitude_program(
+    pid, dy_ptr, y_ptr, gain_ptr, norm_ptr, bias_ptr, x_ptr, w_ptr, s_ptr, b_ptr, out_ptr, dm_ptr,
+    partial_ptr, arrived_ptr, M, N, K, r, stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, rows, parts, least,
     NEED_DY: tl.constexpr, NEED_DM: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AGAIN_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
 ):  # fmt: skip
@@ -174,11 +178,12 @@ def scale_kernel(
 
     u is (y - bias) / gain, and x Wᵀ + S Bᵀ again, AGAIN_N columns at a time, where a |gain| is below `least`. Each part
     stores its sum of dm and the last to arrive adds all parts in index order, so the bits do not depend on who came
-    last.
+    last. Without y only those columns get their dm.
     """
+    ALL: tl.constexpr = NEED_DY or y_ptr is not None
     num_blocks = tl.cdiv(N, BLOCK_N)
-    block = tl.program_id(0) % num_blocks
-    part = tl.program_id(0) // num_blocks
+    block = pid % num_blocks
+    part = pid // num_blocks
     m_offs = tl.arange(0, BLOCK_M)
     n_offs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n_offs < N
@@ -187,25 +192,28 @@ def scale_kernel(
     gain = tl.load(gain_ptr + n_offs, mask=inside, other=1.0)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n_offs, mask=inside, other=0.0).to(tl.float32)
-    offs = m_offs[:, None] * N + n_offs[None, :]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row in range(begin, end, BLOCK_M):
-        start = tl.cast(row, tl.int64)
-        mask = (row + m_offs < M)[:, None] & inside[None, :]
-        dy_ptrs = dy_ptr + start * stride_ym + m_offs[:, None] * stride_ym + n_offs[None, :] * stride_yn
-        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if NEED_DM:
-            y = tl.load(y_ptr + start * N + offs, mask=mask, other=0.0).to(tl.float32)
-            if bias_ptr is not None:
-                y -= bias[None, :]
-            sums += dy * y
-        if NEED_DY:
-            tl.store(out_ptr + start * N + offs, (dy * gain[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+    if ALL:
+        offs = m_offs[:, None] * N + n_offs[None, :]
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for row in range(begin, end, BLOCK_M):
+            start = tl.cast(row, tl.int64)
+            mask = (row + m_offs < M)[:, None] & inside[None, :]
+            dy_ptrs = dy_ptr + start * stride_ym + m_offs[:, None] * stride_ym + n_offs[None, :] * stride_yn
+            dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+            if NEED_DM:
+                y = tl.load(y_ptr + start * N + offs, mask=mask, other=0.0).to(tl.float32)
+                if bias_ptr is not None:
+                    y -= bias[None, :]
+                sums += dy * y
+            if NEED_DY:
+                tl.store(out_ptr + start * N + offs, (dy * gain[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
     if NEED_DM:
         small = tl.abs(gain) < least
-        partial_ptrs = partial_ptr + part * N + n_offs
-        tl.store(partial_ptrs, tl.sum(sums, 0) / tl.where(small, 1.0, gain), mask=inside)
-        if tl.max(small.to(tl.int32), 0) > 0:
+        if ALL:
+            partial_ptrs = partial_ptr + part * N + n_offs
+            tl.store(partial_ptrs, tl.sum(sums, 0) / tl.where(small, 1.0, gain), mask=inside)
+        some = tl.max(small.to(tl.int32), 0) > 0
+        if some:
             tl.debug_barrier()
             for first in range(0, BLOCK_N, AGAIN_N):
                 a_offs = block * BLOCK_N + first + tl.arange(0, AGAIN_N)
@@ -222,12 +230,71 @@ def scale_kernel(
                         a_mask = (row + m_offs < M)[:, None] & bad[None, :]
                         again += tl.load(ptrs, mask=a_mask, other=0.0).to(tl.float32) * u
                     tl.store(partial_ptr + part * N + a_offs, tl.sum(again, 0), mask=bad)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == parts - 1:
-            total = sum_of_parts(partial_ptr, parts, N, n_offs, inside)
-            norm = tl.load(norm_ptr + n_offs, mask=inside, other=1.0)
-            tl.store(dm_ptr + n_offs, tl.div_rn(total, norm).to(dm_ptr.dtype.element_ty), mask=inside)
-            tl.store(arrived_ptr + block, 0)
+        if ALL:
+            finish_magnitude(partial_ptr, arrived_ptr, norm_ptr, dm_ptr, block, parts, N, n_offs, inside)
+        elif some:
+            finish_magnitude(partial_ptr, arrived_ptr, norm_ptr, dm_ptr, block, parts, N, n_offs, small)
+
+
+@triton.jit
+def scale_rows(
+    w_ptr, b_ptr, gain_ptr, out_w_ptr, out_b_ptr, pid, N, K, r, stride_wn,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """gain ∘ W for SCALE_N rows and SCALE_K columns, and for the first columns' programs gain ∘ B of those rows."""
+    num_blocks = tl.cdiv(N, SCALE_N)
+    n_offs = pid % num_blocks * SCALE_N + tl.arange(0, SCALE_N)
+    rows = n_offs[:, None].to(tl.int64)
+    inside = (n_offs < N)[:, None]
+    gain = tl.load(gain_ptr + n_offs[:, None], mask=inside, other=0.0)
+    k_offs = pid // num_blocks * SCALE_K + tl.arange(0, SCALE_K)[None, :]
+    mask = inside & (k_offs < K)
+    w = tl.load(w_ptr + rows * stride_wn + k_offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_w_ptr + rows * K + k_offs, (w * gain).to(out_w_ptr.dtype.element_ty), mask=mask)
+    if pid < num_blocks:
+        r_offs = tl.arange(0, BLOCK_R)[None, :]
+        b_mask = inside & (r_offs < r)
+        b = tl.load(b_ptr + rows * r + r_offs, mask=b_mask, other=0.0).to(tl.float32)
+        tl.store(out_b_ptr + rows * r + r_offs, (b * gain).to(out_b_ptr.dtype.element_ty), mask=b_mask)
+
+
+@triton.jit(do_not_specialize=["M", "rows", "parts", "weight_programs", "least"])
+def scale_kernel(
+    # gradient of the output: dy [M, N]; saved from forward: y [M, N], gain [N], norm [N]; None or bias [N]
+    dy_ptr, y_ptr, gain_ptr, norm_ptr, bias_ptr,
+    # what u is made of: x [M, K], W [N, K], S [M, r], B [N, r]
+    x_ptr, w_ptr, s_ptr, b_ptr,
+    # outputs: dy' [M, N], dm [N]; or in place of dy' W' [N, K] and B' [N, r]
+    out_ptr, dm_ptr, out_w_ptr, out_b_ptr,
+    # workspaces: partial sums [parts, N]; a zeroed word for each column block
+    partial_ptr, arrived_ptr,
+    M, N, K, r,
+    stride_ym, stride_yn, stride_xm, stride_xk, stride_wn,
+    rows, parts, weight_programs, least,
+    NEED_DY: tl.constexpr, NEED_DM: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AGAIN_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dy' = gain ∘ dy and dm; or W' = gain ∘ W and B' = gain ∘ B by `weight_programs`, and by the others dm only where
+    |gain| is below `least`: the backward kernel forms the rest from its own read of dy.
+    """
+    pid = tl.program_id(0)
+    if out_w_ptr is None:
+        magnitude_program(
+            pid, dy_ptr, y_ptr, gain_ptr, norm_ptr, bias_ptr,
+            x_ptr, w_ptr, s_ptr, b_ptr, out_ptr, dm_ptr, partial_ptr, arrived_ptr,
+            M, N, K, r, stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, rows, parts, least,
+            NEED_DY, NEED_DM, SPLIT, PRECISION, BLOCK_M, BLOCK_N, AGAIN_N, BLOCK_K, RANK_K,
+        )  # fmt: skip
+    elif pid < weight_programs:
+        scale_rows(w_ptr, b_ptr, gain_ptr, out_w_ptr, out_b_ptr, pid, N, K, r, stride_wn, SCALE_N, SCALE_K, BLOCK_R)
+    else:
+        magnitude_program(
+            pid - weight_programs, dy_ptr, None, gain_ptr, norm_ptr, None,
+            x_ptr, w_ptr, s_ptr, b_ptr, None, dm_ptr, partial_ptr, arrived_ptr,
+            M, N, K, r, stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, rows, parts, least,
+            False, True, SPLIT, PRECISION, BLOCK_M, BLOCK_N, AGAIN_N, BLOCK_K, RANK_K,
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -240,8 +307,8 @@ def _plan(
     split: bool,
     needs: tuple[bool, bool],
     specialised: object,
-) -> tuple[Launcher, int, int]:
-    """The launcher, the rows of a part, or steps for the gain, and the number of parts.
+) -> tuple[Launcher, tuple[int, ...]]:
+    """The launcher, and the rows of a part, or steps for the gain, the number of parts, and of programs that scale W.
 
     `specialised` is what else Triton compiles for: other dtypes, strides, alignment, which tensors there are.
     """
@@ -260,16 +327,22 @@ def _plan(
         parts = max(1, min(4 * facts[1] // blocks, cdiv(K, 2 * block_k), MAX_PARTS))
         steps = cdiv(cdiv(K, parts), block_k)
         parts = cdiv(K, steps * block_k)
-        return Launcher(gain_kernel, blocks * parts, device, constants), steps, parts
+        return Launcher(gain_kernel, blocks * parts, device, constants), (steps, parts)
     block_m, block_n = 32 if itemsizes[0] == 2 else 16, 128
     blocks = cdiv(N, block_n)
     # About eight programs for each SM, so that the last ones to finish are short.
     rows = cdiv(max(block_m, min(512, cdiv(M * blocks, 8 * facts[1]))), block_m) * block_m
+    weight_programs = 0
+    if kind == "weight":
+        rows = max(rows, cdiv(cdiv(M, 8), block_m) * block_m)  # for most of them there is nothing to do
+        weight_programs = cdiv(N, 16) * cdiv(K, 1024)
     parts = cdiv(M, rows)
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
     constants |= {"AGAIN_N": 32, "BLOCK_K": 64 if itemsizes[0] == 2 else 16, "RANK_K": 16}
+    constants |= {"SCALE_N": 16, "SCALE_K": 1024, "BLOCK_R": wide}
     constants |= {"NEED_DY": needs[0], "NEED_DM": needs[1], "num_stages": 1, "num_warps": 8}
-    return Launcher(scale_kernel, blocks * parts, device, constants), rows, parts
+    num_programs = weight_programs + blocks * parts
+    return Launcher(scale_kernel, num_programs, device, constants), (rows, parts, weight_programs)
 
 
 def dora_gain(
@@ -306,7 +379,7 @@ def dora_gain(
         alignment(*tensors),
     )
     itemsizes = weight.element_size(), lora_A.element_size()
-    launcher, steps, parts = _plan(
+    launcher, (steps, parts) = _plan(
         "gain",
         device,
         device_facts(device),
@@ -372,7 +445,7 @@ def dora_scale(
     strides = (*dy.stride(), *strides)
     tensors = (dy, y, gain, norm, bias, x, weight, s, lora_B)
     dtypes = (dtype, lora_B.dtype, adapter_dtype, magnitude_dtype)
-    launcher, rows, parts = _plan(
+    launcher, counts = _plan(
         "scale",
         device,
         device_facts(device),
@@ -382,12 +455,100 @@ def dora_scale(
         (need_dy, need_dm),
         (dtypes, strides, bias is None, alignment(*tensors)),
     )
-    stream = device_memory(device).of_current_stream()
-    partial = words = None
-    if need_dm:
-        partial = torch.empty((parts, N), dtype=torch.float32, device=device)
-        words = stream.words(cdiv(N, launcher.constants["BLOCK_N"]))
-    least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
     given = (dy, y, gain, norm, bias, x, weight, s, lora_B)
-    launcher(stream, (*given, out, dm, partial, words, M, N, K, r, *strides, rows, parts, least))
+    outputs = (out, dm, None, None)
+    least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
+    _launch(launcher, counts, given, outputs, (M, N, K, r, *strides), least)
     return out, dm
+
+
+def _launch(
+    launcher: Launcher,
+    counts: tuple[int, ...],
+    given: tuple[torch.Tensor | None, ...],
+    outputs: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, ...],
+    least: float,
+) -> None:
+    """Launches the scale kernel."""
+    dy, dm = given[0], outputs[1]
+    assert dy is not None
+    N = sizes[1]
+    stream = device_memory(dy.device).of_current_stream()
+    partial = words = None
+    if dm is not None:
+        size = 4 * counts[1] * N
+        partial = stream.work.take(size)[:size].view(torch.float32)
+        words = stream.words(cdiv(N, launcher.constants["BLOCK_N"]))
+    launcher(stream, (*given, *outputs, partial, words, *sizes, *counts, least))
+
+
+def dora_backward(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    gain: torch.Tensor,
+    norm: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    s: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    *,
+    scale: torch.Tensor | None,
+    scaling: float,
+    adapter_dtype: torch.dtype,
+    magnitude_dtype: torch.dtype,
+    one_launch: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All gradients with the gain on the rows of W and B in place of the columns of dy, whose bytes it saves.
+
+    Launches the scale kernel for W' and B', then the backward kernel.
+
+    Args:
+        dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B, magnitude_dtype: as `dora_scale` takes them.
+        scale, scaling, adapter_dtype, one_launch: as `lora_backward` takes them.
+
+    Returns:
+        dX [M, K] of dy's dtype, dA [r, K] and dB [N, r] of their parameters' dtypes, dm [N].
+    """
+    (M, N), K, r, device = dy.shape, weight.shape[1], lora_A.shape[0], dy.device
+    dm = torch.empty(N, dtype=magnitude_dtype, device=device)
+    scaled_w, scaled_b = weight.new_empty(N, K), lora_B.new_empty(N, r)
+    least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
+    if M > 0:
+        dy, x, y, s, lora_B = row_major(dy), row_major(x), row_major(y), s.contiguous(), skinny_rows(lora_B)
+        given = (dy, None, gain, norm, None, x, weight, s, lora_B)
+        strides = (*dy.stride(), *x.stride(), weight.stride(0))
+        dtypes = (dy.dtype, lora_B.dtype, adapter_dtype, magnitude_dtype)
+        launcher, counts = _plan(
+            "weight",
+            device,
+            device_facts(device),
+            (M, N, K, r),
+            (dy.element_size(), lora_B.element_size()),
+            adapter_dtype != dy.dtype,
+            (False, True),
+            (dtypes, strides, alignment(*given)),
+        )
+        _launch(launcher, counts, given, (None, dm, scaled_w, scaled_b), (M, N, K, r, *strides), least)
+    else:
+        dm.zero_()
+    dx, dA, dB = lora_backward(
+        dy,
+        x,
+        scaled_w,
+        lora_A,
+        scaled_b,
+        s,
+        scaling=scaling,
+        scale=scale,
+        adapter_dtype=adapter_dtype,
+        need_dx=True,
+        need_dA=True,
+        need_dB=True,
+        dora=Dora(dm, y, gain, norm, bias, least),
+        one_launch=one_launch,
+    )
+    assert dx is not None and dA is not None and dB is not None
+    return dx, dA, dB, dm

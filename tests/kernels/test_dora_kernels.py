@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 
 from fusedlora import backends
 from fusedlora.dora import dora_linear
+from fusedlora.dora_gradients import by_weight
 from fusedlora.kernels import launch
 from fusedlora.kernels.common import INTERPRET
-from fusedlora.kernels.dora import LEAST_GAIN, LEAST_GAIN_BESIDE_BIAS, dora_gain, dora_scale
+from fusedlora.kernels.dora import LEAST_GAIN, LEAST_GAIN_BESIDE_BIAS, dora_backward, dora_gain, dora_scale
 from fusedlora.memory import device_memory
 from fusedlora.testing import error_ratios, make_inputs, poisoned_memory, relative_error
 
@@ -65,6 +66,8 @@ CASES = [
     Case(66, 64, 64, 128, adapter_dtype=FP32, bias=True, small=True),
     Case(70, 64, 72, 20, adapter_dtype=FP32, autocast=True),
     Case(77, 40, 72, 5, dtype=FP32, bias=True, small=True),
+    Case(70, 80, 72, 5, bias=True, small=True),
+    Case(50, 64, 72, 16, adapter_dtype=FP32, small=True),
 ]
 
 
@@ -258,23 +261,67 @@ def test_only_what_is_needed(need_dy: bool, need_dm: bool) -> None:
     assert all(out is None or torch.equal(out, full) for out, full in zip(got, whole))
 
 
-@pytest.mark.parametrize("layout", ["sliced-columns", "misaligned", "transposed", "stride-0"])
+LAYOUTS = {
+    "sliced-columns": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "transposed": lambda t: t.t().contiguous().t(),
+    "stride-0": lambda t: t[:1, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["dy", "x"])
 def test_layouts(which: str, layout: str) -> None:
     case = Case(48, 64, 64, 16, bias=True, small=True)
     tensors, settings, _ = scale_arguments(case, make(case))
-    made = {
-        "sliced-columns": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
-        "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-        "transposed": lambda t: t.t().contiguous().t(),
-        "stride-0": lambda t: t[:1, :1].expand(t.shape),
-    }[layout]
+    made = LAYOUTS[layout]
     place = {"dy": 0, "x": 5}[which]
     odd = [made(t) if at == place else t for at, t in enumerate(tensors)]
     plain = [t.contiguous() if at == place else t for at, t in enumerate(odd)]
     got, want = dora_scale(*odd, **settings), dora_scale(*plain, **settings)
     # another stride is another kernel, whose compiler may contract the sum's terms in another way
     assert torch.equal(got[0], want[0]) and relative_error(got[1], want[1]) < 1e-6
+
+
+BY_WEIGHT = [c for c in CASES if by_weight(c.M, c.K, c.r, c.dtype, FP32 if c.split else c.dtype)]
+BY_WEIGHT.append(Case(1100, 16, 136, 16, bias=True, small=True))
+
+
+def backward_arguments(case: Case, given: dict[str, torch.Tensor]) -> tuple[list, dict, dict[str, torch.Tensor]]:
+    (dy, y, gain, norm, bias, x, weight, s, B), settings, want = scale_arguments(case, given)
+    if case.autocast:
+        s, settings["adapter_dtype"] = s.to(case.dtype), case.dtype
+    tensors = [dy, y, gain, norm, bias, x, weight, s, given["lora_A"], B]
+    settings = {name: settings[name] for name in ("adapter_dtype", "magnitude_dtype")}
+    return tensors, settings | {"scale": None, "scaling": SCALING}, want
+
+
+@pytest.mark.parametrize("case", BY_WEIGHT, ids=str)
+def test_gain_on_the_weight(case: Case) -> None:
+    """The same gradients as with the gain on dy, up to roundings, and again to the bit."""
+    given = make(case)
+    tensors, settings, want = backward_arguments(case, given)
+    with poisoned_memory():
+        got = dora_backward(*tensors, **settings)
+        again = dora_backward(*tensors, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(got, again))
+    for name, out in zip(("x", "lora_A", "lora_B"), got):
+        assert relative_error(out, want[name]) < (2**-9 if case.dtype is FP16 else 2**-7), name
+    # dm of the columns with a large gain is that of y, whose rounding it has
+    dm = dora_scale(*tensors[:8], tensors[9], **scale_arguments(case, given)[1] | {"need_dy": False})[1]
+    assert relative_error(got[3], dm) < 2e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", ["dy", "x"])
+def test_gain_on_the_weight_in_other_layouts(which: str, layout: str) -> None:
+    case = Case(80, 64, 64, 16, bias=True, small=True)
+    tensors, settings, _ = backward_arguments(case, make(case))
+    place = {"dy": 0, "x": 5}[which]
+    odd = LAYOUTS[layout](tensors[place])
+    got = dora_backward(*tensors[:place], odd, *tensors[place + 1 :], **settings)
+    want = dora_backward(*tensors[:place], odd.contiguous(), *tensors[place + 1 :], **settings)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 def test_no_rows() -> None:
@@ -290,9 +337,11 @@ def test_words_are_zero_after_a_launch() -> None:
     assert slabs and not any(words.any() for words in slabs)
 
 
-@pytest.mark.parametrize("case, backward", [(CASES[0], 2), (CASES[9], 2), (CASES[6], 3)], ids=str)
+@pytest.mark.parametrize(
+    "case, backward", [(CASES[0], 2), (CASES[9], 2), (CASES[6], 2), (CASES[11], 2), (CASES[12], 3)], ids=str
+)
 def test_launches(case: Case, backward: int) -> None:
-    """Two forward and two backward; fp32 adapters at their precision take one more backward."""
+    """Two forward and two backward; fp32 adapters at their precision take one more where dy has the gain."""
     names, plain = [], launch.Launcher.__call__
 
     def counted(self, *arguments):
@@ -308,7 +357,7 @@ def test_launches(case: Case, backward: int) -> None:
         assert names == ["gain_kernel", "forward_kernel"]
         names.clear()
         y.backward(given["dy"])
-    assert sorted(names) == ["backward_kernel"] * (backward - 1) + ["scale_kernel"]
+    assert names == ["scale_kernel"] + ["backward_kernel"] * (backward - 1)
 
 
 @pytest.mark.gpu

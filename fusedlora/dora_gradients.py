@@ -1,0 +1,161 @@
+"""DoRA's gradients: the usual ones in one op, any of them by lora_linear's backward of gain ∘ dy.
+
+    dora_backward    dx [M, K] in dy's dtype, dA [r, K], dB [N, r] in lora_A's and dm [N] in the magnitude's
+
+What it is given is what dora_linear's forward saves. Where W has fewer elements than dy the kernels put the gain on the
+rows of W and B, and form dm beside dB from one read of dy.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .backends import describe_call, select
+from .dora_ops import dora_scale
+from .ops import LIB, TAGS
+
+LIB.define(
+    "dora_backward(Tensor dy, Tensor y, Tensor gain, Tensor norm, Tensor? bias, Tensor x, Tensor weight, Tensor s, "
+    "Tensor lora_A, Tensor lora_B, Tensor? scale, float scaling, ScalarType adapter_dtype, "
+    "ScalarType magnitude_dtype, str backend) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dm)",
+    tags=TAGS,
+)
+
+
+def gradients(
+    dy: Tensor,
+    y: Tensor | None,
+    gain: Tensor,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    s: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor | None,
+    scaling: float,
+    adapter_dtype: torch.dtype,
+    magnitude_dtype: torch.dtype,
+    backend: str,
+    *,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    need_dm: bool,
+    need_dy: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA, dB, dm and gain ∘ dy, None where not needed."""
+    # A gain ∘ dy of 16 bits is good enough for dx and dW, which are 16-bit themselves. fp32 adapters' gradients are
+    # not, so there the gain goes to the sides of the products: T = s · dy (g∘B), dB = g ∘ (dyᵀ S).
+    split = adapter_dtype != dy.dtype
+    need_AB = need_dA or need_dB
+    need_dy = need_dy or need_dx or (need_AB and not split)
+    dm = scaled = dx = dA = dB = None
+    if need_dy or need_dm:
+        given = (dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B)
+        scaled, dm = dora_scale(*given, adapter_dtype, magnitude_dtype, need_dy, need_dm, backend)
+
+    def backward(dy: Tensor, B: Tensor, need_dx: bool, need_dA: bool, need_dB: bool) -> tuple[Tensor | None, ...]:
+        given = (dy, x if need_dA else None, weight if need_dx else None, lora_A, B, s if need_dB else None, None)
+        return ops.backward(*given, scale, scaling, 0.0, adapter_dtype, need_dx, need_dA, need_dB, backend)
+
+    if split and need_AB:
+        rows = gain.unsqueeze(1)
+        _, dA, dB = backward(dy, lora_B * rows, False, need_dA, need_dB)
+        if need_dB:
+            assert dB is not None
+            dB = dB * rows
+        if need_dx:
+            assert scaled is not None
+            dx = backward(scaled, lora_B, True, False, False)[0]
+    elif need_dx or need_AB:
+        assert scaled is not None
+        dx, dA, dB = backward(scaled, lora_B, need_dx, need_dA, need_dB)
+    return (
+        dx if need_dx else None,
+        dA if need_dA else None,
+        dB if need_dB else None,
+        dm if need_dm else None,
+        scaled,
+    )
+
+
+def by_weight(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> bool:
+    """Whether the kernels put the gain on the rows of W, not on the columns of dy.
+
+    That reads and writes W once, and y beside dB's read of dy; scaling dy takes a pass over dy and y and writes as much
+    as dy. Not where fp32 adapters of a high rank leave too few registers for dm.
+    """
+    return dtype.itemsize == 2 and K < M and (adapter_dtype == dtype or r <= 128)
+
+
+def _backward(
+    dy: Tensor,
+    y: Tensor,
+    gain: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor | None,
+    scaling: float,
+    adapter_dtype: torch.dtype,
+    magnitude_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    given = (dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B)
+    call = describe_call(backend, dy, weight, lora_A, lora_B, None, scale, adapter_dtype, "backward")
+    (r, K), M = lora_A.shape, dy.shape[0]
+    if by_weight(M, K, r, dy.dtype, adapter_dtype) and select(backend, call).name == "triton":
+        from fusedlora.kernels import dora
+
+        backends.last_used = backends.last_backward = "triton"
+        return dora.dora_backward(
+            *given,
+            scale=scale,
+            scaling=scaling,
+            adapter_dtype=adapter_dtype,
+            magnitude_dtype=magnitude_dtype,
+            one_launch=backends._one_launch(dy.device),
+        )
+    settings = (scale, scaling, adapter_dtype, magnitude_dtype, backend)
+    *grads, _ = gradients(*given, *settings, need_dx=True, need_dA=True, need_dB=True, need_dm=True, need_dy=False)
+    assert all(grad is not None for grad in grads)
+    return tuple(grads)  # type: ignore[arg-type]
+
+
+def _backward_fake(
+    dy: Tensor,
+    y: Tensor,
+    gain: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor | None,
+    scaling: float,
+    adapter_dtype: torch.dtype,
+    magnitude_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    M, N = dy.shape
+    r, K = lora_A.shape
+    return (
+        dy.new_empty(M, K),
+        lora_A.new_empty(r, K),
+        lora_B.new_empty(N, r),
+        dy.new_empty(N, dtype=magnitude_dtype),
+    )
+
+
+LIB.impl("dora_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fusedlora::dora_backward", _backward_fake, lib=LIB)
+
+dora_backward = torch.ops.fusedlora.dora_backward.default
