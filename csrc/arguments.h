@@ -2,7 +2,8 @@
 #pragma once
 #include <stdint.h>
 
-// Null: not there, or not wanted. Pitches: elements from a row to the next.
+// Null: not there, or not wanted. Pitches: elements from a row to the next. has_seed: 0, 1, or 2 where `seed` is the
+// address of the seed.
 typedef struct {
   int64_t is_bf16, param_is_float, bias_is_float, block_n, group, programs, shrink_clusters, parts_a, parts_b;
   int64_t decode_rows, decode_split, decode_early;  // of the decode kernel; zero: the tile kernel

@@ -37,15 +37,19 @@ Encode encoder() {
   return found;
 }
 
-// A map of [rows, cols] in boxes of [box_rows, 64], swizzled 128 bytes wide.
+// A map of [rows, cols] in boxes of [box_rows, box_cols], swizzled over the width of a box: 32, 64 or 128 bytes.
 [[maybe_unused]] bool encode(
-    CUtensorMap* map, bool is_bf16, const void* from, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
+    CUtensorMap* map, bool is_bf16, const void* from, int64_t rows, int64_t cols, int64_t pitch, int box_rows,
+    int box_cols = 64) {
   const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(pitch) * 2};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const cuuint32_t box[2] = {cuuint32_t(box_cols), cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const auto swizzle = box_cols == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : box_cols == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                        : CU_TENSOR_MAP_SWIZZLE_32B;
   const auto type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   return encoder() != nullptr &&
          encoder()(map, type, 2, const_cast<void*>(from), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -130,13 +134,14 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
   c = {};
   c.M = int(a.M), c.r = int(a.r), c.group = int(a.group), c.words = static_cast<int*>(a.words);
   c.cols = int(BACKWARD ? a.K : a.N), c.depth = int(BACKWARD ? a.N : a.K);
-  c.mask = {uint32_t(a.seed), uint32_t(uint64_t(a.seed) >> 32), uint32_t(a.bound) * 0x10001u};
+  c.mask = {uint32_t(a.seed), uint32_t(uint64_t(a.seed) >> 32), uint32_t(a.bound) * 0x10001u, nullptr};
+  if (a.has_seed == 2) c.mask.seed = reinterpret_cast<const uint64_t*>(a.seed);
   [[maybe_unused]] const bool is_float = a.param_is_float;
   const int N = int(a.N), K = int(a.K), M = int(a.M);
   Shrink<T>& shrink = c.shrink;
   shrink.scaling = float(a.scaling), shrink.pitch = padded(M);
+  [[maybe_unused]] const bool as_is = !is_float && a.r == R;
   if constexpr (!BACKWARD) {
-    const bool as_is = !is_float && a.r == R;
     skinny_operand = static_cast<const T*>(a.a);
     if (!as_is || a.a_pitch != K || reinterpret_cast<uintptr_t>(a.a) % 16) {
       T* skinny = places.take<T>(int64_t(R) * K);
@@ -157,10 +162,13 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
   } else {
     const bool needs_t = a.dx || a.da;
     if (needs_t) {
-      T* skinny = places.take<T>(int64_t(R) * N);
-      c.preparations[c.num_preparations++] = {a.b, skinny, N, N, a.b_pitch, 1, 1, N, is_float};
-      c.prepares_skinny = true;
-      skinny_operand = skinny;
+      skinny_operand = static_cast<const T*>(a.b);
+      if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
+        T* skinny = places.take<T>(int64_t(R) * N);
+        c.preparations[c.num_preparations++] = {a.b, skinny, N, N, a.b_pitch, 1, R, 1, is_float};
+        c.prepares_skinny = true;
+        skinny_operand = skinny;
+      }
       shrink.out = places.take<T>(int64_t(M) * R);
       shrink.out_transposed = a.da ? places.take<T>(R * padded(M)) : nullptr;
     }
@@ -193,6 +201,7 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
 
 template <typename T, int RANKS, bool BACKWARD>
 int run(const Arguments& a, int64_t* sizes) {
+  [[maybe_unused]] constexpr int R = 16 * RANKS;
   Call<T> call;
   const T* skinny = nullptr;
   const int64_t used = prepare_call<T, RANKS, BACKWARD>(a, call, skinny);
@@ -208,7 +217,8 @@ int run(const Arguments& a, int64_t* sizes) {
   if (skinny) {
     call.shrink.clusters = int(a.shrink_clusters);
     if (!encode(&call.left, a.is_bf16, left, a.M, call.depth, left_pitch, BLOCK_M) ||
-        !encode(&call.skinny, a.is_bf16, skinny, 16 * RANKS, call.depth, call.depth, 16 * RANKS)) {
+        !encode(&call.skinny, a.is_bf16, skinny, BACKWARD ? call.depth : R, BACKWARD ? R : call.depth,
+                BACKWARD ? R : call.depth, BACKWARD ? BLOCK_K : R, BACKWARD ? R : BLOCK_K)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }

@@ -20,7 +20,7 @@ constexpr int SIDE_REGISTERS = 136, CONSUMER_REGISTERS = 184;
 // Words in global memory, zero between launches.
 enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
 
-// out [M, R] = scaling · left · skinnyᵀ, skinny [R, depth].
+// out [M, R] = scaling · left · skinnyᵀ; skinny is [R, depth] in the forward, in the backward B as it lies, [depth, R].
 template <typename T>
 struct Shrink {
   T* out;             // [M, R], or null
@@ -90,7 +90,7 @@ __device__ int other_tasks(const Call<T>& c) {
 }
 
 template <typename T, int RANKS, bool BACKWARD, bool DROPOUT>
-__device__ void side_work(const Call<T>& c, float* sums, volatile int* next, int warp, int lane) {
+__device__ void side_work(const Call<T>& c, const Mask& mask, float* sums, volatile int* next, int warp, int lane) {
   const int thread = warp * 32 + lane;
   const int others = other_tasks(c), prepared = skinny_tasks(c) + others;
   int jobs[2] = {0, 0};
@@ -130,7 +130,7 @@ __device__ void side_work(const Call<T>& c, float* sums, volatile int* next, int
       const int job = ticket - prepared;
       if (job < jobs[0]) {
         const Stripes<T>& p = c.stripes[0];
-        stripe_job<T, RANKS, false>(p, c.mask, job / p.parts, job % p.parts, sums, warp, lane);
+        stripe_job<T, RANKS, false>(p, mask, job / p.parts, job % p.parts, sums, warp, lane);
       } else {
         // Parts in their order, since T comes row by row.
         const Stripes<T>& p = c.stripes[1];
@@ -141,7 +141,7 @@ __device__ void side_work(const Call<T>& c, float* sums, volatile int* next, int
           wait_for(c.words + PROGRESS + b, 1);
         }
         __syncwarp();
-        stripe_job<T, RANKS, DROPOUT>(p, c.mask, (job - jobs[0]) % count, part, sums, warp, lane);
+        stripe_job<T, RANKS, DROPOUT>(p, mask, (job - jobs[0]) % count, part, sums, warp, lane);
       }
       meet(1, SIDE_THREADS);
     }
@@ -170,9 +170,9 @@ __device__ __forceinline__ void keep_bits(uint32_t (&kept)[WORDS], const uint32_
 }
 
 // Consumers: out [128, R] = scaling · left · skinnyᵀ for the row block from `row` on, published.
-template <typename T, int BLOCK_N, int RANKS, bool DROPOUT>
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
 __device__ void shrink_rows(
-    const Call<T>& c, int row, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
+    const Call<T>& c, const Mask& mask, int row, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
     int lane) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int R = L::R, TILES = R / 8;
@@ -190,11 +190,17 @@ __device__ void shrink_rows(
       uint32_t a[4], b[4];
       load_matrices(a, left + left_row * 128 + (((2 * i + lane / 16) ^ (left_row % 8)) * 16));
       if constexpr (DROPOUT) {
-        for (int j = 0; j < 4; j += 2) c.mask.template keep<T>(a[j], a[j + 1], four + (k + 16 * step + 4 * j) / 2);
+        for (int j = 0; j < 4; j += 2) mask.template keep<T>(a[j], a[j + 1], four + (k + 16 * step + 4 * j) / 2);
       }
 #pragma unroll
       for (int n = 0; n < TILES; n += 2) {
-        load_matrices(b, right + (8 * n + right_row) * 128 + (((2 * i + lane / 8 % 2) ^ (lane % 8)) * 16));
+        if constexpr (BACKWARD) {
+          // rows of the depth, 2 · R bytes wide, swizzled as TMA does it at that width
+          const uint32_t at = right + (16 * i + lane % 16) * (2 * R) + (n + lane / 16) * 16;
+          load_matrices_transposed(b, at ^ (at / 128 % (R / 8) * 16));
+        } else {
+          load_matrices(b, right + (8 * n + right_row) * 128 + (((2 * i + lane / 8 % 2) ^ (lane % 8)) * 16));
+        }
         Type<T>::mma(acc[n], a, b[0], b[1]);
         Type<T>::mma(acc[n + 1], a, b[2], b[3]);
       }
@@ -235,6 +241,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   volatile int* own_place = next + 1;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Mask mask = DROPOUT ? c.mask.read() : Mask{};
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -275,7 +282,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             barrier_expect(barrier, L::BOXES * (L::LEFT + L::SKINNY));
             for (int b = 0; b < L::BOXES; b++) {
               tma_load(left + b * L::LEFT, &c.left, barrier, k + b * BLOCK_K, (pair_m * CLUSTER + rank) * BLOCK_M);
-              tma_load(right + b * L::SKINNY, &c.skinny, barrier, k + b * BLOCK_K, 0);
+              const int at = k + b * BLOCK_K;
+              tma_load(right + b * L::SKINNY, &c.skinny, barrier, BACKWARD ? 0 : at, BACKWARD ? at : 0);
             }
             if (++stage == STAGES) stage = 0, phase ^= 1;
           }
@@ -301,7 +309,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         }
       }
     } else {
-      side_work<T, RANKS, BACKWARD, DROPOUT>(c, sums, next, warp - 1, lane);
+      side_work<T, RANKS, BACKWARD, DROPOUT>(c, mask, sums, next, warp - 1, lane);
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
@@ -309,8 +317,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     const int g = lane / 4, t = lane % 4;
     int stage = 0, phase = 0;
     for (int pair_m = place; pair_m < shrink_end; pair_m += c.shrink.clusters) {
-      shrink_rows<T, BLOCK_N, RANKS, DROPOUT && !BACKWARD>(
-          c, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
+      shrink_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD>(
+          c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
     }
     const int others = other_tasks(c);
     float acc[ACCS];
@@ -345,8 +353,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         if constexpr (DROPOUT && BACKWARD) {
           for (int until = min(hashed + hashes_a_step, ACCS / 4); hashed < until; hashed++) {
             uint32_t words[2];
-            c.mask.hash(words, Mask::four(own_row, (col + 8 * hashed) / 2 + t, c.cols / 2));
-            keep_bits(kept, words, c.mask.bound);
+            mask.hash(words, Mask::four(own_row, (col + 8 * hashed) / 2 + t, c.cols / 2));
+            keep_bits(kept, words, mask.bound);
           }
         }
         wgmma_wait<1>();

@@ -13,6 +13,14 @@ constexpr int SIDE_THREADS = 32 * SIDE_WARPS;
 // The dropout's mask: see fusedlora/dropout.py, whose hash this is. Rows m and m + 8 of two columns share one.
 struct Mask {
   uint32_t low, high, bound;  // the seed's halves; the threshold in both halves of a word
+  const uint64_t* seed;       // where the seed is read from, or null
+
+  // The mask, its seed at hand.
+  __device__ Mask read() const {
+    Mask mask = *this;
+    if (seed) mask.low = uint32_t(*seed), mask.high = uint32_t(*seed >> 32);
+    return mask;
+  }
 
   // The number of the four elements that `row` and a pair of columns are in.
   __device__ static uint32_t four(uint32_t row, uint32_t pair, uint32_t pairs) {

@@ -212,8 +212,6 @@ def _cuda_why_not(call: Call) -> str | None:
         return f"lora_A is {call.param_dtype} outside autocast, the kernels multiply adapters in x's {call.dtype}"
     if call.scale:
         return "scaling is a tensor, which is read on the device: the kernels take a number"
-    if call.dropout == "device seed":
-        return "dropout's seed is drawn on the device, as under capture and torch.compile: the kernels take a number"
     return _shapes_why_not(call, MAX_RANK_CUDA)
 
 

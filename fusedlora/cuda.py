@@ -79,7 +79,9 @@ class CudaPlan:
         """Launches on the current stream; scaling, seed and threshold are those of `dropout.launch_dropout`."""
         stream = self.memory.of_current_stream()
         work, words = stream.work.take(self.work_size), stream.words(self.num_words)
-        noise = (0, 0, 0) if seed is None else (1, seed, threshold)
+        noise: tuple[int | None, ...] = (0, 0, 0)
+        if seed is not None:
+            noise = (2, seed.data_ptr(), threshold) if isinstance(seed, Tensor) else (1, seed, threshold)
         call = self.head + _pack_rest(*pointers, work.data_ptr(), words.data_ptr(), stream.stream, scaling, *noise)
         if torch._C._cuda_getDevice() == self.index:
             status = self.function(call, None)
@@ -225,7 +227,7 @@ def lora_forward(
         bias: [N] of x's dtype or fp32, or None.
         scaling: multiplies S in fp32, before its one rounding.
         gain: [N] fp32, multiplies y before the bias; None is 1.
-        seed: [1] int64 on the CPU: of the dropout mask on the adapter's x; None is no dropout.
+        seed: [1] int64 on the CPU or x's device: of the dropout mask on the adapter's x; None is no dropout.
         dropout_p: its rate.
         adapter_dtype: x's dtype, which S and the adapter's products have.
         save_s: whether S is wanted back.

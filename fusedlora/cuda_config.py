@@ -75,7 +75,8 @@ def cuda_config(p: Problem, tiles: bool = True) -> CudaConfig:
     late = slack == 0 or _cdiv(pairs_m, slack) > 3
     shrink_clusters = min(clusters if late else slack, pairs_m)
     decode = decode_config(p) if p.M <= DECODE_UP_TO else (0, 1)
-    return CudaConfig(block_n, 4, programs, shrink_clusters, 2 if p.M > 4096 else 1, *decode)
+    parts = min(max(p.M // 1024, 1), 4)
+    return CudaConfig(block_n, 4, programs, shrink_clusters, parts, *decode)
 
 
 def decode_config(p: Problem) -> tuple[int, int]:

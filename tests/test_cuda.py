@@ -286,13 +286,32 @@ def test_dora_goes_through_it() -> None:
     assert all(relative_error(a, b) <= 8e-3 for a, b in zip(answers["cuda"], answers["triton"]))
 
 
-def test_dropout_of_a_captured_call_is_refused_by_name() -> None:
-    """Every replay is to have another mask, so the seed lies on the device, where this interface cannot take it."""
+def test_a_seed_on_the_device_is_the_same_seed() -> None:
+    i = make_inputs(300, 512, 520, 16, BF16, device="cuda")
+    seed = torch.tensor([2**62 + (5 << 32) + 7])
+    answers = []
+    for given in (seed, seed.cuda()):
+        shared = {"scaling": i.scaling, "seed": given, "dropout_p": 0.3, "adapter_dtype": BF16}
+        y, s = cuda.lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, save_s=True, **shared)
+        needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+        answers.append([y, s, *cuda.lora_backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, **shared, **needs)])
+    assert all(torch.equal(a, b) for a, b in zip(*answers))
+
+
+def test_a_captured_call_drops_anew_at_each_replay() -> None:
     i = make_inputs(300, 512, 512, 16, BF16, device="cuda")
     tensors = (i.x, i.weight, i.lora_A, i.lora_B)
     fusedlora.lora_linear(*tensors, scaling=1.0, dropout_p=0.1, backend="cuda")
-    with pytest.raises(RuntimeError, match="seed is drawn on the device"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        fusedlora.lora_linear(*tensors, scaling=1.0, dropout_p=0.1, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fusedlora.lora_linear(*tensors, scaling=1.0, dropout_p=0.1, backend="cuda")
+    assert backends.last_used == "cuda"
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert not torch.equal(y, first)
+    plain = fusedlora.lora_linear(*tensors, scaling=1.0, backend="cuda")
+    assert 0.01 < relative_error(y, plain) < 0.5
 
 
 def test_threads_do_not_share_arguments() -> None:

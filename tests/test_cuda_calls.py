@@ -220,7 +220,7 @@ def test_configurations(M: int, out: int, depth: int, tiles: bool) -> None:
     assert config.block_n in (128, 256) and config.programs == 132
     pairs = -(-M // 256)
     assert 1 <= config.shrink_clusters <= min(pairs, 66)
-    assert config.parts == (2 if M > 4096 else 1)
+    assert config.parts == {2048: 2, 8192: 4}.get(M, 1)
     if config.block_n == 128:
         assert pairs * -(-out // 256) < 66
 
@@ -244,6 +244,7 @@ TAKEN = {
     "r=1": {"r": 1},
     "r=64": {"r": MAX_RANK},
     "no dropout": {"dropout": ""},
+    "captured dropout": {"dropout": "device seed"},
     "padded rows": {"weight_layout": (136, 1, 0)},
 }
 REFUSED = {
@@ -252,7 +253,6 @@ REFUSED = {
     "fp32 adapters": ({"adapter_dtype": FP32, "param_dtype": FP32}, "lora_A is torch.float32 outside autocast"),
     "rank": ({"r": MAX_RANK + 1}, "r is 65, the kernels take up to 64 in torch.bfloat16"),
     "scale": ({"scale": True}, "scaling is a tensor, which is read on the device"),
-    "captured dropout": ({"dropout": "device seed"}, "dropout's seed is drawn on the device"),
     "a mask": ({"dropout": "mask"}, "dropout comes as a mask"),
     "K": ({"K": 132}, "in_features 132 of torch.bfloat16 is not a multiple of 16 bytes"),
     "N": ({"N": 60}, "out_features 60 of torch.bfloat16 is not a multiple of 16 bytes"),
