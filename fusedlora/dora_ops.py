@@ -49,9 +49,9 @@ def _gain(
     call = describe_call(backend, weight, weight, lora_A, lora_B, None, scale, adapter_dtype)
     settings: dict[str, Any] = {"scaling": scaling, "scale": scale, "adapter_dtype": adapter_dtype}
     if _by_kernels(backend, call):
-        from fusedlora.kernels import dora
+        from fusedlora.kernels import dora_gain
 
-        return dora.dora_gain(weight, lora_A, lora_B, magnitude, **settings)
+        return dora_gain.dora_gain(weight, lora_A, lora_B, magnitude, **settings)
     with without_autocast(weight):
         return gain_of(weight, lora_A, lora_B, magnitude, **settings)
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fusedlora.kernels import backward, dora, forward
+from fusedlora.kernels import backward, dora, dora_gain, forward
 from fusedlora.kernels.launch import Launcher
 from fusedlora.memory import StreamMemory
 
@@ -77,7 +77,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
 
     facts = (capability, TYPICAL_SMS.get(capability, 304))
     with contextlib.ExitStack() as stack:
-        for module in (forward, backward, dora):
+        for module in (forward, backward, dora, dora_gain):
             for name, stand_in in (
                 ("Launcher", Recorder),
                 ("_plan", module._plan.__wrapped__),  # a plan made here must not be kept

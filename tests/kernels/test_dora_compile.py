@@ -11,7 +11,8 @@ import triton
 
 from fusedlora.config import SHARED_MEMORY
 from fusedlora.dora_gradients import by_weight
-from fusedlora.kernels.dora import dora_backward, dora_gain, dora_scale
+from fusedlora.kernels.dora import dora_backward, dora_scale
+from fusedlora.kernels.dora_gain import dora_gain
 from fusedlora.kernels.inspection import TYPICAL_SMS, Launch, inspect_launch, record
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")

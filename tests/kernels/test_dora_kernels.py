@@ -17,7 +17,8 @@ from fusedlora.dora import dora_linear
 from fusedlora.dora_gradients import by_weight
 from fusedlora.kernels import launch
 from fusedlora.kernels.common import INTERPRET
-from fusedlora.kernels.dora import LEAST_GAIN, LEAST_GAIN_BESIDE_BIAS, dora_backward, dora_gain, dora_scale
+from fusedlora.kernels.dora import LEAST_GAIN, LEAST_GAIN_BESIDE_BIAS, dora_backward, dora_scale
+from fusedlora.kernels.dora_gain import dora_gain
 from fusedlora.memory import device_memory
 from fusedlora.testing import error_ratios, make_inputs, poisoned_memory, relative_error
 
