@@ -202,7 +202,8 @@ def _cuda_why_not(call: Call) -> str | None:
     capability = _capability(call.device)
     if capability != (9, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
-    if not (call.named or prefers_cuda(call.direction, call.rows, call.N, call.K, call.r, call.dropout != "")):
+    about = (call.direction, call.rows, call.N, call.K, call.r, call.dropout != "", call.param_dtype is not call.dtype)
+    if not (call.named or prefers_cuda(*about)):
         return "these kernels have not been measured faster here"
     if (missing := cuda.missing()) is not None:
         return missing

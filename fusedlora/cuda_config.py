@@ -11,7 +11,7 @@ from .config import Problem
 MAX_RANK = 64
 MAX_DECODE = 64
 # Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
-DECODE_UP_TO = 0
+DECODE_UP_TO = 64
 # Rows of a tile; two tiles of a pair, one under the other, are a cluster's.
 _BLOCK_M, _CLUSTER = 128, 2
 
@@ -44,23 +44,28 @@ class Calls(NamedTuple):
     K: tuple[int, int] = (1, 1 << 40)
     r: tuple[int, int] = (1, MAX_RANK)
     dropout: tuple[bool, ...] = (False, True)
+    converts: tuple[bool, ...] = (False, True)  # whether the adapter's parameters are fp32
 
-    def hold(self, rows: int, N: int, K: int, r: int, dropout: bool) -> bool:
+    def hold(self, rows: int, N: int, K: int, r: int, dropout: bool, converts: bool) -> bool:
         bounds = zip((self.rows, self.N, self.K, self.r), (rows, N, K, r))
-        return dropout in self.dropout and all(low <= value <= high for (low, high), value in bounds)
+        within = all(low <= value <= high for (low, high), value in bounds)
+        return within and dropout in self.dropout and converts in self.converts
 
 
 # Where these kernels have been measured faster than Triton's (pytest bench/ --benchmark shows both).
-FASTER: dict[str, tuple[Calls, ...]] = {"forward": (), "backward": ()}
+FASTER: dict[str, tuple[Calls, ...]] = {
+    "forward": (Calls(rows=(1, DECODE_UP_TO), dropout=(False,), converts=(False,)),),
+    "backward": (),
+}
 
 
-def prefers_cuda(direction: str, rows: int, N: int, K: int, r: int, dropout: bool) -> bool:
+def prefers_cuda(direction: str, rows: int, N: int, K: int, r: int, dropout: bool, converts: bool) -> bool:
     """Whether "auto" takes these kernels for "forward" or "backward" calls that they take: where FASTER has them.
 
     `rows` is M rounded up to a power of two. A forward may be theirs and its backward Triton's, or the other way round:
     S and the dropout's seed mean the same to both.
     """
-    return any(calls.hold(rows, N, K, r, dropout) for calls in FASTER[direction])
+    return any(calls.hold(rows, N, K, r, dropout, converts) for calls in FASTER[direction])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,6 +93,8 @@ def decode_config(p: Problem) -> tuple[int, int]:
             split *= 2
         if blocks * split >= enough:
             break
+    if p.M > 16 and (rows, split) == (128, 4):  # many sums would cross the cluster
+        return 64, 2
     return rows, split
 
 

@@ -10,7 +10,6 @@ import torch
 from fusedlora import backends, cuda, dropout
 from fusedlora.config import Problem
 from fusedlora.cuda_config import (
-    DECODE_UP_TO,
     FASTER,
     MAX_RANK,
     Calls,
@@ -163,9 +162,9 @@ def test_the_decode_kernel_is_asked_for_by_configuration(recorder: Recorder) -> 
     i = make_inputs(64, 64, 72, 3, BF16)
     for config in (DECODE, dataclasses.replace(DECODE, decode_early=False), CONFIG, None):
         forward(i, config=config)
+    forward(make_inputs(65, 64, 72, 3, BF16))
     found = [(call["decode_rows"], call["decode_split"], call["decode_early"]) for call in recorder.launches]
-    assert found == [(128, 4, 1), (128, 4, 0), (0, 0, 0), (0, 0, 0)]
-    assert DECODE_UP_TO == 0, "the table names it only where it has been measured"
+    assert found == [(128, 4, 1), (128, 4, 0), (0, 0, 0), (64, 1, 1), (0, 0, 0)]
 
 
 def test_calls_that_the_decode_kernel_leaves_to_the_other(recorder: Recorder) -> None:
@@ -196,6 +195,8 @@ def test_calls_that_the_decode_kernel_leaves_to_the_other(recorder: Recorder) ->
 def test_decode_configurations(out: int, depth: int, expected: tuple[int, int]) -> None:
     found = decode_config(Problem(1, out, depth, 16, 2, False, 90, 132))
     assert found == expected
+    many = decode_config(Problem(64, out, depth, 16, 2, False, 90, 132))
+    assert many == ((64, 2) if expected == (128, 4) else expected)
 
 
 def test_no_rows(recorder: Recorder) -> None:
@@ -307,7 +308,7 @@ def test_no_library(monkeypatch, tmp_path) -> None:
 def test_auto_takes_them_only_where_measured(hopper, monkeypatch, recwarn) -> None:
     call = GOOD._replace(named=False)
     assert set(FASTER) == {"forward", "backward"}
-    assert not prefers_cuda("forward", 10**9, call.N, call.K, call.r, dropout=True), "of no such rows is anything known"
+    assert not prefers_cuda("forward", 10**9, call.N, call.K, call.r, True, False), "of no such rows is anything known"
     asked = []
     monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about))
     assert backends.select("auto", call) is backends.TRITON
@@ -316,19 +317,19 @@ def test_auto_takes_them_only_where_measured(hopper, monkeypatch, recwarn) -> No
     monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about) or True)
     monkeypatch.setattr(backends, "_chosen", {})
     assert backends.select("auto", call._replace(rows=512)) is backends.CUDA
-    assert asked == [(direction, 512, 64, 128, 16, True) for direction in ("forward", "backward")]
+    assert asked == [(direction, 512, 64, 128, 16, True, False) for direction in ("forward", "backward")]
     assert backends.select("auto", call._replace(scale=True)) is backends.TRITON
     assert not recwarn.list, "nobody is told of a choice between kernels"
 
 
 def test_the_table_of_what_is_faster(monkeypatch) -> None:
-    few = Calls(rows=(1, 64), K=(64, 4096), r=(1, 16), dropout=(False,))
+    few = Calls(rows=(1, 64), K=(64, 4096), r=(1, 16), dropout=(False,), converts=(False,))
     monkeypatch.setitem(FASTER, "forward", (few, Calls(rows=(8192, 8192))))
     monkeypatch.setitem(FASTER, "backward", ())
-    assert prefers_cuda("forward", 64, 64, 4096, 16, False)
-    near_by = {"rows": 128, "K": 4104, "r": 17, "dropout": True}
+    assert prefers_cuda("forward", 64, 64, 4096, 16, False, False)
+    near_by = {"rows": 128, "K": 4104, "r": 17, "dropout": True, "converts": True}
     for changed in near_by.items():
-        about = {"rows": 64, "N": 64, "K": 4096, "r": 16, "dropout": False} | dict([changed])
+        about = {"rows": 64, "N": 64, "K": 4096, "r": 16, "dropout": False, "converts": False} | dict([changed])
         assert not prefers_cuda("forward", **about), changed
         assert prefers_cuda("forward", **about | {"rows": 8192})
         assert not prefers_cuda("backward", **about | {"rows": 8192})
