@@ -371,7 +371,7 @@ def admitted(column: Column, feature: Feature) -> Iterator[None]:
 def check(column_name: str, feature_name: str) -> None:
     """One cell: AssertionError where an output is further from peft's in float64 than peft's own, or a call strays."""
     column, feature = COLUMNS[column_name], FEATURES[feature_name]
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     layer = make_layer(column, feature)
     dtype = layer.weight.dtype
     x = torch.randn(column.M, column.K, device=column.device, dtype=dtype)
