@@ -114,7 +114,7 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     for wrong in ({"decode_split": 3}, {"decode_split": 1}, {"decode_rows": 96}):
         with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: the decode kernel: error -4"):
             cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(decode, **wrong), **settings)
-    wide = make_inputs(8, 512, 768, 65, torch.bfloat16)
+    wide = make_inputs(100, 512, 768, 65, torch.bfloat16)
     with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: r: error -3"):
         cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **settings)
     cuda._plan.cache_clear()
