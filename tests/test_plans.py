@@ -139,6 +139,7 @@ class TestOnAGPU:
     @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
     def test_a_repeated_call_is_a_launch_and_no_more(self, shape, grad: bool, kept) -> None:
         layer, x = layer_and_x(shape)
+        layer.backend = "triton"
         other = torch.randn_like(x)
 
         def results(x: torch.Tensor) -> list[torch.Tensor]:
