@@ -154,7 +154,9 @@ def scheduled(counts: tuple[int, int, int, int], launcher: type[launch.Launcher]
     with contextlib.ExitStack() as stack:
         for module, name in ((forward, "forward_schedule"), (backward, "backward_schedule")):
             made = getattr(module, name)
-            stack.enter_context(mock.patch.object(module, name, lambda *args, made=made: with_counts(made(*args))))
+            stack.enter_context(
+                mock.patch.object(module, name, lambda *args, made=made, **named: with_counts(made(*args, **named)))
+            )
             stack.enter_context(mock.patch.object(module, "_plan", module._plan.__wrapped__))
             stack.enter_context(mock.patch.object(module, "Launcher", launcher))
         yield
