@@ -55,8 +55,8 @@ class Calls(NamedTuple):
 # Where these kernels have been measured faster than Triton's (pytest bench/ --benchmark shows both).
 FASTER: dict[str, tuple[Calls, ...]] = {
     "forward": (
-        Calls(rows=(1, DECODE_UP_TO), dropout=(False,), converts=(False,)),
-        Calls(rows=(512, 8192), N=(1024, 4096), r=(1, 16), converts=(False,)),
+        Calls(rows=(1, DECODE_UP_TO), N=(1024, 14336), K=(4096, 14336), dropout=(False,), converts=(False,)),
+        Calls(rows=(512, 8192), N=(1024, 4096), K=(4096, 14336), r=(1, 16), converts=(False,)),
     ),
     "backward": (),
 }
