@@ -24,7 +24,8 @@ EVERY = (*TRAINING, "features", "decode")
 class Contender:
     """A row of the tables. rival: the eager row with the same adapter dtype, autocast and feature, for ours.
 
-    A row of ours has a twin of backend "cuda" where that takes it; without_twin says why it does not.
+    A row of ours has a twin of backend "cuda" where that takes it, without_twin says why it does not; and one of "auto"
+    where that takes one of the two for forward and the other for backward.
     """
 
     name: str
@@ -85,26 +86,40 @@ def call_of(row: Contender, case: Case, device: torch.device, direction: str, *,
     )
 
 
-def auto_takes(row: Contender, case: Case, device: torch.device, group: str) -> str:
-    """The backend that "auto" takes for the row's calls, in words: both where forward's and backward's differ."""
-    takers = [
+def auto_takers(row: Contender, case: Case, device: torch.device) -> list[str]:
+    """The backends that "auto" takes for the row's calls, forward and backward."""
+    return [
         next(b.name for b in backends.BACKENDS if b.why_not(call_of(row, case, device, way, named=False)) is None)
         for way in ("forward", "backward")
     ]
+
+
+def auto_takes(row: Contender, case: Case, device: torch.device, group: str) -> str:
+    """The same in words, as far as a group's calls go."""
+    takers = auto_takers(row, case, device)
     if group in ("forward", "decode"):
         return takers[0]
     return takers[1] if group == "backward" else backends.told(*takers)
 
 
-def with_twin(row: Contender, case: Case, device: torch.device, build: Build) -> list[Contender]:
-    """A row of ours and its twin of backend "cuda", by `build`; alone where that does not take it on this device."""
+def with_twins(row: Contender, case: Case, device: torch.device, cuda: Build, auto: Build) -> list[Contender]:
+    """A row of ours, its twin by `cuda`, and one by `auto` where that mixes; alone where "cuda" does not take it."""
     ways = [call_of(row, case, device, way, named=True) for way in ("forward", "backward")]
     for reason in map(backends.CUDA.why_not, ways):
         if reason is not None:
             return [replace(row, without_twin=reason)]
-    name = row.name.replace("fusedlora", "fusedlora_cuda")
-    label = row.label.replace(f"fusedlora {row.backend}", "fusedlora cuda")
-    return [row, replace(row, name=name, label=label, build=build, backend="cuda")]
+
+    def twin(asked: str, build: Build, **takers: str) -> Contender:
+        name = row.name.replace("fusedlora", f"fusedlora_{asked}")
+        label = row.label.replace(f"fusedlora {row.backend}", f"fusedlora {asked}")
+        return replace(row, name=name, label=label, build=build, **takers)
+
+    rows = [row, twin("cuda", cuda, backend="cuda")]
+    forward, backward = auto_takers(row, case, device)
+    if forward != backward:
+        both = tuple(group for group in row.groups if group not in ("forward", "backward", "decode"))
+        rows.append(replace(twin("auto", auto, backend=forward, backward=backward), groups=both))
+    return rows
 
 
 def _pairs(case: Case, backend: str, twins_on: torch.device | None) -> list[Contender]:
@@ -119,14 +134,14 @@ def _pairs(case: Case, backend: str, twins_on: torch.device | None) -> list[Cont
     rows = []
 
     def add(suffix: str, label: str, adapter: str, eager: Build, options: dict[str, Any], **setting: Any) -> None:
-        ours, cuda = (layers.fusedlora(adapter, backend=name, **options) for name in (backend, "cuda"))
+        ours, cuda, auto = (layers.fusedlora(adapter, backend=name, **options) for name in (backend, "cuda", "auto"))
         rival, setting = f"eager{suffix}", setting | {"adapter": adapter}
         row = Contender(f"fusedlora{suffix}", f"fusedlora, {label}", ours, rival=rival, **setting)
         if twins_on is None:
             rows.append(row)
         else:
             row = replace(row, label=f"fusedlora {backend}, {label}", backend=backend)
-            rows.extend(with_twin(row, case, twins_on, cuda))
+            rows.extend(with_twins(row, case, twins_on, cuda, auto))
         rows.append(Contender(rival, f"PEFT arithmetic, {label}", eager, **setting))
 
     for suffix, label, adapter, autocast in adapters:

@@ -25,6 +25,7 @@ KERNELS = (
     ("cuBLAS, frozen", "frozen"),
     ("Triton", "fusedlora"),
     ("CUDA C++", "fusedlora_cuda"),
+    ("one of each", "fusedlora_auto"),
     ("eager PEFT arithmetic", "eager"),
     ("peft", "peft"),
     ("torch.compile", "compile"),
@@ -32,14 +33,18 @@ KERNELS = (
 FEATURES = (
     ("Triton", "fusedlora"),
     ("CUDA C++", "fusedlora_cuda"),
+    ("one of each", "fusedlora_auto"),
     ("fp32, autocast", "fusedlora_amp"),
     ("fp32, autocast, CUDA C++", "fusedlora_cuda_amp"),
+    ("fp32, autocast, one of each", "fusedlora_auto_amp"),
     ("fp32", "fusedlora_fp32"),
     ("fp32, CUDA C++", "fusedlora_cuda_fp32"),
     ("dropout 0.1", "fusedlora_dropout"),
     ("dropout 0.1, CUDA C++", "fusedlora_cuda_dropout"),
+    ("dropout 0.1, one of each", "fusedlora_auto_dropout"),
     ("DoRA", "fusedlora_dora"),
     ("DoRA, CUDA C++", "fusedlora_cuda_dora"),
+    ("DoRA, one of each", "fusedlora_auto_dora"),
 )
 EAGER_FEATURES = (
     ("bf16", "eager"),

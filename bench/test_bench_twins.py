@@ -50,6 +50,27 @@ def test_rows_of_both_kernels(hopper):
     assert names.index("fusedlora_cuda") == names.index("fusedlora") + 1
 
 
+def test_a_row_of_auto_where_it_takes_both(hopper, monkeypatch):
+    for direction in FASTER:
+        monkeypatch.setitem(FASTER, direction, ())
+    assert not [name for name in rows_of() if "auto" in name]
+    monkeypatch.setitem(FASTER, "forward", (Calls(converts=(False,)),))
+    rows = rows_of()
+    assert {name for name in rows if "auto" in name} == {
+        "fusedlora_auto",
+        "fusedlora_auto_dropout",
+        "fusedlora_auto_dora",
+    }
+    auto = rows["fusedlora_auto"]
+    assert auto.label == "fusedlora auto, bf16 adapters"
+    assert (auto.taker("forward", ""), auto.taker("backward", "")) == ("cuda", "triton")
+    assert set(auto.groups) == {"training", "module", "features"}
+    (layer,) = make_layers(Case(4, 16, 24, 2), CPU, 1)
+    assert auto.build(layer, Case(4, 16, 24, 2)).call.backend == "auto"
+    monkeypatch.setitem(FASTER, "backward", (Calls(converts=(False,)),))
+    assert not [name for name in rows_of() if "auto" in name], "then the twin is it"
+
+
 def test_rows_that_the_cuda_kernels_refuse(hopper, monkeypatch):
     rows = rows_of()
     assert "fusedlora_cuda_fp32" not in rows
