@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
       for (int i = 0; i < min(stages, count); i++) load(i, i);
     }
     __syncwarp();
-    __syncthreads();
+    meet(2, DECODE_THREADS);
     if (lane == 0) {
 #pragma unroll 1
       for (int i = stages, stage = 0, phase = 0; i < count; i++) {
@@ -199,13 +199,13 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
     __syncwarp();
     cluster_meet();
     small_units<T, TILES, GROUPS>(c, units, small, ranks, 0, lane);
-    __syncthreads();
+    meet(2, DECODE_THREADS);
     cluster_arrive();
     cluster_wait();
     return;
   }
 
-  __syncthreads();
+  meet(2, DECODE_THREADS);
   wait_for_launch_before();
   const auto [group, first, step] = finisher(rank, warp, c.split, GROUPS);
   const OutputRows<T> rows(c, row + 16 * group + g, t);  // long before they are needed
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
   small_units<T, TILES, GROUPS>(c, units, small, ranks, 4 - warp, lane);
   float y[TILES][4];
   sum_units(y, units, group * TILES + first, step, (TILES - first + step - 1) / step, lane, c.split);
-  __syncthreads();
+  meet(2, DECODE_THREADS);
 #pragma unroll
   for (int i = 0; i < TILES; i++) {
     const int tile = first + step * i;

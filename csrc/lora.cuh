@@ -243,13 +243,15 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Mask mask = DROPOUT ? c.mask.read() : Mask{};
   const uint32_t rank = cluster_rank();
+  cluster_arrive();  // before anything is written to another block of the cluster, that has begun
+  int claimed = 0;
   if (threadIdx.x == 0) {
+    if (rank == 0) claimed = claim(c.words + PLACE);
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, CLUSTER * CONSUMERS / 128);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    if (rank == 0) tell_cluster(shared_address(const_cast<int*>(own_place)), claim(c.words + PLACE), CLUSTER);
     if (c.tiles || c.shrink.out) tma_prefetch(&c.left);
     if (c.shrink.out) tma_prefetch(&c.skinny);
     if (c.tiles) {
@@ -257,6 +259,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       tma_prefetch(&c.out);
     }
   }
+  __syncwarp();
+  cluster_wait();
+  if (threadIdx.x == 0 && rank == 0) tell_cluster(shared_address(const_cast<int*>(own_place)), claimed, CLUSTER);
+  __syncwarp();
   cluster_meet();
 
   const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, tiles_n = (c.cols + BLOCK_N - 1) / BLOCK_N;
