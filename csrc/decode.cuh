@@ -164,30 +164,37 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
   // Once the stages are done with, the block's sums take their place, W's units first, and then S.
   const uint32_t units = memory, small = units + unit_bytes((GROUPS + 4) * TILES, 0);
 
+  // The fifth warp loads. All warps meet at the same places of the code, each with what it has to do there.
+  const bool multiplies = warp < 4;
   let_next_launch_begin();
-  if (warp == 4) {
-    auto load = [&](int i, int stage) {
-      const int k = 64 * (begin + i);
-      const uint32_t to = memory + stage * stage_bytes, barrier = full + 8 * stage;
-      barrier_expect(barrier, stage_bytes);
-      tma_load_once(to + a_bytes, &c.w, barrier, k, row);
-      tma_load(to, &c.a, barrier, k, 0);
-      tma_load(to + a_bytes + 8192 * HALVES, &c.x, barrier, k, 0);
-    };
-    if (lane == 0) {
-      for (const CUtensorMap* map : {&c.w, &c.a, &c.x}) tma_prefetch(map);
-      for (int s = 0; s < stages; s++) {
-        barrier_init(full + 8 * s, 1);
-        barrier_init(empty + 8 * s, 1);
-      }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      fence_to_tma();
-      wait_for_launch_before();
-#pragma unroll 1
-      for (int i = 0; i < min(stages, count); i++) load(i, i);
+  auto load = [&](int i, int stage) {
+    const int k = 64 * (begin + i);
+    const uint32_t to = memory + stage * stage_bytes, barrier = full + 8 * stage;
+    barrier_expect(barrier, stage_bytes);
+    tma_load_once(to + a_bytes, &c.w, barrier, k, row);
+    tma_load(to, &c.a, barrier, k, 0);
+    tma_load(to + a_bytes + 8192 * HALVES, &c.x, barrier, k, 0);
+  };
+  if (!multiplies && lane == 0) {
+    for (const CUtensorMap* map : {&c.w, &c.a, &c.x}) tma_prefetch(map);
+    for (int s = 0; s < stages; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 1);
     }
-    __syncwarp();
-    meet(2, DECODE_THREADS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_to_tma();
+    wait_for_launch_before();
+#pragma unroll 1
+    for (int i = 0; i < min(stages, count); i++) load(i, i);
+  }
+  __syncwarp();
+  meet(2, DECODE_THREADS);
+
+  wait_for_launch_before();
+  const Finisher part = finisher(rank, warp, c.split, GROUPS);
+  const int group = part.group, step = part.step, first = multiplies ? part.first : TILES;
+  const OutputRows<T> rows(c, multiplies ? row + 16 * group + g : c.N, t);  // long before they are needed
+  if (!multiplies) {
     if (lane == 0) {
 #pragma unroll 1
       for (int i = stages, stage = 0, phase = 0; i < count; i++) {
@@ -197,49 +204,39 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
       }
     }
     __syncwarp();
-    cluster_meet();
-    small_units<T, TILES, GROUPS>(c, units, small, ranks, 0, lane);
-    meet(2, DECODE_THREADS);
-    cluster_arrive();
-    cluster_wait();
-    return;
-  }
-
-  meet(2, DECODE_THREADS);
-  wait_for_launch_before();
-  const auto [group, first, step] = finisher(rank, warp, c.split, GROUPS);
-  const OutputRows<T> rows(c, row + 16 * group + g, t);  // long before they are needed
-  float acc[HALVES][4 * TILES] = {}, s[4 * TILES] = {};
-  int stage = 0, phase = 0;
-  for (int i = 0; i < count; i++) {
-    barrier_wait(full + 8 * stage, phase);
-    const uint32_t a = memory + stage * stage_bytes, w = a + a_bytes, x = w + 8192 * HALVES;
-    wgmma_fence();
+  } else {
+    float acc[HALVES][4 * TILES] = {}, s[4 * TILES] = {};
+    int stage = 0, phase = 0;
+    for (int i = 0; i < count; i++) {
+      barrier_wait(full + 8 * stage, phase);
+      const uint32_t a = memory + stage * stage_bytes, w = a + a_bytes, x = w + 8192 * HALVES;
+      wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const uint64_t right = matrix_descriptor(x + 32 * k, 16);
+      for (int k = 0; k < 4; k++) {
+        const uint64_t right = matrix_descriptor(x + 32 * k, 16);
 #pragma unroll
-      for (int h = 0; h < HALVES; h++) {
-        NarrowWgmma<T, 8 * TILES>::run(acc[h], matrix_descriptor(w + 8192 * h + 32 * k, 16), right);
+        for (int h = 0; h < HALVES; h++) {
+          NarrowWgmma<T, 8 * TILES>::run(acc[h], matrix_descriptor(w + 8192 * h + 32 * k, 16), right);
+        }
+        NarrowWgmma<T, 8 * TILES>::run(s, matrix_descriptor(a + 32 * k, 16), right);
       }
-      NarrowWgmma<T, 8 * TILES>::run(s, matrix_descriptor(a + 32 * k, 16), right);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (i > 0 && threadIdx.x == 0) barrier_arrive(empty + 8 * (stage == 0 ? stages - 1 : stage - 1), rank);
+      if (++stage == stages) stage = 0, phase ^= 1;
     }
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (i > 0 && threadIdx.x == 0) barrier_arrive(empty + 8 * (stage == 0 ? stages - 1 : stage - 1), rank);
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-  wgmma_wait<0>();
+    wgmma_wait<0>();
 #pragma unroll
-  for (int i = 0; i < 4 * TILES; i++) {
-    asm volatile("" : "+f"(s[i])::"memory");
-    for (int h = 0; h < HALVES; h++) asm volatile("" : "+f"(acc[h][i])::"memory");
-  }
+    for (int i = 0; i < 4 * TILES; i++) {
+      asm volatile("" : "+f"(s[i])::"memory");
+      for (int h = 0; h < HALVES; h++) asm volatile("" : "+f"(acc[h][i])::"memory");
+    }
 
-  meet(1, 128);  // no warp reads a stage any more
+    meet(1, 128);  // no warp reads a stage any more
 #pragma unroll
-  for (int h = 0; h < HALVES; h++) keep_units(acc[h], units, (4 * h + warp) * TILES, lane);
-  if (warp < ranks) keep_units(s, units, (GROUPS + warp) * TILES, lane);
+    for (int h = 0; h < HALVES; h++) keep_units(acc[h], units, (4 * h + warp) * TILES, lane);
+    if (warp < ranks) keep_units(s, units, (GROUPS + warp) * TILES, lane);
+  }
   cluster_meet();
 
   small_units<T, TILES, GROUPS>(c, units, small, ranks, 4 - warp, lane);
