@@ -12,6 +12,9 @@ MAX_RANK = 256
 # float32 operands go through three tf32 products each, whose terms leave too few registers for wider ranks.
 MAX_RANK_FLOAT32 = 64
 
+# Rows of x up to which the forward is the decode kernel's, and ranks: wider ones have more of A to read than of W.
+MAX_DECODE_ROWS, MAX_DECODE_RANK = 64, 64
+
 # Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications). An unknown capability is treated as the smallest.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
@@ -48,6 +51,21 @@ class BackwardConfig(ForwardConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Tiles of the decode kernel, the forward's for few rows: BLOCK_N columns of y and one of SPLIT parts of the depth.
+
+    With `early` its programs may take their places while the launch before it on the stream ends (sm_90 and later).
+    """
+
+    BLOCK_N: int
+    BLOCK_K: int
+    SPLIT: int
+    num_warps: int
+    num_stages: int
+    early: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """What a configuration is chosen by. `out` and `depth` are N and K forward, K and N backward."""
 
@@ -69,7 +87,7 @@ def block_r(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def check_config(config: ForwardConfig) -> None:
+def check_config(config: ForwardConfig | DecodeConfig) -> None:
     """Raises ValueError where a configuration breaks a rule of the kernels (powers of two, tensor-core minima)."""
     minima = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RANK_K": 16, "SHRINK_M": 16, "SHRINK_K": 16}
     minima |= {"STRIPE_N": 16, "STRIPE_M": 16, "GROUP_M": 1, "num_warps": 1, "num_stages": 1, "stripe_rows": 1}
@@ -80,7 +98,8 @@ def check_config(config: ForwardConfig) -> None:
         least = minima.get(field.name, 1)
         if value < least:
             raise ValueError(f"{field.name} is {value}; it must be at least {least}")
-        tile_size = field.name.isupper() and field.name != "GROUP_M" and not field.name.endswith("STAGES")
+        counts = field.name in ("GROUP_M", "SPLIT") or field.name.endswith("STAGES")
+        tile_size = field.name.isupper() and not counts
         if tile_size and (value & (value - 1) or value > 256):
             raise ValueError(f"{field.name} is {value}; a tile size must be a power of two up to 256")
     if config.num_warps not in (4, 8):
@@ -91,6 +110,27 @@ def check_config(config: ForwardConfig) -> None:
 def forward_config(p: Problem) -> ForwardConfig:
     """The configuration of the forward kernel."""
     return ForwardConfig(**_tile(p), GROUP_M=8, **_shrink(p, tall=True, masked=p.dropout))
+
+
+def decode_rows(M: int) -> int:
+    """Rows of x as the decode kernel pads them."""
+    return max(16, 1 << (M - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_config(p: Problem) -> DecodeConfig | None:
+    """The configuration of the decode kernel, None for what is left to the forward kernel."""
+    if p.M > MAX_DECODE_ROWS or p.r > MAX_DECODE_RANK or p.dropout:
+        return None
+    # Nearly every SM has a program, and each at least 512 of the depth.
+    blocks, split = -(-p.out // 64), 1
+    while split < 8 and blocks * split < 0.9 * p.num_sms and p.depth >= 1024 * split:
+        split *= 2
+    depth = 128 if p.itemsize == 2 and not (p.split and block_r(p.r) > 16) else 64
+    # What a stage holds: tiles of W, x and A, which may be fp32. Half of the memory, so that two programs share an SM.
+    stage = depth * (p.itemsize * (64 + decode_rows(p.M)) + 4 * block_r(p.r))
+    stages = min(5, SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values())) // stage)
+    return DecodeConfig(64, depth, split, num_warps=4, num_stages=max(stages, 2), early=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import cache_dir
-from .config import BackwardConfig, ForwardConfig, Problem, backward_config, check_config, forward_config
+from .config import (
+    BackwardConfig,
+    DecodeConfig,
+    ForwardConfig,
+    Problem,
+    backward_config,
+    check_config,
+    decode_config,
+    forward_config,
+)
 from .doctor import fingerprint
 
 if TYPE_CHECKING:
@@ -30,7 +39,6 @@ SHIPPED = Path(__file__).parent / "tuned"
 NEAR = 2**0.5
 
 _CLASSES: dict[str, type[ForwardConfig]] = {"forward": ForwardConfig, "backward": BackwardConfig}
-_HEURISTICS = {"forward": forward_config, "backward": backward_config}
 # What an entry says of its problem; the GPU's fields stand in the table's head.
 _PROBLEM = tuple(f.name for f in dataclasses.fields(Problem) if f.name not in ("capability", "num_sms"))
 
@@ -180,6 +188,13 @@ def in_use() -> bool:
     return not torch.are_deterministic_algorithms_enabled()
 
 
+def heuristic(kernel: str, problem: Problem) -> ForwardConfig | DecodeConfig:
+    """The configuration of the "forward" or "backward" kernel where nothing was measured."""
+    if kernel == "backward":
+        return backward_config(problem)
+    return decode_config(problem) or forward_config(problem)
+
+
 def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[Any, str]:
     """The configuration of the "forward" or "backward" kernel and where it comes from."""
     gpu = gpu_of(device) if tuned else None
@@ -187,4 +202,4 @@ def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> 
         entry = table.find(kernel, problem)
         if entry is not None:
             return entry.config, f"measured at M = {entry.problem.M}, {table.path}"
-    return _HEURISTICS[kernel](problem), "heuristic"
+    return heuristic(kernel, problem), "heuristic"
