@@ -122,15 +122,22 @@ def decode_config(p: Problem) -> DecodeConfig | None:
     """The configuration of the decode kernel, None for what is left to the forward kernel."""
     if p.M > MAX_DECODE_ROWS or p.r > MAX_DECODE_RANK or p.dropout:
         return None
+    rows, wide = decode_rows(p.M), block_r(p.r)
+    if wide * rows > (512 if p.itemsize == 4 else 1024 if p.split else 4096):  # three products each: registers
+        return None
     # Nearly every SM has a program, and each at least 512 of the depth.
     blocks, split = -(-p.out // 64), 1
     while split < 8 and blocks * split < 0.9 * p.num_sms and p.depth >= 1024 * split:
         split *= 2
-    depth = 128 if p.itemsize == 2 and not (p.split and block_r(p.r) > 16) else 64
-    # What a stage holds: tiles of W, x and A, which may be fp32. Half of the memory, so that two programs share an SM.
-    stage = depth * (p.itemsize * (64 + decode_rows(p.M)) + 4 * block_r(p.r))
-    stages = min(5, SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values())) // stage)
-    return DecodeConfig(64, depth, split, num_warps=4, num_stages=max(stages, 2), early=True)
+    # Wider accumulators of S, and operands that are split into terms, leave fewer registers for operands.
+    depth = 256 // p.itemsize if wide * rows <= 1024 and not p.split else 128 // p.itemsize
+    # What a stage holds: tiles of W, x and A, which may be fp32. Four of them are 64 KB of W on their way.
+    stage = depth * (p.itemsize * (64 + rows) + 4 * wide)
+    buffers = min(4, SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values())) // stage)
+    # wgmma, which takes 64 rows, holds on to the stage that it reads, and Triton counts that one for others beside.
+    stages = buffers if rows == 64 and p.capability == 90 else buffers + 1
+    warps = 8 if wide * rows > 2048 else 4
+    return DecodeConfig(64, depth, split, num_warps=warps, num_stages=stages, early=True)
 
 
 @functools.lru_cache(maxsize=4096)
