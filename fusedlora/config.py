@@ -65,6 +65,10 @@ class DecodeConfig:
     early: bool
 
 
+# What a launcher takes.
+Config = ForwardConfig | DecodeConfig
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What a configuration is chosen by. `out` and `depth` are N and K forward, K and N backward."""
@@ -87,7 +91,7 @@ def block_r(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def check_config(config: ForwardConfig | DecodeConfig) -> None:
+def check_config(config: Config) -> None:
     """Raises ValueError where a configuration breaks a rule of the kernels (powers of two, tensor-core minima)."""
     minima = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RANK_K": 16, "SHRINK_M": 16, "SHRINK_K": 16}
     minima |= {"STRIPE_N": 16, "STRIPE_M": 16, "GROUP_M": 1, "num_warps": 1, "num_stages": 1, "stripe_rows": 1}

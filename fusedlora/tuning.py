@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .cache import cache_dir
 from .config import (
     BackwardConfig,
+    Config,
     DecodeConfig,
     ForwardConfig,
     Problem,
@@ -38,7 +39,6 @@ SHIPPED = Path(__file__).parent / "tuned"
 # An entry serves as many rows as it was measured with, and up to this many times more or fewer.
 NEAR = 2**0.5
 
-_CLASSES: dict[str, type[ForwardConfig]] = {"forward": ForwardConfig, "backward": BackwardConfig}
 # What an entry says of its problem; the GPU's fields stand in the table's head.
 _PROBLEM = tuple(f.name for f in dataclasses.fields(Problem) if f.name not in ("capability", "num_sms"))
 
@@ -56,7 +56,7 @@ class Entry:
 
     kernel: str
     problem: Problem
-    config: ForwardConfig
+    config: Config
     us: float
     heuristic_us: float
 
@@ -119,11 +119,18 @@ def parse(text: str, gpu: Gpu, path: Path | None = None) -> Table:
 def _entry(data: dict[str, Any], gpu: Gpu) -> Entry:
     kernel = data["kernel"]
     problem = Problem(**_typed(Problem, data["problem"]), capability=gpu.capability, num_sms=gpu.num_sms)
-    config = _CLASSES[kernel](**_typed(_CLASSES[kernel], data["config"]))
+    cls = config_class(kernel, data["config"])
+    config = cls(**_typed(cls, data["config"]))
     check_config(config)
     if problem.M < 1:
         raise ValueError(f"M is {problem.M}; it must be at least 1")
     return Entry(kernel, problem, config, float(data["us"]), float(data["heuristic_us"]))
+
+
+def config_class(kernel: str, fields: dict[str, Any]) -> type[Config]:
+    """What a configuration of the "forward" or "backward" kernel with these fields is."""
+    forward = DecodeConfig if "SPLIT" in fields else ForwardConfig
+    return {"forward": forward, "backward": BackwardConfig}[kernel]
 
 
 def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def in_use() -> bool:
     return not torch.are_deterministic_algorithms_enabled()
 
 
-def heuristic(kernel: str, problem: Problem) -> ForwardConfig | DecodeConfig:
+def heuristic(kernel: str, problem: Problem) -> Config:
     """The configuration of the "forward" or "backward" kernel where nothing was measured."""
     if kernel == "backward":
         return backward_config(problem)
