@@ -135,9 +135,10 @@ def decode_config(p: Problem) -> DecodeConfig | None:
         split *= 2
     # Wider accumulators of S, and operands that are split into terms, leave fewer registers for operands.
     depth = 256 // p.itemsize if wide * rows <= 1024 and not p.split else 128 // p.itemsize
-    # What a stage holds: tiles of W, x and A, which may be fp32. Four of them are 64 KB of W on their way.
+    # What a stage holds: tiles of W, x and A, which may be fp32. Four of them are 64 KB of W on their way. An unknown
+    # GPU has at least 64 KB.
     stage = depth * (p.itemsize * (64 + rows) + 4 * wide)
-    buffers = min(4, SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values())) // stage)
+    buffers = min(4, SHARED_MEMORY.get(p.capability, 65_536) // stage)
     # wgmma, which takes 64 rows, holds on to the stage that it reads, and Triton counts that one for others beside.
     stages = buffers if rows == 64 and p.capability == 90 else buffers + 1
     warps = 8 if wide * rows > 2048 else 4
