@@ -102,8 +102,7 @@ def check_config(config: Config) -> None:
         least = minima.get(field.name, 1)
         if value < least:
             raise ValueError(f"{field.name} is {value}; it must be at least {least}")
-        counts = field.name in ("GROUP_M", "SPLIT") or field.name.endswith("STAGES")
-        tile_size = field.name.isupper() and not counts
+        tile_size = field.name.isupper() and field.name != "GROUP_M" and not field.name.endswith("STAGES")
         if tile_size and (value & (value - 1) or value > 256):
             raise ValueError(f"{field.name} is {value}; a tile size must be a power of two up to 256")
     if config.num_warps not in (4, 8):
@@ -129,20 +128,25 @@ def decode_config(p: Problem) -> DecodeConfig | None:
     rows, wide = decode_rows(p.M), block_r(p.r)
     if wide * rows > (512 if p.itemsize == 4 else 1024 if p.split else 4096):  # three products each: registers
         return None
-    # Nearly every SM has a program, and each at least 512 of the depth.
-    blocks, split = -(-p.out // 64), 1
-    while split < 8 and blocks * split < 0.9 * p.num_sms and p.depth >= 1024 * split:
-        split *= 2
+    # Nearly every SM has a program, and each at least 512 of the depth. Whoever adds the parts holds them in registers.
+    for columns in (64, 32):
+        blocks, split = -(-p.out // columns), 1
+        while split < 8 and blocks * split < 0.9 * p.num_sms and p.depth >= 1024 * split:
+            split *= 2
+        most = 8192 // (rows * columns)
+        if split <= most:
+            break
+    split = min(split, most)
     # Wider accumulators of S, and operands that are split into terms, leave fewer registers for operands.
     depth = 256 // p.itemsize if wide * rows <= 1024 and not p.split else 128 // p.itemsize
     # What a stage holds: tiles of W, x and A, which may be fp32. Four of them are 64 KB of W on their way. An unknown
     # GPU has at least 64 KB.
-    stage = depth * (p.itemsize * (64 + rows) + 4 * wide)
+    stage = depth * (p.itemsize * (columns + rows) + 4 * wide)
     buffers = min(4, SHARED_MEMORY.get(p.capability, 65_536) // stage)
     # wgmma, which takes 64 rows, holds on to the stage that it reads, and Triton counts that one for others beside.
     stages = buffers if rows == 64 and p.capability == 90 else buffers + 1
     warps = 8 if wide * rows > 2048 else 4
-    return DecodeConfig(64, depth, split, num_warps=warps, num_stages=stages, early=True)
+    return DecodeConfig(columns, depth, split, num_warps=warps, num_stages=stages, early=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -193,9 +193,8 @@ def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     up, down = (Problem(M, *sides, *rest) for sides in ((call.N, call.K), (call.K, call.N)))
     forward, why_forward = tuning.choose("forward", up, call.device, tuning.in_use())
     backward, why_backward = tuning.choose("backward", down, call.device, tuning.in_use())
-    first = f"({why_forward}) {forward}"
-    if not isinstance(forward, DecodeConfig):
-        first += f", {forward_schedule(up, forward)}"
+    decodes = isinstance(forward, DecodeConfig)  # in one launch wherever it runs
+    first = f"({why_forward}) {forward}, " + ("one launch" if decodes else str(forward_schedule(up, forward)))
     plan = backward_schedule(down, backward, True, True, True)
     return launches, first, f"({why_backward}) {backward}, {plan}"
 

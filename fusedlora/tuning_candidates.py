@@ -54,7 +54,8 @@ def _may_run(c: Config, p: Problem) -> bool:
     threads = 32 * c.num_warps
     fits = shared_bytes(c, p) <= SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values()))
     if isinstance(c, DecodeConfig):
-        return fits
+        parts = c.SPLIT * c.BLOCK_N * decode_rows(p.M)
+        return fits and (c.SPLIT == 1 or parts <= MOST_A_THREAD * threads // 2)
     skinny = max(c.SHRINK_M, c.STRIPE_N if isinstance(c, BackwardConfig) else 0) * block_r(p.r)
     if max(c.BLOCK_M * c.BLOCK_N, skinny) > MOST_A_THREAD * threads or c.BLOCK_M * c.BLOCK_N < 4 * threads:
         return False

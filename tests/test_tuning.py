@@ -175,7 +175,7 @@ class TestTable:
         base = tuning.heuristic("forward", p)
         assert isinstance(base, DecodeConfig)
         assert tuning.choose("forward", p, DEVICE, tuned=True) == (base, "heuristic")
-        other = dataclasses.replace(base, SPLIT=3)
+        other = dataclasses.replace(base, SPLIT=4)
         tuning.write(tuning.Table(GPU, [tuning.Entry("forward", p, other, 9.0, 10.0)]), cache)
         assert tuning.choose("forward", p, DEVICE, tuned=True) == (other, f"measured at M = 16, {cache}")
 

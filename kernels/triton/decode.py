@@ -17,7 +17,6 @@ from fusedlora.kernels.common import (
     dot_rank,
     dot_skinny,
     load_skinny,
-    load_small,
     next_term,
     regained,
 )
@@ -38,18 +37,29 @@ def terms_of(tile, dtype: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
+def load_parts(ptr, M, size, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """[SPLIT, BLOCK_M, WIDTH], all at once: parts of rows that begin `size` elements apart, zero from row M on."""
+    m_offs = tl.arange(0, BLOCK_M)[None, :, None]
+    offs = tl.arange(0, SPLIT)[:, None, None] * size + m_offs * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    return tl.load(ptr + offs, mask=m_offs < M, other=0.0)
+
+
+@triton.jit
 def finish(
-    acc, small, b_ptr, bias_ptr, gain_ptr, y_ptr, s_ptr, col, M, N, r, stride_bn, scaling,
+    acc, small, skinny, bias, gain, y_ptr, s_ptr, col, M, N, r, scaling,
     dtype: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Stores y = gain ∘ (acc + S Bᵀ) + bias of one column block, and from the first one S = scaling · small."""
-    m_offs = tl.arange(0, BLOCK_M)
-    n_offs = col + tl.arange(0, BLOCK_N)
-    r_offs = tl.arange(0, BLOCK_R)
+    """Stores y = gain ∘ (acc + S Bᵀ) + bias of one column block, and from the first one S = scaling · small.
+
+    skinny is the block's tile of Bᵀ; bias and gain are its own or None.
+    """
+    m_offs = tl.arange(0, acc.shape[0])
+    n_offs = col + tl.arange(0, acc.shape[1])
+    r_offs = tl.arange(0, small.shape[1])
     small = tl.where((r_offs < r)[None, :], small * scaling, 0.0)  # x may be infinite
-    skinny = load_skinny(b_ptr, 1, stride_bn, r_offs, n_offs, r, N)
     high, rest, _ = terms_of(small, dtype, TERMS)
+    # Not needed for its zeros: without it Triton waits for the tile where it is loaded, to put it in shared memory.
+    skinny = tl.where((r_offs < r)[:, None], skinny, 0.0)
     skinny, skinny_rest, _ = terms_of(skinny, dtype, TERMS)
     acc = dot_rank(high, rest, skinny, skinny_rest, acc, dtype, TERMS, PRECISION)
     if s_ptr is not None:
@@ -57,10 +67,10 @@ def finish(
             s = small if TERMS > 1 else high
             mask = (m_offs < M)[:, None] & (r_offs < r)[None, :]
             tl.store(s_ptr + m_offs[:, None] * r + r_offs[None, :], s, mask=mask)
-    if gain_ptr is not None:
-        acc *= tl.load(gain_ptr + n_offs, mask=n_offs < N, other=0.0)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
+    if gain is not None:
+        acc *= gain[None, :]
+    if bias is not None:
+        acc += bias.to(tl.float32)[None, :]
     mask = (m_offs < M)[:, None] & (n_offs < N)[None, :]
     tl.store(y_ptr + m_offs[:, None] * N + n_offs[None, :], acc.to(dtype), mask=mask)
 
@@ -105,6 +115,15 @@ def decode_kernel(
     # Rows past the last are the last once more: their columns of y are not stored.
     w_rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - col)
     w_ptrs = w_ptr + tl.cast(col, tl.int64) * stride_wn + w_rows[:, None] * stride_wn
+    # What the end takes beside sums comes from memory meanwhile.
+    n_offs = col + tl.arange(0, BLOCK_N)
+    skinny = load_skinny(b_ptr, 1, stride_bn, r_offs, n_offs, r, N)
+    bias = None
+    gain = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0)
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + n_offs, mask=n_offs < N, other=0.0)
     steps = tl.cdiv(K, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     small = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -123,31 +142,22 @@ def decode_kernel(
     if TERMS > 1:
         small = regained(small, BLOCK_K)
     if SPLIT == 1:
-        finish(
-            acc, small, b_ptr, bias_ptr, gain_ptr, y_ptr, s_ptr, col, M, N, r, stride_bn, scaling,
-            dtype, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
+        finish(acc, small, skinny, bias, gain, y_ptr, s_ptr, col, M, N, r, scaling, dtype, TERMS, PRECISION)
     else:
         SIZE: tl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_R)
         first_ptr = parts_ptr + tl.cast(block, tl.int64) * SPLIT * SIZE
         own_ptr = first_ptr + part * SIZE
-        n_offs = tl.arange(0, BLOCK_N)
-        tl.store(own_ptr + m_offs[:, None] * BLOCK_N + n_offs[None, :], acc, mask=(m_offs < M)[:, None])
+        tl.store(own_ptr + m_offs[:, None] * BLOCK_N + (n_offs - col)[None, :], acc, mask=(m_offs < M)[:, None])
         own_ptr += BLOCK_M * BLOCK_N
         tl.store(own_ptr + m_offs[:, None] * BLOCK_R + r_offs[None, :], small, mask=(m_offs < M)[:, None])
         tl.debug_barrier()
         if tl.atomic_add(sync_ptr + block, 1, sem="acq_rel") == SPLIT - 1:
             tl.store(sync_ptr + block, 0)  # for the next launch; no other program touches it any more
-            acc = load_small(first_ptr, 0, 0, M, BLOCK_N, BLOCK_M, BLOCK_N)
-            small = load_small(first_ptr + BLOCK_M * BLOCK_N, 0, 0, M, BLOCK_R, BLOCK_M, BLOCK_R)
-            for i in tl.static_range(1, SPLIT):
-                part_ptr = first_ptr + i * SIZE
-                acc += load_small(part_ptr, 0, 0, M, BLOCK_N, BLOCK_M, BLOCK_N)
-                small += load_small(part_ptr + BLOCK_M * BLOCK_N, 0, 0, M, BLOCK_R, BLOCK_M, BLOCK_R)
-            finish(
-                acc, small, b_ptr, bias_ptr, gain_ptr, y_ptr, s_ptr, col, M, N, r, stride_bn, scaling,
-                dtype, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-            )  # fmt: skip
+            acc_parts = load_parts(first_ptr, M, SIZE, SPLIT, BLOCK_M, BLOCK_N)
+            small_parts = load_parts(first_ptr + BLOCK_M * BLOCK_N, M, SIZE, SPLIT, BLOCK_M, BLOCK_R)
+            acc = tl.sum(acc_parts, 0)
+            small = tl.sum(small_parts, 0)
+            finish(acc, small, skinny, bias, gain, y_ptr, s_ptr, col, M, N, r, scaling, dtype, TERMS, PRECISION)
 
 
 def decode_plan(

@@ -166,8 +166,9 @@ def test_launch_counts() -> None:
     assert len(launches_of(90, "two-launches")) == 4
 
 
+@pytest.mark.parametrize("variant", ["r16", "16-rows"])
 @pytest.mark.parametrize("scaling, M", [(3.5, 8192), (2.0, 8191), (2.0, 8193)])
-def test_no_recompilation_for_sizes_and_scaling(scaling: float, M: int) -> None:
+def test_no_recompilation_for_sizes_and_scaling(scaling: float, M: int, variant: str) -> None:
     """What is not specialised: an int of another divisibility, or another float, gives the same source to compile."""
     from triton.backends.compiler import GPUTarget
 
@@ -181,7 +182,7 @@ def test_no_recompilation_for_sizes_and_scaling(scaling: float, M: int) -> None:
 
     with mock.patch.object(inspection, "triton_compile", keep):
         for arguments in ({}, {"scaling": scaling, "M": M}):
-            for launch in launches_of(90, "r16"):
+            for launch in launches_of(90, variant):
                 changed = Launch(launch.kernel, launch.arguments | arguments)
                 inspection.compile_launch(changed, GPUTarget("cuda", 90, 32))
     assert sources[0] == sources[2] and sources[1] == sources[3]
