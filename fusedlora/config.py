@@ -12,6 +12,9 @@ MAX_RANK = 256
 # float32 operands go through three tf32 products each, whose terms leave too few registers for wider ranks.
 MAX_RANK_FLOAT32 = 64
 
+# Rows of x up to which the forward is the decode kernel's, and ranks: wider ones have more of A to read than of W.
+MAX_DECODE_ROWS, MAX_DECODE_RANK = 64, 64
+
 # Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications). An unknown capability is treated as the smallest.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
@@ -48,6 +51,25 @@ class BackwardConfig(ForwardConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Tiles of the decode kernel, the forward's for few rows: BLOCK_N columns of y and one of SPLIT parts of the depth.
+
+    With `early` its programs may take their places while the launch before it on the stream ends (sm_90 and later).
+    """
+
+    BLOCK_N: int
+    BLOCK_K: int
+    SPLIT: int
+    num_warps: int
+    num_stages: int
+    early: bool
+
+
+# What a launcher takes.
+Config = ForwardConfig | DecodeConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """What a configuration is chosen by. `out` and `depth` are N and K forward, K and N backward."""
 
@@ -69,7 +91,7 @@ def block_r(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def check_config(config: ForwardConfig) -> None:
+def check_config(config: Config) -> None:
     """Raises ValueError where a configuration breaks a rule of the kernels (powers of two, tensor-core minima)."""
     minima = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RANK_K": 16, "SHRINK_M": 16, "SHRINK_K": 16}
     minima |= {"STRIPE_N": 16, "STRIPE_M": 16, "GROUP_M": 1, "num_warps": 1, "num_stages": 1, "stripe_rows": 1}
@@ -91,6 +113,40 @@ def check_config(config: ForwardConfig) -> None:
 def forward_config(p: Problem) -> ForwardConfig:
     """The configuration of the forward kernel."""
     return ForwardConfig(**_tile(p), GROUP_M=8, **_shrink(p, tall=True, masked=p.dropout))
+
+
+def decode_rows(M: int) -> int:
+    """Rows of x as the decode kernel pads them."""
+    return max(16, 1 << (M - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_config(p: Problem) -> DecodeConfig | None:
+    """The configuration of the decode kernel, None for what is left to the forward kernel."""
+    if p.M > MAX_DECODE_ROWS or p.r > MAX_DECODE_RANK or p.dropout:
+        return None
+    rows, wide = decode_rows(p.M), block_r(p.r)
+    if wide * rows > (512 if p.itemsize == 4 else 1024 if p.split else 4096):  # three products each: registers
+        return None
+    # Nearly every SM has a program, and each at least 512 of the depth. Whoever adds the parts holds them in registers.
+    for columns in (64, 32):
+        blocks, split = -(-p.out // columns), 1
+        while split < 8 and blocks * split < 0.9 * p.num_sms and p.depth >= 1024 * split:
+            split *= 2
+        most = 8192 // (rows * columns)
+        if split <= most:
+            break
+    split = min(split, most)
+    # Wider accumulators of S, and operands that are split into terms, leave fewer registers for operands.
+    depth = 256 // p.itemsize if wide * rows <= 1024 and not p.split else 128 // p.itemsize
+    # What a stage holds: tiles of W, x and A, which may be fp32. Four of them are 64 KB of W on their way. An unknown
+    # GPU has at least 64 KB.
+    stage = depth * (p.itemsize * (columns + rows) + 4 * wide)
+    buffers = min(4, SHARED_MEMORY.get(p.capability, 65_536) // stage)
+    # wgmma, which takes 64 rows, holds on to the stage that it reads, and Triton counts that one for others beside.
+    stages = buffers if rows == 64 and p.capability == 90 else buffers + 1
+    warps = 8 if wide * rows > 2048 else 4
+    return DecodeConfig(columns, depth, split, num_warps=warps, num_stages=stages, early=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -183,7 +183,7 @@ def _layout_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
 def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     from fusedlora.kernels.launch import device_facts
 
-    from .config import Problem
+    from .config import DecodeConfig, Problem
     from .schedule import backward_schedule, forward_schedule
 
     M, size, split = x.shape[0], x.element_size(), call.adapter_dtype != call.dtype
@@ -193,8 +193,10 @@ def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     up, down = (Problem(M, *sides, *rest) for sides in ((call.N, call.K), (call.K, call.N)))
     forward, why_forward = tuning.choose("forward", up, call.device, tuning.in_use())
     backward, why_backward = tuning.choose("backward", down, call.device, tuning.in_use())
-    plans = forward_schedule(up, forward), backward_schedule(down, backward, True, True, True)
-    return launches, f"({why_forward}) {forward}, {plans[0]}", f"({why_backward}) {backward}, {plans[1]}"
+    decodes = isinstance(forward, DecodeConfig)  # in one launch wherever it runs
+    first = f"({why_forward}) {forward}, " + ("one launch" if decodes else str(forward_schedule(up, forward)))
+    plan = backward_schedule(down, backward, True, True, True)
+    return launches, first, f"({why_backward}) {backward}, {plan}"
 
 
 _CONFIGS = {"cuda": _cuda_config, "triton": _triton_config}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import tuning
-from .config import ForwardConfig, Problem
+from .config import Config, Problem
 from .tuning_candidates import STEPS, variants
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ LEAST_GAIN = 0.01
 class Tools(Protocol):
     """What tune_gpu.OnGpu gives; tests put something else in its place."""
 
-    def reasons(self, kernel: str, shape: Shape, configs: Sequence[ForwardConfig]) -> list[str | None]: ...
+    def reasons(self, kernel: str, shape: Shape, configs: Sequence[Config]) -> list[str | None]: ...
 
     def times(
-        self, kernel: str, shape: Shape, configs: Sequence[ForwardConfig], rounds: int
+        self, kernel: str, shape: Shape, configs: Sequence[Config], rounds: int
     ) -> list[tuple[float, Spread] | None]: ...
 
 
@@ -48,11 +48,11 @@ class Outcome:
     us: float
     heuristic_us: float
     tried: int = 0
-    wrong: list[tuple[ForwardConfig, str]] = dataclasses.field(default_factory=list)
+    wrong: list[tuple[Config, str]] = dataclasses.field(default_factory=list)
 
 
 def tune_kernel(
-    kernel: str, shape: Shape, problem: Problem, heuristic: ForwardConfig, tools: Tools, say: Callable[[str], None]
+    kernel: str, shape: Shape, problem: Problem, heuristic: Config, tools: Tools, say: Callable[[str], None]
 ) -> Outcome:
     """Varies one group of fields after another around the best so far, the heuristic's configuration at first."""
     best, outcome = heuristic, Outcome(None, 0.0, 0.0)
@@ -77,7 +77,7 @@ def tune_kernel(
     return outcome
 
 
-def _fastest(kernel: str, shape: Shape, configs: list[ForwardConfig], tools: Tools) -> ForwardConfig:
+def _fastest(kernel: str, shape: Shape, configs: list[Config], tools: Tools) -> Config:
     """The first of the configurations unless another takes less than its time."""
     times = tools.times(kernel, shape, configs, LOOK)
     shares = [(t[1].median, index) for index, t in enumerate(times) if t is not None and index > 0]
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     """0: done, the table says what was gained; 1: no GPU that the kernels run on; 2: no such shapes."""
     import torch
 
-    from .tune_check import Shape, heuristic
+    from .tune_check import Shape
 
     device = torch.device(args.device)
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     for shape in shapes:
         for kernel in STEPS:
             problem = shape.problem(kernel, gpu.capability, gpu.num_sms)
-            outcome = tune_kernel(kernel, shape, problem, heuristic(kernel, problem), tools, bar.say)
+            outcome = tune_kernel(kernel, shape, problem, tuning.heuristic(kernel, problem), tools, bar.say)
             table.drop(kernel, problem)
             if outcome.entry is not None:
                 table.put(outcome.entry)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from . import dropout
-from .config import BackwardConfig, ForwardConfig, Problem, backward_config, forward_config
+from .config import Config, Problem, forward_config
 from .testing import Inputs, eager_peft, error_ratios, exact, run
 from .timing import synchronize
+from .tuning import config_class, heuristic
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SEED = 2**62 + 1
@@ -54,10 +55,6 @@ class Shape:
         return Problem(self.M, out, depth, self.r, itemsize, split, capability, num_sms, self.dropout > 0.0)
 
 
-def heuristic(kernel: str, problem: Problem) -> ForwardConfig:
-    return forward_config(problem) if kernel == "forward" else backward_config(problem)
-
-
 def draw(shape: Shape, device: torch.device, seed: int) -> Inputs:
     """Random inputs, drawn on the device; products are of order one."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -80,7 +77,7 @@ def draw(shape: Shape, device: torch.device, seed: int) -> Inputs:
     )
 
 
-def launch(kernel: str, i: Inputs, config: ForwardConfig, s: Tensor | None = None) -> tuple[Tensor, ...]:
+def launch(kernel: str, i: Inputs, config: Config, s: Tensor | None = None) -> tuple[Tensor, ...]:
     """y and S of the forward kernel; dX, dA and dB of the backward kernel, which takes s."""
     from fusedlora.kernels.backward import lora_backward
     from fusedlora.kernels.forward import lora_forward
@@ -130,13 +127,13 @@ class Checker:
         base = self.ratios(self.outputs(heuristic(kernel, problem)))
         self.limits = {name: LUCK * max(1.0, ratio) for name, ratio in base.items()}
 
-    def outputs(self, config: ForwardConfig) -> dict[str, Tensor]:
+    def outputs(self, config: Config) -> dict[str, Tensor]:
         return dict(zip(OUTPUTS[self.kernel], launch(self.kernel, self.inputs, config, self.s)))
 
     def ratios(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         return error_ratios(outputs, self.eager, self.exact)
 
-    def why_not(self, config: ForwardConfig) -> str | None:
+    def why_not(self, config: Config) -> str | None:
         """What is wrong with a configuration, None where nothing is."""
         first = self.outputs(config)
         for name, ratio in self.ratios(first).items():
@@ -146,10 +143,6 @@ class Checker:
         if not all(torch.equal(first[name], again[name]) for name in first):
             return "two runs differ"
         return None
-
-
-def from_dict(kernel: str, fields: dict[str, Any]) -> ForwardConfig:
-    return (ForwardConfig if kernel == "forward" else BackwardConfig)(**fields)
 
 
 def main(path: str) -> None:
@@ -162,7 +155,7 @@ def main(path: str) -> None:
     for index, fields in job["configs"]:
         print(json.dumps({"stage": f"configuration {index}"}), flush=True)
         try:
-            reason = checker.why_not(from_dict(kernel, fields))
+            reason = checker.why_not(config_class(kernel, fields)(**fields))
             synchronize(device)
         except Exception as error:  # one that Triton refuses says so in many ways; a broken context ends the process
             if isinstance(error, torch.AcceleratorError):

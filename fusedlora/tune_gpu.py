@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .config import ForwardConfig
+from .config import Config
 from .doctor import run_limited
 from .memory import device_memory
 from .testing import Inputs, relative_error
@@ -35,7 +35,7 @@ class OnGpu:
     def __init__(self, device: torch.device, jobs: int, progress: Callable[[int], None]) -> None:
         self.device, self.jobs, self.progress = device, jobs, progress
 
-    def reasons(self, kernel: str, shape: Shape, configs: Sequence[ForwardConfig]) -> list[str | None]:
+    def reasons(self, kernel: str, shape: Shape, configs: Sequence[Config]) -> list[str | None]:
         """What is wrong with each configuration, None where nothing is. They are compiled side by side."""
         found: dict[int, str | None] = {}
         free = torch.cuda.mem_get_info(self.device)[0]
@@ -56,9 +56,7 @@ class OnGpu:
             list(pool.map(work, range(jobs)))
         return [found[index] for index in range(len(configs))]
 
-    def _child(
-        self, kernel: str, shape: Shape, configs: list[tuple[int, ForwardConfig]]
-    ) -> tuple[dict[int, str | None], str]:
+    def _child(self, kernel: str, shape: Shape, configs: list[tuple[int, Config]]) -> tuple[dict[int, str | None], str]:
         job: dict[str, Any] = {"device": str(self.device), "kernel": kernel, "shape": dataclasses.asdict(shape)}
         job["configs"] = [(index, dataclasses.asdict(config)) for index, config in configs]
         handle, path = tempfile.mkstemp(suffix=".json")
@@ -72,7 +70,7 @@ class OnGpu:
         return reasons, outcome.failure or "the child process said nothing of it"
 
     def times(
-        self, kernel: str, shape: Shape, configs: Sequence[ForwardConfig], rounds: int
+        self, kernel: str, shape: Shape, configs: Sequence[Config], rounds: int
     ) -> list[tuple[float, Spread] | None]:
         """Microseconds of each, and its time over that of the first in the same rounds; None where outputs differ."""
         stream = torch.cuda.Stream(self.device)
@@ -106,5 +104,5 @@ class OnGpu:
         return [found[index] for index in range(len(configs))]
 
 
-def _call(kernel: str, i: Inputs, config: ForwardConfig, s: torch.Tensor | None) -> Callable[[], object]:
+def _call(kernel: str, i: Inputs, config: Config, s: torch.Tensor | None) -> Callable[[], object]:
     return lambda: launch(kernel, i, config, s)

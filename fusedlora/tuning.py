@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import cache_dir
-from .config import BackwardConfig, ForwardConfig, Problem, backward_config, check_config, forward_config
+from .config import (
+    BackwardConfig,
+    Config,
+    DecodeConfig,
+    ForwardConfig,
+    Problem,
+    backward_config,
+    check_config,
+    decode_config,
+    forward_config,
+)
 from .doctor import fingerprint
 
 if TYPE_CHECKING:
@@ -29,8 +39,6 @@ SHIPPED = Path(__file__).parent / "tuned"
 # An entry serves as many rows as it was measured with, and up to this many times more or fewer.
 NEAR = 2**0.5
 
-_CLASSES: dict[str, type[ForwardConfig]] = {"forward": ForwardConfig, "backward": BackwardConfig}
-_HEURISTICS = {"forward": forward_config, "backward": backward_config}
 # What an entry says of its problem; the GPU's fields stand in the table's head.
 _PROBLEM = tuple(f.name for f in dataclasses.fields(Problem) if f.name not in ("capability", "num_sms"))
 
@@ -48,7 +56,7 @@ class Entry:
 
     kernel: str
     problem: Problem
-    config: ForwardConfig
+    config: Config
     us: float
     heuristic_us: float
 
@@ -111,11 +119,18 @@ def parse(text: str, gpu: Gpu, path: Path | None = None) -> Table:
 def _entry(data: dict[str, Any], gpu: Gpu) -> Entry:
     kernel = data["kernel"]
     problem = Problem(**_typed(Problem, data["problem"]), capability=gpu.capability, num_sms=gpu.num_sms)
-    config = _CLASSES[kernel](**_typed(_CLASSES[kernel], data["config"]))
+    cls = config_class(kernel, data["config"])
+    config = cls(**_typed(cls, data["config"]))
     check_config(config)
     if problem.M < 1:
         raise ValueError(f"M is {problem.M}; it must be at least 1")
     return Entry(kernel, problem, config, float(data["us"]), float(data["heuristic_us"]))
+
+
+def config_class(kernel: str, fields: dict[str, Any]) -> type[Config]:
+    """What a configuration of the "forward" or "backward" kernel with these fields is."""
+    forward = DecodeConfig if "SPLIT" in fields else ForwardConfig
+    return {"forward": forward, "backward": BackwardConfig}[kernel]
 
 
 def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -180,6 +195,13 @@ def in_use() -> bool:
     return not torch.are_deterministic_algorithms_enabled()
 
 
+def heuristic(kernel: str, problem: Problem) -> Config:
+    """The configuration of the "forward" or "backward" kernel where nothing was measured."""
+    if kernel == "backward":
+        return backward_config(problem)
+    return decode_config(problem) or forward_config(problem)
+
+
 def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[Any, str]:
     """The configuration of the "forward" or "backward" kernel and where it comes from."""
     gpu = gpu_of(device) if tuned else None
@@ -187,4 +209,4 @@ def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> 
         entry = table.find(kernel, problem)
         if entry is not None:
             return entry.config, f"measured at M = {entry.problem.M}, {table.path}"
-    return _HEURISTICS[kernel](problem), "heuristic"
+    return heuristic(kernel, problem), "heuristic"

@@ -7,7 +7,17 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from .config import SHARED_MEMORY, BackwardConfig, ForwardConfig, Problem, block_r, check_config
+from .config import (
+    SHARED_MEMORY,
+    BackwardConfig,
+    Config,
+    DecodeConfig,
+    ForwardConfig,
+    Problem,
+    block_r,
+    check_config,
+    decode_rows,
+)
 
 # Groups of fields that are varied together, each around the best of the groups before it.
 STEPS = {"forward": ("tile", "order", "shrink"), "backward": ("tile", "order", "shrink", "stripe")}
@@ -15,33 +25,57 @@ STEPS = {"forward": ("tile", "order", "shrink"), "backward": ("tile", "order", "
 MOST_A_THREAD = 128
 
 
-def variants(config: ForwardConfig, p: Problem, step: str) -> list[ForwardConfig]:
-    """Every other choice of one group's fields that may run, in a fixed order."""
-    made = {"tile": _tiles, "order": _orders, "shrink": _shrinks, "stripe": _stripes}[step](config, p)
+def variants(config: Config, p: Problem, step: str) -> list[Config]:
+    """Every other choice of one group's fields that may run, in a fixed order; the decode kernel has one group."""
+    made: Iterator[dict[str, Any]]
+    if isinstance(config, DecodeConfig):
+        made = _decodes(config, p) if step == "tile" else iter(())
+    else:
+        made = {"tile": _tiles, "order": _orders, "shrink": _shrinks, "stripe": _stripes}[step](config, p)
     found = dict.fromkeys(dataclasses.replace(config, **changes) for changes in made)
     return [other for other in found if other != config and _may_run(other, p)]
 
 
-def shared_bytes(c: ForwardConfig, p: Problem) -> int:
+def shared_bytes(c: Config, p: Problem) -> int:
     """At least what a program takes of shared memory: the buffers of its deepest loop."""
+    if isinstance(c, DecodeConfig):
+        return (c.num_stages - 1) * (c.BLOCK_N + decode_rows(p.M) + block_r(p.r)) * c.BLOCK_K * p.itemsize
     tile = c.num_stages * (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * p.itemsize
     shrink = c.SHRINK_STAGES * c.SHRINK_M * c.SHRINK_K * p.itemsize
     stripe = c.STRIPE_STAGES * c.STRIPE_M * c.STRIPE_N * p.itemsize if isinstance(c, BackwardConfig) else 0
     return max(tile, shrink, stripe)
 
 
-def _may_run(c: ForwardConfig, p: Problem) -> bool:
+def _may_run(c: Config, p: Problem) -> bool:
     try:
         check_config(c)
     except ValueError:
         return False
     threads = 32 * c.num_warps
+    fits = shared_bytes(c, p) <= SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values()))
+    if isinstance(c, DecodeConfig):
+        parts = c.SPLIT * c.BLOCK_N * decode_rows(p.M)
+        return fits and (c.SPLIT == 1 or parts <= MOST_A_THREAD * threads // 2)
     skinny = max(c.SHRINK_M, c.STRIPE_N if isinstance(c, BackwardConfig) else 0) * block_r(p.r)
     if max(c.BLOCK_M * c.BLOCK_N, skinny) > MOST_A_THREAD * threads or c.BLOCK_M * c.BLOCK_N < 4 * threads:
         return False
     if c.RANK_K > block_r(p.r):
         return False
-    return shared_bytes(c, p) <= SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values()))
+    return fits
+
+
+def _decodes(c: DecodeConfig, p: Problem) -> Iterator[dict[str, Any]]:
+    """Tiles that about fill the GPU, and enough of W on its way."""
+    for n, k, split, warps in itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8)):
+        programs = -(-p.out // n) * split
+        deep = p.depth >= 2 * k * split or split == 1
+        # Tensor cores truncate within a step: fp32 adapters keep steps as long as the heuristic's, or shorter.
+        if not deep or (split > 1 and programs > 4 * p.num_sms) or (p.split and k > c.BLOCK_K) or 16 * n < 64 * warps:
+            continue
+        if split == 1 or 2 * programs >= p.num_sms:
+            yield {"BLOCK_N": n, "BLOCK_K": k, "SPLIT": split, "num_warps": warps}
+    for stages in range(2, 9):
+        yield {"num_stages": stages}
 
 
 def _tiles(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:

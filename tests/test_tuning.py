@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from fusedlora import __main__ as cli
 from fusedlora import tune, tuning
-from fusedlora.config import SHARED_MEMORY, Problem, backward_config, check_config, forward_config
+from fusedlora.config import SHARED_MEMORY, DecodeConfig, Problem, backward_config, check_config, forward_config
 from fusedlora.timing import Spread
 from fusedlora.tune_check import Shape
 from fusedlora.tuning_candidates import STEPS, shared_bytes, variants
@@ -60,6 +61,23 @@ class TestCandidates:
         for M in (1, 512, 8192):
             p = dataclasses.replace(P, M=M)
             assert all(len(variants(HEURISTICS[kernel](p), p, step)) >= 3 for step in STEPS[kernel])
+
+    @pytest.mark.parametrize("capability", SHARED_MEMORY)
+    def test_few_rows_have_a_choice_of_tiles_alone(self, capability: int) -> None:
+        for M, r, out, split in itertools.product((1, 17, 64), (8, 64), (1024, 14336), (False, True)):
+            p = Problem(M, out, 4096, r, 2, split, capability, 100)
+            base = tuning.heuristic("forward", p)
+            if not isinstance(base, DecodeConfig):
+                assert split
+                continue
+            assert shared_bytes(base, p) <= SHARED_MEMORY[capability]
+            found = variants(base, p, "tile")
+            assert base not in found and 3 <= len(set(found)) == len(found) <= 64
+            for config in found:
+                check_config(config)
+                assert shared_bytes(config, p) <= SHARED_MEMORY[capability]
+                assert not split or config.BLOCK_K <= base.BLOCK_K
+            assert not any(variants(base, p, step) for step in STEPS["forward"] if step != "tile")
 
     def test_fp32_adapters_keep_their_precision(self) -> None:
         """Longer steps lose it, to tensor cores that truncate."""
@@ -148,9 +166,18 @@ class TestTable:
         base = forward_config(P).GROUP_M
         assert group(8192) == (4, f"measured at M = 8192, {cache}")
         assert group(6000)[0] == group(11000)[0] == 4 and group(2500)[0] == 2
-        assert group(12000) == group(5000) == group(1) == (base, "heuristic")
+        assert group(12000) == group(5000) == group(100) == (base, "heuristic")
         assert group(8192, r=8)[0] == group(8192, dropout=True)[0] == group(8192, out=4104)[0] == base
         assert tuning.choose("backward", P, DEVICE, tuned=True)[1] == "heuristic"
+
+    def test_few_rows_take_the_decode_kernel_of_a_table_or_the_heuristic(self, cache: Path) -> None:
+        p = dataclasses.replace(P, M=16)
+        base = tuning.heuristic("forward", p)
+        assert isinstance(base, DecodeConfig)
+        assert tuning.choose("forward", p, DEVICE, tuned=True) == (base, "heuristic")
+        other = dataclasses.replace(base, SPLIT=4)
+        tuning.write(tuning.Table(GPU, [tuning.Entry("forward", p, other, 9.0, 10.0)]), cache)
+        assert tuning.choose("forward", p, DEVICE, tuned=True) == (other, f"measured at M = 16, {cache}")
 
     def test_not_under_deterministic_algorithms(self, cache: Path) -> None:
         tuning.write(tuning.Table(GPU, [entry()]), cache)

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from fusedlora import tuning
-from fusedlora.config import ForwardConfig, Problem
+from fusedlora.config import DecodeConfig, ForwardConfig, Problem
 from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
+from fusedlora.kernels.decode import decode_plan
 from fusedlora.kernels.launch import (
     Launcher,
     LaunchPlan,
@@ -116,7 +117,7 @@ def _plan(
     adapter_dtype: torch.dtype,
     dropout: bool,
     save_s: bool,
-    config: ForwardConfig | None,
+    config: ForwardConfig | DecodeConfig | None,
     tuned: bool,
     one_launch: bool,
     specialised: object,
@@ -126,6 +127,8 @@ def _plan(
     terms = num_terms(param_dtype, adapter_dtype, dtype)
     problem = Problem(M, N, K, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or tuning.choose("forward", problem, device, tuned)[0]
+    if isinstance(config, DecodeConfig):
+        return decode_plan(device, problem, config, strides, terms, save_s)
     schedule = forward_schedule(problem, config)
     constants = common_constants(r, facts[0], terms, dropout) | vars(config)
     phases = [{"CONVERT": terms > 0, "SHRINK": True, "TILES": True}]
@@ -155,7 +158,7 @@ def forward_plan(
     seed: torch.Tensor | None,
     adapter_dtype: torch.dtype,
     save_s: bool,
-    config: ForwardConfig | None = None,
+    config: ForwardConfig | DecodeConfig | None = None,
     one_launch: bool,
 ) -> LaunchPlan:
     """The launch for these tensors, x [M, K] as `row_major` and lora_A and lora_B as `skinny_rows` give them.
@@ -189,7 +192,7 @@ def lora_forward(
     dropout_p: float = 0.0,
     adapter_dtype: torch.dtype,
     save_s: bool,
-    config: ForwardConfig | None = None,
+    config: ForwardConfig | DecodeConfig | None = None,
     one_launch: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launches the forward kernel.
@@ -206,7 +209,7 @@ def lora_forward(
         dropout_p: its rate.
         adapter_dtype: dtype of S and of the adapter's products: x's, or fp32 to keep fp32 adapters' precision.
         save_s: whether S is wanted back.
-        config: tile sizes; None takes a tuned table's or the heuristic's.
+        config: tile sizes, a DecodeConfig for the decode kernel; None takes a tuned table's or the heuristic's.
         one_launch: False computes S, and before it terms, in launches of their own; nothing waits for anything.
 
     Returns:

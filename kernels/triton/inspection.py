@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fusedlora.kernels import backward, dora, dora_gain, forward
+from fusedlora.kernels import backward, decode, dora, dora_gain, forward
 from fusedlora.kernels.launch import Launcher
 from fusedlora.memory import StreamMemory
 
@@ -77,6 +77,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
 
     facts = (capability, TYPICAL_SMS.get(capability, 304))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(decode, "Launcher", Recorder))
         for module in (forward, backward, dora, dora_gain):
             for name, stand_in in (
                 ("Launcher", Recorder),

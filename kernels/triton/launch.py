@@ -96,7 +96,8 @@ class Launcher:
 class LaunchPlan:
     """All that the launches of one kind of call need beside its tensors. They are given the same arguments, in order:
 
-    tensors, the pieces of the workspace, synchronisation words, sizes, scaling, counts, seed, threshold.
+    tensors, the pieces of the workspace, synchronisation words, sizes, scaling, counts, seed, threshold, the last two
+    only where the kernels have a dropout (`drops`).
     """
 
     launchers: tuple[Launcher, ...]
@@ -105,6 +106,7 @@ class LaunchPlan:
     num_words: int
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
+    drops: bool = True
 
     def launch(
         self,
@@ -121,7 +123,8 @@ class LaunchPlan:
         compiled = self.launchers[-1].compiled is not None
         pieces = workspace.addresses(work) if compiled else workspace.tensors(work)
         words = stream.words(self.num_words)
-        arguments = (*tensors, *pieces, words, *self.sizes, scaling, *self.counts, seed, threshold)
+        mask = (seed, threshold) if self.drops else ()
+        arguments = (*tensors, *pieces, words, *self.sizes, scaling, *self.counts, *mask)
         for launcher in self.launchers:
             launcher(stream, arguments)
 

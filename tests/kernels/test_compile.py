@@ -16,11 +16,14 @@ import triton
 
 from fusedlora.config import SHARED_MEMORY
 from fusedlora.kernels.backward import lora_backward
+from fusedlora.kernels.decode import decode_kernel
 from fusedlora.kernels.forward import lora_forward
 from fusedlora.kernels.inspection import TYPICAL_SMS, UNKNOWN, Launch, inspect_amd_launch, inspect_launch, record
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+FORWARD = {"need": (False, False, False)}
 
 # name -> M, r, dtype, dtype of lora_A and lora_B, dtype of the adapter's products, other settings
 VARIANTS = {
@@ -51,6 +54,13 @@ VARIANTS = {
     "512-rows": (512, 16, BF16, BF16, BF16, {}),
     "200-rows": (200, 16, BF16, BF16, BF16, {}),
     "16-rows": (16, 16, BF16, BF16, BF16, {}),
+    "64-rows": (64, 16, BF16, BF16, BF16, FORWARD | {"bias": True}),
+    "16-rows-r64": (16, 64, BF16, BF16, BF16, FORWARD),
+    "64-rows-r64": (64, 64, BF16, BF16, BF16, FORWARD),
+    "16-rows-autocast": (16, 16, BF16, FP32, BF16, FORWARD),
+    "16-rows-fp32-adapters": (16, 16, BF16, FP32, FP32, FORWARD),
+    "64-rows-fp32-adapters": (64, 16, BF16, FP32, FP32, FORWARD),
+    "16-rows-fp32": (16, 16, FP32, FP32, FP32, FORWARD),
     "two-launches": (8192, 16, BF16, BF16, BF16, {"one_launch": False}),
     "dB-only": (8192, 16, BF16, BF16, BF16, {"need": (False, False, True)}),
     "no-dx": (8192, 16, BF16, BF16, BF16, {"need": (False, True, True)}),
@@ -61,6 +71,7 @@ SPILLS_ALLOWED |= {"dropout-fp32-adapters-r64": 16, "dropout-fp32-adapters-r128"
 
 QUICK = [(90, v) for v in VARIANTS if v not in ("fp32-adapters-r256", "r32", "autocast-r64")]
 QUICK += [(cc, v) for cc in (80, 86, 89, 100, 120) for v in ("r16", "fp32-adapters-r16")]
+QUICK += [(86, "64-rows-r64"), (86, "64-rows-fp32-adapters"), (120, "16-rows-r64")]
 QUICK += [(80, "r64"), (86, "autocast-r16"), (89, "r8-bias"), (100, "two-launches"), (120, "r64")]
 
 
@@ -97,6 +108,12 @@ def launches_of(capability: int, variant: str) -> list[Launch]:
     return record(capability, call)
 
 
+def publishes(launch: Launch) -> bool:
+    """Whether programs of it wait for what others write."""
+    a = launch.arguments
+    return bool(a.get("SHRINK") and (a.get("TILES") or a.get("REST")))
+
+
 @pytest.mark.parametrize("capability, variant", list(cases()))
 def test_compiles_within_limits(capability: int, variant: str) -> None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -111,12 +128,15 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         assert report.spills <= max(few, SPILLS_ALLOWED.get(variant, 0))
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
-        if launch.arguments["SHRINK"] and (launch.arguments.get("TILES") or launch.arguments.get("REST")):
+        if publishes(launch):
             assert re.search(r"\b(ld|atom)\.\S*acquire", report.ptx)
             assert re.search(r"\b(red|atom)\.\S*release", report.ptx)
         if capability == 90 and (launch.arguments.get("TILES") or launch.arguments.get("NEED_DX")):
             assert report.count("cp.async.bulk.tensor")
             assert report.count("wgmma.mma_async")
+        if launch.kernel is decode_kernel:
+            assert report.count("cp.async.cg") and report.count("griddepcontrol.wait") == (capability >= 90)
+            assert re.search(r"\batom\.\S*acq_rel", report.ptx)
 
 
 LDS = 65_536
@@ -137,7 +157,7 @@ def test_compiles_for_amd(variant: str) -> None:
         assert report.spills <= AMD_SPILLS.get(variant, 0)
         tiles = launch.arguments.get("TILES") or (launch.arguments.get("REST") and launch.arguments["NEED_DX"])
         assert not tiles or "v_mfma_" in report.assembly
-        if launch.arguments["SHRINK"] and (launch.arguments.get("TILES") or launch.arguments.get("REST")):
+        if publishes(launch) or launch.kernel is decode_kernel:
             assert "buffer_wbl2 sc1" in report.assembly and "buffer_inv sc1" in report.assembly
 
 
@@ -146,8 +166,9 @@ def test_launch_counts() -> None:
     assert len(launches_of(90, "two-launches")) == 4
 
 
+@pytest.mark.parametrize("variant", ["r16", "16-rows"])
 @pytest.mark.parametrize("scaling, M", [(3.5, 8192), (2.0, 8191), (2.0, 8193)])
-def test_no_recompilation_for_sizes_and_scaling(scaling: float, M: int) -> None:
+def test_no_recompilation_for_sizes_and_scaling(scaling: float, M: int, variant: str) -> None:
     """What is not specialised: an int of another divisibility, or another float, gives the same source to compile."""
     from triton.backends.compiler import GPUTarget
 
@@ -161,7 +182,7 @@ def test_no_recompilation_for_sizes_and_scaling(scaling: float, M: int) -> None:
 
     with mock.patch.object(inspection, "triton_compile", keep):
         for arguments in ({}, {"scaling": scaling, "M": M}):
-            for launch in launches_of(90, "r16"):
+            for launch in launches_of(90, variant):
                 changed = Launch(launch.kernel, launch.arguments | arguments)
                 inspection.compile_launch(changed, GPUTarget("cuda", 90, 32))
     assert sources[0] == sources[2] and sources[1] == sources[3]

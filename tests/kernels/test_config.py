@@ -13,6 +13,8 @@ from fusedlora.config import (
     Problem,
     backward_config,
     check_config,
+    decode_config,
+    decode_rows,
     forward_config,
 )
 from fusedlora.schedule import MAX_PARTS, Schedule, backward_schedule, cdiv, forward_schedule
@@ -49,6 +51,20 @@ def test_every_choice_is_valid() -> None:
         check_config(backward)
         check_schedule(p, forward, forward_schedule(p, forward))
         check_schedule(p, backward, backward_schedule(p, backward, True, True, True))
+
+
+def test_few_rows_have_a_program_for_nearly_every_sm() -> None:
+    for p in PROBLEMS:
+        config = decode_config(p)
+        if p.M > 64 or p.r > 64:
+            assert config is None
+        if config is None:
+            continue
+        check_config(config)
+        programs = cdiv(p.out, config.BLOCK_N) * config.SPLIT
+        full = config.SPLIT * config.BLOCK_N * decode_rows(p.M) == 8192  # of parts, in registers
+        assert config.SPLIT == 8 or full or programs >= 0.9 * p.num_sms or p.depth < 1024 * config.SPLIT, (p, config)
+        assert config.SPLIT == 1 or p.depth >= 512 * config.SPLIT, (p, config)
 
 
 def test_a_launch_without_tiles_or_shrink_tasks() -> None:

@@ -19,8 +19,8 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime import interpreter
 
-from fusedlora.config import BackwardConfig, ForwardConfig
-from fusedlora.kernels import backward, forward, launch
+from fusedlora.config import BackwardConfig, DecodeConfig, ForwardConfig
+from fusedlora.kernels import backward, decode, forward, launch
 from fusedlora.memory import StreamMemory, device_memory
 from fusedlora.schedule import Schedule
 from fusedlora.testing import Inputs, make_inputs, poisoned_memory
@@ -193,6 +193,29 @@ def test_bits_do_not_depend_on_whose_turn_it_is(counts, kind: str, resident: int
     with scheduled(counts, interleaved(resident, seed=sum(counts))):
         got = launch_both(i, **KINDS[kind])
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert not any(words.any() for words in device_memory(i.x.device).slabs)
+
+
+@pytest.mark.parametrize("resident", [1, 3, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_decoding_gives_the_same_bits_whoever_comes_last(resident: int, seed: int) -> None:
+    """Four column blocks in four parts each, launched twice: the words must be zero in between."""
+    i = make_inputs(5, 96, 128, R, torch.float16)
+    config = DecodeConfig(BLOCK_N=32, BLOCK_K=32, SPLIT=4, num_warps=4, num_stages=2, early=False)
+
+    def launched() -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+        with poisoned_memory():
+            return forward.lora_forward(*tensors, scaling=0.5, adapter_dtype=i.x.dtype, save_s=True, config=config)
+
+    expected = launched()
+    assert not any(t.isnan().any() for t in expected)
+    with (
+        mock.patch.object(forward, "_plan", forward._plan.__wrapped__),
+        mock.patch.object(decode, "Launcher", interleaved(resident, seed)),
+    ):
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(launched(), expected))
     assert not any(words.any() for words in device_memory(i.x.device).slabs)
 
 

@@ -32,7 +32,7 @@ def test_the_child_tells_right_from_wrong(kernel: str, outputs, dropout: float, 
     """A job of three configurations, of which the second's last output is wrong and the third is refused."""
     shape = Shape(70, 64, 72, 8, "fp16", "fp16", dropout)
     checker = Checker(kernel, shape, CPU)
-    base = tune_check.heuristic(kernel, shape.problem(kernel, 90, 4))
+    base = tuning.heuristic(kernel, shape.problem(kernel, 90, 4))
     assert set(checker.limits) == set(outputs) and checker.why_not(base) is None
     launch = tune_check.launch
 
