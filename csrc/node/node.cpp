@@ -3,6 +3,9 @@
 // Python (fusedlora/node.py) says once for a kind of call which function its launch calls and with what: a row of
 // 8-byte slots, most of them filled, and holes for what a call brings. A call that is of no known kind, or that anybody
 // but a kernel has a say in, is left to Python. No CUDA header is needed: what is asked of CUDA comes as addresses.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
 #include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -229,7 +232,7 @@ auto make_node(Arguments&&... arguments) {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>) {
     return c10::make_intrusive<T>(std::forward<Arguments>(arguments)...);
   } else {
-    // what torch deletes its own with: a long chain does not recurse
+    // as torch deletes its own: a long chain does not recurse
     return std::shared_ptr<T>(new T(std::forward<Arguments>(arguments)...), [](T* node) { deleteNode(node); });
   }
 }
