@@ -131,7 +131,8 @@ class StandIn:
         self.places: list[tuple[int, int]] = []
         self.status = self.captures = 0
         self.kernel_runs: list[Any] = []
-        self.problem = ctypes.CFUNCTYPE(ctypes.c_char_p)(lambda: b"out of luck")
+        self.said = ctypes.create_string_buffer(b"out of luck")
+        self.problem = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(self.said))
 
     def backend(self) -> backends.Backend:
         def why_not(call: backends.Call) -> str | None:

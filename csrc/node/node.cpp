@@ -70,6 +70,10 @@ struct StreamMemory {
 std::mutex memory_mutex;
 auto& memory_of_streams = *new std::map<std::pair<at::DeviceIndex, void*>, StreamMemory>;  // outlives CUDA's own end
 
+uint64_t address(const Tensor* tensor) {
+  return tensor && tensor->defined() ? reinterpret_cast<uint64_t>(tensor->const_data_ptr()) : 0;
+}
+
 void* take(Tensor& kept, Tensor& held, int64_t size, at::Device device) {
   if (size == 0) return nullptr;
   held = kept;
@@ -127,9 +131,7 @@ struct Launch {
     c10::SmallVector<uint64_t, 64> filled(slots.begin(), slots.end());
     for (const Hole& hole : holes) {
       const bool is_tensor = hole.source < TENSORS;
-      const uint64_t value = is_tensor ? reinterpret_cast<uint64_t>(tensors[hole.source]->const_data_ptr())
-                                       : values[hole.source - WORK];
-      filled[hole.slot] = value + hole.offset;
+      filled[hole.slot] = (is_tensor ? address(tensors[hole.source]) : values[hole.source - WORK]) + hole.offset;
     }
     if (programs == 0) {
       const int status = reinterpret_cast<int (*)(const void*, int64_t*)>(function)(filled.data(), nullptr);
