@@ -19,7 +19,7 @@ from .cuda_build import find_library
 from .cuda_config import MAX_DECODE, CudaConfig, cuda_config
 from .dropout import launch_dropout
 from .memory import device_memory, row_major, skinny_rows
-from .node import SOURCES, Recipe, address
+from .recipe import SOURCES, Recipe, address
 
 # The struct's members: those that a plan fixes, then those of each call. test_cuda_build.py compares them with C's.
 SETTINGS = (

@@ -8,7 +8,6 @@ gradients only, with scaling as a tensor, inside a graph capture, under modes, t
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import importlib.machinery
 import importlib.util
@@ -22,12 +21,8 @@ import torch
 from torch import Tensor
 
 from . import backends, dropout
+from .recipe import SOURCES, Recipe, address
 
-# What a hole of a recipe takes: enum Source of csrc/node/node.cpp.
-SOURCES = (
-    *("x", "dy", "w", "a", "b", "bias", "s", "y", "dx", "da", "db"),
-    *("workspace", "words", "scratch", "stream", "scaling", "scaling32", "seed"),
-)
 # The launches of a kind of call: forward without and with S, backward.
 FORWARD, FORWARD_S, BACKWARD = range(3)
 
@@ -35,28 +30,6 @@ FORWARD, FORWARD_S, BACKWARD = range(3)
 # Nothing until the node is loaded, by the first call that it might take.
 run: Callable[..., Tensor | None] | None = None
 _module: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How one launch is made from a call's tensors and numbers.
-
-    slots are 8 bytes each, as a C struct of the CUDA library or as a kernel's parameters one by one; holes say which
-    of them a call fills, with what of SOURCES, and what is added to it.
-    """
-
-    function: int  # address of the CUDA library's, or a CUfunction
-    slots: bytes
-    holes: tuple[tuple[int, str, int], ...]
-    programs: int = 0  # of a kernel
-    threads: int = 0
-    shared: int = 0
-    problem: int = 0  # address of the function that tells what went wrong in the CUDA library
-    work_size: int = 0
-    num_words: int = 0
-    scratch_size: int = 0
-    keeps: object = None  # what `function` lives as long as
-    watchers: tuple[Any, ...] | None = None  # Triton's hooks: where one is set, launches are Python's
 
 
 @functools.cache
@@ -97,10 +70,6 @@ def use(module: Any, current_stream: Any, is_capturing: Any, launch_kernel: Any,
     global run, _module
     module.setup(*map(address, (current_stream, is_capturing, launch_kernel)), vars(backends), draw)
     _module, run = module, module.run
-
-
-def address(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def add(

@@ -1,4 +1,4 @@
-"""Builds csrc/node, lora_linear's autograd node in C++, against the torch and the Python that run this.
+"""Builds csrc/node.cpp, lora_linear's autograd node in C++, against the torch and the Python that run this.
 
 It needs a C++ compiler and Python's headers, no GPU and no nvcc. It lies in the user's cache, in a folder named by its
 source and these versions; another torch or Python needs another.
@@ -26,7 +26,7 @@ LIBRARIES = ("torch_python", "torch_cpu", "c10")
 
 
 def source() -> Path:
-    return sources_dir() / "node" / "node.cpp"
+    return sources_dir() / "node.cpp"
 
 
 @cache

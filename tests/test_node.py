@@ -1,6 +1,7 @@
 """The C++ autograd node on CPU tensors, its launches computed by the formulas: what calls it takes, and as what."""
 
 import ctypes
+import dataclasses
 import struct
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedlora
 from fusedlora import backends, dropout, node, node_build, plans, reference
 from fusedlora.cuda_build import BuildError
+from fusedlora.recipe import Recipe, address
 
 BF16 = torch.bfloat16
 M, N, K, R = 6, 24, 16, 4
@@ -88,7 +90,7 @@ class Launch:
         flat = {name: None if t is None else t.view(self.shapes[name]) for name, t in given.items()}
         self.compute(flat, scaling, seed)
 
-    def recipe(self, tensors: tuple[str | None, ...], threshold: int | None) -> node.Recipe | None:
+    def recipe(self, tensors: tuple[str | None, ...], threshold: int | None) -> Recipe | None:
         there = FORWARD if self.direction == "forward" else BACKWARD
         names = (*(name for name in there if name in tensors), *NUMBERS)
         drops = threshold is not None
@@ -116,10 +118,10 @@ class Launch:
             how = {"function": len(self.owner.kernel_runs), "programs": 5, "threads": 128, "shared": 1000}
         else:
             function = LIBRARY(lambda slots, sizes: run(slots[: len(names)], False))
-            how = {"function": node.address(function), "problem": node.address(self.owner.problem), "keeps": function}
+            how = {"function": address(function), "problem": address(self.owner.problem), "keeps": function}
         source = {"scaling": "scaling32"} if self.owner.kernels else {}
         holes = tuple((slot, source.get(name, name), 0) for slot, name in enumerate(names))
-        return node.Recipe(slots=bytes(8 * len(names)), holes=holes, work_size=100, num_words=3, **how)
+        return Recipe(slots=bytes(8 * len(names)), holes=holes, work_size=100, num_words=3, **how)
 
 
 class StandIn:
@@ -501,7 +503,7 @@ def test_a_watched_launch_is_pythons(stand_in, monkeypatch) -> None:
 
     tell = node.tell
     watched = lambda call, which, recipe: tell(  # noqa: E731
-        call, which, node.dataclasses.replace(recipe, watchers=(Chain(),))
+        call, which, dataclasses.replace(recipe, watchers=(Chain(),))
     )
     monkeypatch.setattr(node, "tell", watched)
     layer, x = make_layer(), make_x()

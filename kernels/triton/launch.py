@@ -14,7 +14,7 @@ from triton.runtime import _allocation
 from fusedlora.config import block_r
 from fusedlora.kernels.common import INTERPRET, PAIRED, PLAIN
 from fusedlora.memory import DeviceMemory, StreamMemory, Workspace
-from fusedlora.node import Recipe
+from fusedlora.recipe import Recipe
 
 # Triton keeps the launch of a compiled kernel to itself. These versions were read; 3.6 and 3.9 were also run.
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
