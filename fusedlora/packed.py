@@ -68,7 +68,7 @@ class PackedPlan(Plan):
         backends.last_used, backends.last_backward = self.names
         y = x.new_empty(*self.y_shape)
         numbers = launch_dropout(seed, self.dropout_p, scaling)
-        tensors = (x, weight, lora_A, lora_B, bias, None, scale, y)
+        tensors: tuple[torch.Tensor | None, ...] = (x, weight, lora_A, lora_B, bias, None, scale, y)
         s = None
         if save_s:
             s = (x if self.s_like_x else lora_A).new_empty(self.M, self.r)

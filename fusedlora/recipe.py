@@ -12,6 +12,7 @@ SOURCES = (
     *("workspace", "words", "scratch", "stream", "scaling", "scaling32", "seed"),
 )
 
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How one launch is made from a call's tensors and numbers.

@@ -55,7 +55,9 @@ def at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor | None:
 class Launch:
     """A launch by the formulas: `launch` as Python's, and a recipe for one with the same effect."""
 
-    def __init__(self, stand_in: "StandIn", direction: str, param_dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+    def __init__(
+        self, stand_in: "StandIn", direction: str, param_dtype: torch.dtype, adapter_dtype: torch.dtype
+    ) -> None:
         self.owner, self.direction = stand_in, direction
         shapes = {"x": (M, K), "dy": (M, N), "w": (N, K), "a": (R, K), "b": (N, R), "bias": (N,), "s": (M, R)}
         self.shapes = shapes | {"y": (M, N), "dx": (M, K), "da": (R, K), "db": (N, R)}

@@ -93,7 +93,6 @@ class Launcher:
             self.settings = (run.arg_annotations, run.kernel_signature)
         self.launch = run.launch
 
-
     def recipe(self, arguments: tuple[Any, ...]) -> Recipe | None:
         """The launch as plain parameters of cuLaunchKernel; None before the first one and where it is none.
 
