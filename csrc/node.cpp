@@ -22,6 +22,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -268,15 +269,34 @@ struct LoRALinearBackward : Node {
 
   std::string name() const override { return "LoRALinearBackward"; }
 
+  std::array<SavedVariable*, 6> saved() { return {&x_, &weight_, &lora_A_, &lora_B_, &s_, &seed_}; }
+
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x_, &weight_, &lora_A_, &lora_B_, &s_, &seed_}) saved->reset_data();
+    for (SavedVariable* tensor : saved()) tensor->reset_data();
+  }
+
+  // For compiled autograd: it traces `apply` with tensors of its own, which go to the op.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (const SavedVariable* tensor : {&x_, &weight_, &lora_A_, &lora_B_, &s_, &seed_}) args.collect(*tensor, false);
+    args.collect(scaling);
+    args.collect(call->dropout_p);
+    args.collect(call->adapter_dtype);
+    args.collect(call->backend);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (SavedVariable* tensor : saved()) swap.before(*tensor);
+    variable_list made = apply(variable_list(grads));
+    for (SavedVariable* tensor : saved()) swap.after(*tensor);
+    return made;
   }
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = x_.unpack(), weight = weight_.unpack(), lora_A = lora_A_.unpack(), lora_B = lora_B_.unpack();
-    const Tensor s = s_.unpack(), seed = call->dropout_p > 0 ? seed_.unpack() : Tensor();
+    const Tensor s = s_.unpack(), seed = seed_.unpack();
     const Tensor dy = grads[0].defined() ? grads[0] : input_metadata(0).zeros_like();
     const bool differentiable = at::GradMode::is_enabled();
     Gradients gradients;

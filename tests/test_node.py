@@ -12,10 +12,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fusedlora
-from fusedlora import backends, dropout, node, node_build, plans, reference
+from fusedlora import backends, cuda, dropout, node, node_build, plans, reference
 from fusedlora.cuda_build import BuildError
 from fusedlora.recipe import Recipe, address
 
+LOAD = node.load  # before conftest.py puts something in its place
 BF16 = torch.bfloat16
 M, N, K, R = 6, 24, 16, 4
 FORWARD = ("x", "w", "a", "b", "bias", "y", "s")
@@ -515,3 +516,70 @@ def test_a_watched_launch_is_pythons(stand_in, monkeypatch) -> None:
     monkeypatch.setattr(Chain, "calls", [print])
     layer(x)
     assert stand_in.log == ["node forward", "python forward"]
+
+
+def test_compiled_autograd_traces_the_op(stand_in) -> None:
+    from torch._dynamo import compiled_autograd
+
+    layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
+    known(layer, stand_in)
+    _, *expected = step(layer, x, dy)
+    y = layer(x)
+    stand_in.log.clear()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward(dy)
+    assert stand_in.log == ["op backward"]
+    got = x.grad, layer.lora_A.grad, layer.lora_B.grad
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_autocast_to_what_the_tensors_have(stand_in) -> None:
+    layer, x, dy = make_layer(adapter_dtype=torch.float32), make_x(), torch.randn(M, N, dtype=BF16)
+    known(layer, stand_in)
+    with torch.autocast("cpu", BF16):
+        first = step(layer, x, dy)
+        assert stand_in.log == ["python forward", "python backward"], "another kind: its adapter runs in bf16"
+        second = step(layer, x, dy)
+    assert stand_in.log[2:] == ["node forward", "node backward"]
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.fixture(autouse=True)
+    def loaded(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not LOAD("cuda"):
+            pytest.fail("the node does not load")
+        monkeypatch.setattr(node, "load", LOAD)
+        monkeypatch.setattr(plans, "_plans", {})
+
+    @pytest.mark.parametrize("M", [16, 300, 2048])
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+    @pytest.mark.parametrize("adapter_dtype", [BF16, torch.float32])
+    @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+    def test_bits_are_pythons(self, M: int, dropout_p: float, adapter_dtype, backend: str, monkeypatch) -> None:
+        if backend == "cuda" and (cuda.missing() or adapter_dtype is torch.float32):
+            pytest.skip("the CUDA library is not there or does not take this")
+        with torch.device("cuda"):
+            torch.manual_seed(0)
+            options = {"dtype": BF16, "adapter_dtype": adapter_dtype, "lora_dropout": dropout_p}
+            layer = fusedlora.FusedLoRALinear(1024, 1536, r=16, **options)
+            layer.backend = backend
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+            x, dy = torch.randn(M, 1024, dtype=BF16, requires_grad=True), torch.randn(M, 1536, dtype=BF16)
+
+        def results() -> list[torch.Tensor]:
+            torch.cuda.manual_seed(1)
+            return step(layer, x, dy)
+
+        run = node.run
+        monkeypatch.setattr(node, "run", None)
+        expected = results()
+        monkeypatch.setattr(node, "run", run)
+        for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                got = results()
+            torch.cuda.synchronize()
+            assert got[0].grad_fn.name() == "LoRALinearBackward"
+            assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
