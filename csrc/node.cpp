@@ -38,8 +38,12 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// What a hole takes; node.py has the same names in the same order.
-enum Source : int64_t { X, DY, W, A, B, BIAS, S, Y, DX, DA, DB, TENSORS, WORK = TENSORS, WORDS, SCRATCH, STREAM, SCALING, SCALING32, SEED };
+// What a hole takes; fusedlora/recipe.py has the same names in the same order.
+enum Source : int64_t {
+  X, DY, W, A, B, BIAS, S, Y, DX, DA, DB,
+  WORKSPACE, WORDS, SCRATCH, STREAM, SCALING, SCALING32, SEED,
+  SOURCES, TENSORS = WORKSPACE
+};
 
 struct Hole {
   int64_t slot, source, offset;  // offset: added to an address
@@ -63,27 +67,17 @@ bool find_stream(at::Device device, void*& stream) {
   return hooks.current_stream(device.index(), &stream) == 0 && hooks.is_capturing(stream, &status) == 0 && status == 0;
 }
 
-// What launches on one stream share, since none overlaps the next.
+uint64_t address(const Tensor& tensor) {
+  return tensor.defined() ? reinterpret_cast<uint64_t>(tensor.const_data_ptr()) : 0;
+}
+
+// What launches on one stream share, since none overlaps the next. Words are zero between them.
 struct StreamMemory {
-  Tensor words, work, scratch;
+  Tensor words, workspace, scratch;
 };
 
-std::mutex memory_mutex;
-auto& memory_of_streams = *new std::map<std::pair<at::DeviceIndex, void*>, StreamMemory>;  // outlives CUDA's own end
-
-uint64_t address(const Tensor* tensor) {
-  return tensor && tensor->defined() ? reinterpret_cast<uint64_t>(tensor->const_data_ptr()) : 0;
-}
-
-void* take(Tensor& kept, Tensor& held, int64_t size, at::Device device) {
-  if (size == 0) return nullptr;
-  held = kept;
-  if (!held.defined() || held.numel() < size) {
-    held = at::empty({size}, at::TensorOptions(at::kByte).device(device));
-    if (size <= MOST_KEPT) kept = held;
-  }
-  return held.mutable_data_ptr();
-}
+struct Launch;
+StreamMemory memory_of(at::Device device, void* stream, const Launch& launch);
 
 struct Launch {
   uint64_t function = 0;             // 0: Python has not told yet
@@ -110,30 +104,19 @@ struct Launch {
 
   void run(at::Device device, void* stream, const std::array<const Tensor*, TENSORS>& tensors, double scaling,
            uint64_t seed) const {
-    std::array<Tensor, 3> held;
-    std::array<uint64_t, SEED - WORK + 1> values;
-    {
-      std::lock_guard<std::mutex> lock(memory_mutex);
-      StreamMemory& memory = memory_of_streams[{device.index(), stream}];
-      if (num_words && (!memory.words.defined() || memory.words.numel() < num_words)) {
-        memory.words = at::zeros({std::max<int64_t>(num_words, 1024)}, at::TensorOptions(at::kInt).device(device));
-      }
-      if (num_words) held[0] = memory.words;
-      values[WORDS - WORK] = num_words ? reinterpret_cast<uint64_t>(held[0].mutable_data_ptr()) : 0;
-      values[WORK - WORK] = reinterpret_cast<uint64_t>(take(memory.work, held[1], work_size, device));
-      values[SCRATCH - WORK] = reinterpret_cast<uint64_t>(take(memory.scratch, held[2], scratch_size, device));
-    }
+    const StreamMemory memory = memory_of(device, stream, *this);  // held until the launch is made
+    std::array<uint64_t, SOURCES> values{};
+    for (int source = 0; source < TENSORS; ++source) values[source] = tensors[source] ? address(*tensors[source]) : 0;
+    values[WORKSPACE] = address(memory.workspace);
+    values[WORDS] = address(memory.words);
+    values[SCRATCH] = address(memory.scratch);
+    values[STREAM] = reinterpret_cast<uint64_t>(stream);
     const float scaling32 = float(scaling);
-    values[STREAM - WORK] = reinterpret_cast<uint64_t>(stream);
-    values[SEED - WORK] = seed;
-    values[SCALING32 - WORK] = 0;
-    std::memcpy(&values[SCALING - WORK], &scaling, sizeof(scaling));
-    std::memcpy(&values[SCALING32 - WORK], &scaling32, sizeof(scaling32));
+    std::memcpy(&values[SCALING], &scaling, sizeof(scaling));
+    std::memcpy(&values[SCALING32], &scaling32, sizeof(scaling32));
+    values[SEED] = seed;
     c10::SmallVector<uint64_t, 64> filled(slots.begin(), slots.end());
-    for (const Hole& hole : holes) {
-      const bool is_tensor = hole.source < TENSORS;
-      filled[hole.slot] = (is_tensor ? address(tensors[hole.source]) : values[hole.source - WORK]) + hole.offset;
-    }
+    for (const Hole& hole : holes) filled[hole.slot] = values[hole.source] + hole.offset;
     if (programs == 0) {
       const int status = reinterpret_cast<int (*)(const void*, int64_t*)>(function)(filled.data(), nullptr);
       if (status != 0) throw std::runtime_error(std::string("the CUDA kernels could not be launched: ") + problem());
@@ -156,6 +139,26 @@ struct Launch {
   }
 };
 
+// `kept` where that is enough, else new memory, which is kept from then on unless it is large.
+Tensor take(Tensor& kept, int64_t size, at::Device device) {
+  if (size == 0 || (kept.defined() && kept.numel() >= size)) return kept;
+  const Tensor made = at::empty({size}, at::TensorOptions(at::kByte).device(device));
+  if (size <= MOST_KEPT) kept = made;
+  return made;
+}
+
+StreamMemory memory_of(at::Device device, void* stream, const Launch& launch) {
+  static std::mutex mutex;
+  static auto& streams = *new std::map<std::pair<at::DeviceIndex, void*>, StreamMemory>;  // CUDA ends before it would
+  std::lock_guard<std::mutex> lock(mutex);
+  StreamMemory& memory = streams[{device.index(), stream}];
+  if (launch.num_words > 0 && (!memory.words.defined() || memory.words.numel() < launch.num_words)) {
+    memory.words = at::zeros({std::max<int64_t>(launch.num_words, 1024)}, at::TensorOptions(at::kInt).device(device));
+  }
+  return {memory.words, take(memory.workspace, launch.work_size, device),
+          take(memory.scratch, launch.scratch_size, device)};
+}
+
 // One kind of call. Its launches are told one by one, once Python has made them.
 struct Call {
   double dropout_p;
@@ -170,9 +173,9 @@ bool aligned(const Tensor& tensor) {
   return tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
 }
 
-constexpr auto PLAIN = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
-                                            c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
-                                            c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
+constexpr auto PLAIN = c10::DispatchKeySet(
+    {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
+     c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
 
 // Whether its operations run plain kernels of the device: no subclass, no lazy negation, no transform.
 bool plain(const Tensor& tensor) { return (tensor.key_set().raw_repr() & ~PLAIN.raw_repr()) == 0; }
@@ -518,7 +521,7 @@ PyMethodDef methods[] = {
     {"clear", clear, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fusedlora_node", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "fusedlora_node", nullptr, -1, methods};
 
 }  // namespace
 

@@ -22,6 +22,7 @@ from .cuda_build import LOG, BuildError, locked, sources_dir
 
 MODULE = "fusedlora_node"
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
+# what torch's own Python module needs too: they are loaded already, and found without a path
 LIBRARIES = ("torch_python", "torch_cpu", "c10")
 
 

@@ -1,6 +1,7 @@
 """The build of the autograd node: where it lies, and one clear line where it cannot be made."""
 
 import functools
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from fusedlora import __main__ as cli
 from fusedlora import cuda_build, node, node_build
+from fusedlora.recipe import SOURCES
 
 LOAD = node.load.__wrapped__  # before conftest.py puts something in its place
 
@@ -79,3 +81,8 @@ def test_what_is_no_module_is_said_and_left(monkeypatch, tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="fusedlora_node.so cannot be loaded, calls go through Python: "):
         assert not LOAD("cuda")
     assert node.run is None
+
+
+def test_sources_have_the_same_order_in_both_languages() -> None:
+    (names,) = re.findall(r"enum Source : int64_t {(.*?)SOURCES,", node_build.source().read_text(), re.DOTALL)
+    assert tuple(name.strip().lower() for name in names.split(",") if name.strip()) == SOURCES
