@@ -61,7 +61,8 @@ struct Hooks {
   PyObject* draw;   // a dropout's seed, as a tensor, for x, the rate and the backend
 } hooks;
 
-// The stream that the next launch is put on, or nothing where it is being captured: that is Python's.
+// The stream that the next launch is put on, or nothing where it is being captured: that is Python's. The question is
+// CUDA's runtime's, which also gives a thread that has not used the device yet its context.
 bool find_stream(at::Device device, void*& stream) {
   int status = 0;
   return hooks.current_stream(device.index(), &stream) == 0 && hooks.is_capturing(stream, &status) == 0 && status == 0;
@@ -124,17 +125,8 @@ struct Launch {
     }
     c10::SmallVector<void*, 64> params;
     for (uint64_t& slot : filled) params.push_back(&slot);
-    const auto launch = [&] {
-      return hooks.launch_kernel(reinterpret_cast<void*>(function), programs, 1, 1, threads, 1, 1, shared, stream,
-                                 params.data(), nullptr);
-    };
-    int status = launch();
-    constexpr int INVALID_CONTEXT = 201;
-    if (status == INVALID_CONTEXT) {  // a thread's first use of CUDA: any call of the runtime gives it the context
-      c10::impl::VirtualGuardImpl guard(device.type());
-      guard.queryStream(guard.getStream(device));
-      status = launch();
-    }
+    const int status = hooks.launch_kernel(reinterpret_cast<void*>(function), programs, 1, 1, threads, 1, 1, shared,
+                                           stream, params.data(), nullptr);
     if (status != 0) throw std::runtime_error("cuLaunchKernel: error " + std::to_string(status));
   }
 };

@@ -45,9 +45,10 @@ def load(kind: str) -> bool:
     try:
         module = import_module(path)
         assert torch.__file__ is not None
-        streams = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
+        # a library's functions are those of the libraries that it is linked to, too: torch's CUDA runtime
+        runtime = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
         driver = ctypes.CDLL("libcuda.so.1")
-        functions = streams.aoti_torch_get_current_cuda_stream, driver.cuStreamIsCapturing, driver.cuLaunchKernel
+        functions = runtime.aoti_torch_get_current_cuda_stream, runtime.cudaStreamIsCapturing, driver.cuLaunchKernel
     except (ImportError, OSError, AttributeError) as error:
         warnings.warn(f"{path} cannot be loaded, calls go through Python: {error}", stacklevel=2)
         return False
