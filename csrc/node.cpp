@@ -411,9 +411,11 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const char* backend = PyUnicode_AsUTF8(args[6]);
   PyObject *up, *down;
   if (!backend || !PyArg_ParseTuple(args[8], "UU", &up, &down)) return nullptr;
-  auto call = std::make_shared<Call>(Call{given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
-                                          {}, {}, owned(args[6]), owned(up), owned(down)});
-  calls[key] = call;
+  auto& call = calls[key];  // there already where only a rate differs that is not in use
+  if (!call) {
+    call = std::make_shared<Call>(Call{given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
+                                       {}, {}, owned(args[6]), owned(up), owned(down)});
+  }
   return PyCapsule_New(new std::shared_ptr<Call>(call), CAPSULE, [](PyObject* capsule) {
     delete static_cast<std::shared_ptr<Call>*>(PyCapsule_GetPointer(capsule, CAPSULE));
   });

@@ -278,6 +278,18 @@ def test_numbers_are_read_at_each_call(stand_in) -> None:
         stand_in.log.clear()
 
 
+def test_a_rate_that_is_off_is_the_same_kind(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    layer(x)
+    layer.lora_dropout = 0.5
+    layer.eval()(x)
+    plans._plans.clear()
+    layer.lora_dropout = 0.0
+    layer(x)
+    assert stand_in.log == ["node forward"] * 3
+
+
 OTHERS = {
     "rows": lambda layer, x: layer(x[:4]),
     "an offset": lambda layer, x: layer(torch.empty(M * K + 1, dtype=BF16)[1:].view(M, K)),
