@@ -172,12 +172,12 @@ constexpr auto PLAIN = c10::DispatchKeySet(
 // Whether its operations run plain kernels of the device: no subclass, no lazy negation, no transform.
 bool plain(const Tensor& tensor) { return (tensor.key_set().raw_repr() & ~PLAIN.raw_repr()) == 0; }
 
-// Whether this thread's operations do: no mode, no tracer.
+// Whether this thread's operations do, no mode and no tracer, and autograd is not passed by.
 bool plain_thread() {
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  auto excluded = local.excluded_ - c10::default_excluded_set;
-  if (c10::InferenceMode::is_enabled()) excluded = excluded - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-  return (local.included_ - c10::default_included_set).empty() && excluded.empty();
+  const bool differentiates = (local.excluded_ & c10::autograd_dispatch_keyset).empty();
+  return (local.included_ - c10::default_included_set).empty() &&
+         (differentiates || c10::InferenceMode::is_enabled());
 }
 
 using Key = c10::SmallVector<int64_t, 32>;
