@@ -26,6 +26,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -158,8 +159,26 @@ struct Call {
   std::string backend;
   Launch forward[2];  // [1] gives S
   Launch backward;    // of all three gradients
-  c10::SafePyObject key_backend, forward_name, backward_name;
+  c10::SafePyObject key_backend;
+  PyObject *forward_name, *backward_name;  // of their backends; never let go
 };
+
+int tell(PyObject* used, PyObject* backward) {
+  const int failed = PyDict_SetItemString(hooks.taken, "last_used", used);
+  return failed ? failed : PyDict_SetItemString(hooks.taken, "last_backward", backward);
+}
+
+// The same from a thread without the GIL: the main thread does it before it runs on, once for many calls.
+void tell_later(PyObject* backward) {
+  static std::atomic<PyObject*> latest;
+  static std::atomic<bool> pending;
+  latest = backward;
+  const auto told = [](void*) {
+    pending = false;
+    return tell(latest, latest);
+  };
+  if (!pending.exchange(true) && Py_AddPendingCall(told, nullptr) != 0) pending = false;
+}
 
 bool aligned(const Tensor& tensor) {
   return tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
@@ -326,6 +345,7 @@ struct LoRALinearBackward : Node {
     tensors[X] = &x, tensors[DY] = &dy, tensors[W] = &weight, tensors[A] = &lora_A, tensors[B] = &lora_B;
     tensors[S] = &s, tensors[DX] = &dx, tensors[DA] = &dA, tensors[DB] = &dB;
     call->backward.run(x.device(), stream, tensors, kept_scaling(*call, scaling), number(seed));
+    tell_later(call->backward_name);
     return {dx, dA, dB};
   }
 };
@@ -414,7 +434,7 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   auto& call = calls[key];  // there already where only a rate differs that is not in use
   if (!call) {
     call = std::make_shared<Call>(Call{given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
-                                       {}, {}, owned(args[6]), owned(up), owned(down)});
+                                       {}, {}, owned(args[6]), Py_NewRef(up), Py_NewRef(down)});
   }
   return PyCapsule_New(new std::shared_ptr<Call>(call), CAPSULE, [](PyObject* capsule) {
     delete static_cast<std::shared_ptr<Call>*>(PyCapsule_GetPointer(capsule, CAPSULE));
@@ -494,10 +514,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     pybind11::gil_scoped_release no_gil;
     y = forward(call, given, scaling, seed, stream, differentiable);
   }
-  const auto tell = [](const char* what, const c10::SafePyObject& name) {
-    return PyDict_SetItemString(hooks.taken, what, name.ptr(getPyInterpreter()));
-  };
-  if (tell("last_used", call->forward_name) < 0 || tell("last_backward", call->backward_name) < 0) return nullptr;
+  if (tell(call->forward_name, call->backward_name) != 0) return nullptr;
   return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS
 }

@@ -264,6 +264,22 @@ def test_a_known_kind_runs_without_python_and_gives_the_same(stand_in, shape, op
     assert len(set(stand_in.places)) == 1, "launches of one stream share words and workspace"
 
 
+def test_a_backward_tells_who_took_it(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    for thread in (False, True):
+        y = layer(x)
+        backends.last_used = backends.last_backward = None
+        if thread:
+            run = threading.Thread(target=y.backward, args=(torch.ones_like(y),))
+            run.start()
+            run.join()
+        else:
+            y.backward(torch.ones_like(y))
+        assert backends.last_used == backends.last_backward == "triton"
+    assert stand_in.log == ["node forward", "node backward"] * 2
+
+
 def test_numbers_are_read_at_each_call(stand_in) -> None:
     layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
     known(layer, stand_in)
