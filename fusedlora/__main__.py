@@ -11,7 +11,7 @@ COMMANDS = {
     "doctor": ("doctor", "what this machine has, which backend a call takes, one check and one timing"),
     "demo": ("demo", "fine-tune a pretrained sentence encoder on the standard library's docstrings"),
     "tune": ("tune", "measure which kernel configurations are fastest on this GPU, for a model's shapes"),
-    "build": ("cuda_build", "compile the CUDA C++ kernels for Hopper GPUs, which are optional"),
+    "build": ("cuda_build", "compile the CUDA C++ kernels for Hopper GPUs and the autograd node: both are optional"),
     "run": ("run", "run a command with PEFT's LoRA layers fused, in its child processes too"),
 }
 

@@ -19,6 +19,7 @@ from .cuda_build import find_library
 from .cuda_config import MAX_DECODE, CudaConfig, cuda_config
 from .dropout import launch_dropout
 from .memory import device_memory, row_major, skinny_rows
+from .recipe import SOURCES, Recipe, address
 
 # The struct's members: those that a plan fixes, then those of each call. test_cuda_build.py compares them with C's.
 SETTINGS = (
@@ -31,6 +32,8 @@ POINTERS = (
     *("workspace", "words", "stream"),
 )
 NUMBERS = ("scaling", "has_seed", "seed", "bound")
+# What a recipe fills in by itself, where a launch has it; the names are its sources' but for where S goes.
+_HOLES = {name: name for name in (*POINTERS, "scaling", "seed") if name in SOURCES} | {"saved_s": "s"}
 _pack_settings = struct.Struct(f"={len(SETTINGS)}q").pack
 _pack_rest = struct.Struct(f"={len(POINTERS)}Qd3q").pack
 
@@ -67,6 +70,7 @@ class CudaPlan:
         self.function = getattr(self.library, f"fusedlora_{direction}")
         self.index, self.memory = device.index, device_memory(device)
         self.head = _pack_settings(*(settings.get(name, 0) for name in SETTINGS))
+        self.there = {name for name, pointer in zip(POINTERS, pointers) if pointer}
         sizes = (ctypes.c_int64 * 2)()
         self._check(self.function(self.head + _pack_rest(*pointers, 0, 0, 0, 1.0, 0, 0, 0), ctypes.byref(sizes)))
         self.work_size, self.num_words = sizes
@@ -74,6 +78,20 @@ class CudaPlan:
     def _check(self, status: int) -> None:
         if status:
             raise RuntimeError(f"the CUDA kernels could not be launched: {self.library.fusedlora_problem().decode()}")
+
+    def recipe(self, tensors: tuple[str | None, ...], threshold: int | None) -> Recipe:
+        """tensors: of what `launch` takes the names; threshold: that of `dropout.launch_dropout`."""
+        noise = (0, 0, 0) if threshold is None else (1, 0, threshold)
+        names = (*SETTINGS, *POINTERS, *NUMBERS)
+        filled = self.there | {"workspace", "words", "stream", "scaling", *(("seed",) if threshold is not None else ())}
+        return Recipe(
+            function=address(self.function),
+            slots=self.head + _pack_rest(*(0 for _ in POINTERS), 0.0, *noise),
+            holes=tuple((names.index(name), _HOLES[name], 0) for name in filled),
+            problem=address(self.library.fusedlora_problem),
+            work_size=self.work_size,
+            num_words=self.num_words,
+        )
 
     def run(self, pointers: tuple[int, ...], scaling: float, seed: Tensor | int | None, threshold: int | None) -> None:
         """Launches on the current stream; scaling, seed and threshold are those of `dropout.launch_dropout`."""

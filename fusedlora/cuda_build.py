@@ -59,7 +59,7 @@ def sources_dir() -> Path:
 def sources_hash() -> str:
     """Of the sources and of how they are compiled."""
     digest = hashlib.sha256(repr((FLAGS, UNITS)).encode())
-    for file in sorted(sources_dir().glob("*.[ch]*")):
+    for file in sorted(file for file in sources_dir().iterdir() if file.suffix in (".cu", ".cuh", ".h")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -122,7 +122,7 @@ def build(say: Callable[[str], None]) -> Path:
     library = cache_dir() / name / LIBRARY
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(library.parent / "lock"):
+        with locked(library.parent / "lock"):
             if not library.is_file():
                 _compile(nvcc, ninja, library, library.parent / LOG, say)
     except OSError as error:
@@ -150,7 +150,8 @@ def _tools() -> tuple[Path, tuple[int, int], Path]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of this file: only one process does."""
     import fcntl
 
     with path.open("w") as file:
@@ -219,12 +220,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Builds the library and says where it lies. 0: it is there; 1: it could not be built, for the reason printed."""
-    begin = time.monotonic()
-    try:
-        library = build(lambda line: print(f"  {line}", flush=True))
-    except BuildError as error:
-        print(f"not built: {error}", file=sys.stderr)
-        return 1
-    print(f"{library}: {library.stat().st_size / 2**20:.1f} MB, {time.monotonic() - begin:.0f} s")
-    return 0
+    """Builds the library and the autograd node and says where they lie.
+
+    0: they are there; 1: one of them could not be built, for the reason printed.
+    """
+    from . import node_build  # needs torch
+
+    status = 0
+    for make in (lambda: build(lambda line: print(f"  {line}", flush=True)), node_build.build):
+        begin = time.monotonic()
+        try:
+            made = make()
+        except BuildError as error:
+            print(f"not built: {error}", file=sys.stderr)
+            status = 1
+        else:
+            print(f"{made}: {made.stat().st_size / 2**20:.1f} MB, {time.monotonic() - begin:.0f} s")
+    return status

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import __version__, dropout, ops
+from . import __version__, dropout, node, ops
 from .arguments import cast, check, check_scaling
 from .backends import without_autocast
 from .plans import Plan, find
@@ -51,6 +51,11 @@ def lora_linear(
 
     The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
     """
+    if node.run is not None and not torch.compiler.is_compiling():
+        _refuse_transforms()
+        taken = node.run(x, weight, lora_A, lora_B, bias, dropout_p if training else 0.0, backend, scaling)
+        if taken is not None:
+            return taken
     autocast = None
     if torch._C._is_any_autocast_enabled():
         x, weight, lora_A, lora_B, bias, autocast = cast(x, weight, lora_A, lora_B, bias)

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, node
 from .dropout import launch_dropout
 from .ops import dispatched
 from .plans import Given, Plan, Saved, aligned, packed
 
 _ALL = (True, True, True)
+# What the launches below are given, by the names that the C++ node has for it.
+_FORWARD = ("x", "w", "a", "b", "bias", None, None, "y", "s")
+_BACKWARD = ("dy", "x", "s", "w", "a", "b", None, "dx", "da", "db")
 
 
 class PackedPlan(Plan):
@@ -41,6 +44,8 @@ class PackedPlan(Plan):
         self.s_like_x = adapter_dtype is x.dtype
         self.forwards: dict[bool, Any] = {}  # by whether S is asked for
         self.gradients: Any = None  # all three
+        self.call: Any = None  # the same kind of call in the C++ node
+        self.told: set[int] = set()  # of its launches those that it knows
 
     def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, weight, lora_A, lora_B, bias, seed, scale = given
@@ -63,11 +68,14 @@ class PackedPlan(Plan):
         backends.last_used, backends.last_backward = self.names
         y = x.new_empty(*self.y_shape)
         numbers = launch_dropout(seed, self.dropout_p, scaling)
-        if not save_s:
-            plan.launch((x, weight, lora_A, lora_B, bias, None, scale, y), *numbers)
-            return y, None
-        s = (x if self.s_like_x else lora_A).new_empty(self.M, self.r)
-        plan.launch((x, weight, lora_A, lora_B, bias, None, scale, y, s), *numbers)
+        tensors: tuple[torch.Tensor | None, ...] = (x, weight, lora_A, lora_B, bias, None, scale, y)
+        s = None
+        if save_s:
+            s = (x if self.s_like_x else lora_A).new_empty(self.M, self.r)
+            tensors = (*tensors, s)
+        plan.launch(tensors, *numbers)
+        if self.call is not None:
+            self._tell(node.FORWARD_S if save_s else node.FORWARD, plan, _FORWARD[: len(tensors)], numbers[2])
         return y, s
 
     def backward(
@@ -105,4 +113,11 @@ class PackedPlan(Plan):
         dB = lora_B.new_empty(self.N, self.r)
         numbers = launch_dropout(seed, self.dropout_p, scaling)
         plan.launch((dy, x, s, weight, lora_A, lora_B, scale, dx, dA, dB), *numbers)
+        if self.call is not None:
+            self._tell(node.BACKWARD, plan, _BACKWARD, numbers[2])
         return dx, dA, dB
+
+    def _tell(self, which: int, plan: Any, tensors: tuple[str | None, ...], threshold: int | None) -> None:
+        if which not in self.told:
+            self.told.add(which)
+            node.tell(self.call, which, plan.recipe(tensors, threshold))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import node, ops
 from .arguments import check
 from .backends import describe_call, select
 
@@ -100,6 +100,7 @@ def find(
     if plan is None:
         if len(_plans) >= MOST:
             _plans.clear()
+            node.forget()
         plan = _plans[key] = _make(
             x, weight, lora_A, lora_B, bias, scale, dropout_p, drops, autocast, backend, for_kernels
         )
@@ -128,5 +129,9 @@ def _make(
         if all(taker.launchers is not None for taker in takers):
             from .packed import PackedPlan
 
-            return PackedPlan(takers, x, weight, lora_A, dropout_p, adapter_dtype, backend)
+            plan = PackedPlan(takers, x, weight, lora_A, dropout_p, adapter_dtype, backend)
+            if scale is None:
+                rate = dropout_p if drops else 0.0
+                plan.call = node.add(x, weight, lora_A, lora_B, bias, rate, backend, adapter_dtype, plan.names)
+            return plan
     return Plan(dropout_p, adapter_dtype, backend)

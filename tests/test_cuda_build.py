@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusedlora import __main__ as cli
-from fusedlora import cuda, cuda_build
+from fusedlora import cuda, cuda_build, node_build
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux")
 needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
@@ -25,6 +25,9 @@ echo library > "$1"
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    node = tmp_path / "node.so"
+    node.touch()
+    monkeypatch.setattr(node_build, "build", lambda: node)
     return tmp_path / "cache/fusedlora"
 
 
@@ -105,11 +108,12 @@ def test_a_build_is_made_once_and_found(nvcc, capsys, cache_folder: Path) -> Non
     nvcc()
     assert cuda_build.find_library() is None
     assert cli.main(["build"]) == 0
-    *progress, last = capsys.readouterr().out.splitlines()
+    *progress, last, node = capsys.readouterr().out.splitlines()
     units = len(cuda_build.UNITS) + 1
     assert len(progress) == units and progress[-1].split()[0] == f"[{units}/{units}]"
     library = cuda_build.find_library()
     assert library is not None and last.startswith(f"{library}: ") and last.endswith(" s")
+    assert "/node.so: 0.0 MB" in node
     assert library.read_text() == "library\n" and library.parent.parent == cache_folder
     nvcc(failing="exit 1")
     assert cuda_build.build(print) == library, "nothing is compiled again"

@@ -333,3 +333,37 @@ def test_the_table_of_what_is_faster(monkeypatch) -> None:
         assert not prefers_cuda("forward", **about), changed
         assert prefers_cuda("forward", **about | {"rows": 8192})
         assert not prefers_cuda("backward", **about | {"rows": 8192})
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_a_recipe_makes_the_same_arguments(recorder: Recorder, monkeypatch, drops: bool, bias: bool) -> None:
+    monkeypatch.setattr(cuda, "address", lambda function: 5)
+    i = make_inputs(5, 64, 72, 3, BF16, bias=bias)
+    seed, rate = (SEED, 0.25) if drops else (None, 0.0)
+    numbers = dropout.launch_dropout(seed, rate, i.scaling)
+    y, s = i.x.new_empty(5, 72), i.x.new_empty(5, 3)
+    up = (i.x, i.weight, i.lora_A, i.lora_B, i.bias, None, None, y, s)
+    down = (i.dy, i.x, s, i.weight, i.lora_A, i.lora_B, None, i.x, i.lora_A, i.lora_B)
+    names = ("x", "w", "a", "b", "bias", None, None, "y", "s"), ("dy", "x", "s", "w", "a", "b", None, "dx", "da", "db")
+    common = {"seed": seed, "adapter_dtype": BF16}
+    plans = (
+        cuda.forward_plan(*up[:5], gain=None, save_s=True, **common),
+        cuda.backward_plan(*down[:2], *down[3:6], s, needs=(True, True, True), **common),
+    )
+    for plan, tensors, named in zip(plans, (up, down), names):
+        plan.launch(tensors, *numbers)
+        call = dict(recorder.launches[-1])
+        call.pop("direction")
+        made = plan.recipe(named, numbers[2])
+        assert (made.work_size, made.num_words, made.programs) == (5000, 77, 0)
+        filled = list(struct.unpack(f"={len(NAMES)}Q", made.slots))
+        given = {name: tensor.data_ptr() for name, tensor in zip(named, tensors) if name and tensor is not None}
+        given |= {name: call[name] for name in ("workspace", "words", "stream")}
+        given["scaling"] = int.from_bytes(struct.pack("d", numbers[0]), "little")
+        given["seed"] = numbers[1]
+        for slot, source, offset in made.holes:
+            assert filled[slot] == 0, "a hole is empty"
+            filled[slot] = given[source] + offset
+        call["scaling"] = given["scaling"]
+        assert dict(zip(NAMES, filled)) == call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import struct
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from triton.runtime import _allocation
 from fusedlora.config import block_r
 from fusedlora.kernels.common import INTERPRET, PAIRED, PLAIN
 from fusedlora.memory import DeviceMemory, StreamMemory, Workspace
+from fusedlora.recipe import Recipe
 
 # Triton keeps the launch of a compiled kernel to itself. These versions were read; 3.6 and 3.9 were also run.
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -91,6 +93,39 @@ class Launcher:
             self.settings = (run.arg_annotations, run.kernel_signature)
         self.launch = run.launch
 
+    def recipe(self, arguments: tuple[Any, ...]) -> Recipe | None:
+        """The launch as plain parameters of cuLaunchKernel; None before the first one and where it is none.
+
+        arguments: as for a launch, with names of the recipe's sources, or pairs of one and what is added to it, in the
+        places of what a call brings.
+        """
+        if self.launch is None:
+            return None
+        num_warps, num_ctas, shared = self.compiled.packed_metadata
+        run = self.compiled.run
+        if num_ctas != 1 or run.launch_cooperative_grid or run.launch_pdl:
+            return None
+        types = [self.compiled.src.signature[name] for name in self.kernel.arg_names[: len(arguments)]]
+        values = [value for value, kind in zip(arguments, types, strict=True) if kind != "constexpr"]
+        # a kernel's last parameters are its scratch and that of a profiler, which it has none of
+        values += ["scratch", 0]
+        holes = []
+        for slot, value in enumerate(values):
+            if not isinstance(value, int):
+                source, offset = (value, 0) if isinstance(value, str) else value
+                holes.append((slot, source, offset))
+        return Recipe(
+            function=self.compiled.function,
+            slots=struct.pack(f"={len(values)}q", *(value if isinstance(value, int) else 0 for value in values)),
+            holes=tuple(holes),
+            programs=self.num_programs,
+            threads=32 * num_warps,
+            shared=shared,
+            scratch_size=self.scratch_size,
+            keeps=self.compiled,
+            watchers=(_runtime.launch_enter_hook, _runtime.launch_exit_hook),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
@@ -127,6 +162,18 @@ class LaunchPlan:
         arguments = (*tensors, *pieces, words, *self.sizes, scaling, *self.counts, *mask)
         for launcher in self.launchers:
             launcher(stream, arguments)
+
+    def recipe(self, tensors: tuple[str | None, ...], threshold: int | None) -> Recipe | None:
+        """tensors: names of the recipe's sources; threshold: that of `dropout.launch_dropout`."""
+        if len(self.launchers) != 1:
+            return None
+        pieces = [None if start is None else ("workspace", start) for start in self.workspace.starts]
+        seed = None if threshold is None else "seed"
+        arguments = (*tensors, *pieces, "words", *self.sizes, "scaling32", *self.counts, seed, threshold)
+        recipe = self.launchers[0].recipe(arguments)
+        if recipe is None:
+            return None
+        return dataclasses.replace(recipe, work_size=self.workspace.size, num_words=self.num_words)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ The default set covers pairs of (GPU, variant); `--slow` compiles all of them.
 import itertools
 import os
 import re
+import struct
 from unittest import mock
 
 import pytest
@@ -186,3 +187,64 @@ def test_no_recompilation_for_sizes_and_scaling(scaling: float, M: int, variant:
                 changed = Launch(launch.kernel, launch.arguments | arguments)
                 inspection.compile_launch(changed, GPUTarget("cuda", 90, 32))
     assert sources[0] == sources[2] and sources[1] == sources[3]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("save_s, seed, bias", [(True, True, True), (False, False, False)], ids=["all", "least"])
+def test_a_recipe_has_the_kernels_parameters(direction: str, save_s: bool, seed: bool, bias: bool) -> None:
+    """As many and as wide as the PTX declares them, each a number that Python passes too or what a call brings."""
+    from triton.backends.compiler import GPUTarget
+
+    from fusedlora.kernels import backward, forward, inspection
+
+    M, N, K, r = 512, 256, 384, 16
+    sizes = {"x": (M, K), "w": (N, K), "a": (r, K), "b": (N, r), "bias": (N,), "s": (M, r), "y": (M, N)}
+    sizes |= {"dy": (M, N), "dx": (M, K), "da": (r, K), "db": (N, r)}
+    t: dict = {name: torch.empty(shape, dtype=BF16) for name, shape in sizes.items()}
+    t |= {None: None} | ({} if bias else {"bias": None})
+    number, threshold = (2**62 + 5, 3) if seed else (None, None)
+    settings = {"scale": None, "seed": torch.tensor([2**62]) if seed else None, "adapter_dtype": BF16}
+    settings |= {"one_launch": True}
+    with inspection.recorded_launches(90) as seen:
+        if direction == "forward":
+            names = ("x", "w", "a", "b", "bias", None, None, "y", *(("s",) if save_s else ()))
+            plan = forward.forward_plan(*(t[n] for n in names[:5]), gain=None, save_s=save_s, **settings)
+        else:
+            names = ("dy", "x", "s", "w", "a", "b", None, "dx", "da", "db")
+            given = ("dy", "x", "w", "a", "b", "s")
+            plan = backward.backward_plan(*(t[n] for n in given), needs=(True, True, True), **settings)
+        plan.launch(tuple(t[n] for n in names), 0.5, number, threshold)
+    (launch,), (launcher,) = seen, plan.launchers
+    assert plan.recipe(names, threshold) is None, "nothing is known before the first launch"
+    compiled = inspection.compile_launch(launch, GPUTarget("cuda", 90, 32))
+    run = mock.Mock(launch_cooperative_grid=False, launch_pdl=False)
+    metadata = compiled.metadata.num_warps, compiled.metadata.num_ctas, compiled.metadata.shared
+    launcher.compiled = mock.Mock(src=compiled.src, packed_metadata=metadata, run=run, function=5)
+    launcher.launch = mock.Mock()
+    recipe = plan.recipe(names, threshold)
+    assert recipe is not None and recipe.threads == 32 * metadata[0] and recipe.shared == metadata[2]
+    assert recipe.work_size == plan.workspace.size and recipe.num_words == plan.num_words
+
+    slots = struct.unpack(f"={len(recipe.slots) // 8}q", recipe.slots)
+    holes = {slot: (source, offset) for slot, source, offset in recipe.holes}
+    ptx = compiled.asm["ptx"]
+    declared = re.findall(r"\.param \.(\w+)", ptx[ptx.index(".entry") :].split(")")[0])
+    passed = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+    assert len(declared) == len(slots) == len(passed) + 2
+    sources = {f"{name}_ptr": name for name in names if name} | {
+        "sync_ptr": "words",
+        "scaling": "scaling32",
+        "seed": "seed",
+    }
+    for slot, (name, width) in enumerate(zip((*passed, "scratch", "profiler"), declared, strict=True)):
+        if slot in holes:
+            source, offset = holes[slot]
+            assert source == ("scratch" if name == "scratch" else sources.get(name, "workspace"))
+            assert width == {"scaling32": "f32"}.get(source, "u64")
+            assert source == "workspace" or offset == 0
+        else:
+            assert width == ("u64" if name == "profiler" else "u32")
+            assert slots[slot] == (0 if name == "profiler" else launch.arguments[name])
+    with_pdl = mock.Mock(launch_cooperative_grid=False, launch_pdl=True)
+    with mock.patch.object(launcher.compiled, "run", with_pdl):
+        assert plan.recipe(names, threshold) is None, "cuLaunchKernel has no attributes"

@@ -1,0 +1,613 @@
+"""The C++ autograd node on CPU tensors, its launches computed by the formulas: what calls it takes, and as what."""
+
+import ctypes
+import dataclasses
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fusedlora
+from fusedlora import backends, cuda, dropout, node, node_build, plans, reference
+from fusedlora.cuda_build import BuildError
+from fusedlora.recipe import Recipe, address
+
+LOAD = node.load.__wrapped__  # before conftest.py puts something in its place
+BF16 = torch.bfloat16
+M, N, K, R = 6, 24, 16, 4
+FORWARD = ("x", "w", "a", "b", "bias", "y", "s")
+BACKWARD = ("dy", "x", "s", "w", "a", "b", "dx", "da", "db")
+NUMBERS = ("scaling", "seed", "workspace", "words", "stream")
+STREAM = 77
+
+LIBRARY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p)
+KERNEL = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_uint64,
+    *(ctypes.c_uint,) * 7,
+    ctypes.c_uint64,
+    ctypes.POINTER(ctypes.POINTER(ctypes.c_uint64)),
+    ctypes.c_void_p,
+)
+
+
+@pytest.fixture(scope="session")
+def module() -> Any:
+    try:
+        return node.import_module(node_build.build())
+    except BuildError as error:
+        if "no C++ compiler" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor | None:
+    if address == 0:
+        return None
+    count = torch.Size(shape).numel()
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class Launch:
+    """A launch by the formulas: `launch` as Python's, and a recipe for one with the same effect."""
+
+    def __init__(
+        self, stand_in: "StandIn", direction: str, param_dtype: torch.dtype, adapter_dtype: torch.dtype
+    ) -> None:
+        self.owner, self.direction = stand_in, direction
+        shapes = {"x": (M, K), "dy": (M, N), "w": (N, K), "a": (R, K), "b": (N, R), "bias": (N,), "s": (M, R)}
+        self.shapes = shapes | {"y": (M, N), "dx": (M, K), "da": (R, K), "db": (N, R)}
+        self.dtypes = dict.fromkeys(self.shapes, BF16) | dict.fromkeys(("a", "b", "da", "db"), param_dtype)
+        self.dtypes["s"] = self.adapter_dtype = adapter_dtype
+
+    def compute(self, t: dict[str, Any], scaling: float, seed: int | None) -> None:
+        settings = {"scaling": scaling, "dropout_p": 0.0, "adapter_dtype": self.adapter_dtype}
+        if seed is not None:
+            settings |= {"scaling": scaling * 0.5, "dropout_p": 0.5}
+        mask = None if seed is None else dropout.as_mask(torch.tensor([seed]), M, K, 0.5, torch.device("cpu"))
+        with torch.no_grad():
+            if self.direction == "forward":
+                given = (t["x"], t["w"], t["a"], t["b"], t["bias"], mask, None, None)
+                made = dict(zip(("y", "s"), reference.forward(*given, save_s=True, **settings)))
+            else:
+                needs = dict.fromkeys(("need_dx", "need_dA", "need_dB"), True)
+                given = (t["dy"], t["x"], t["w"], t["a"], t["b"], t["s"], mask, None)
+                made = dict(zip(("dx", "da", "db"), reference.backward(*given, **settings, **needs)))
+            for name, value in made.items():
+                if t[name] is not None:
+                    t[name].copy_(value)
+
+    def launch(self, tensors: tuple[torch.Tensor | None, ...], scaling: float, seed: int | None, _: Any) -> None:
+        self.owner.log.append(f"python {self.direction}")
+        if self.direction == "forward":
+            x, w, a, b, bias, _, _, y, s = (*tensors, None)[:9]
+            given = dict(zip(FORWARD, (x, w, a, b, bias, y, s)))
+        else:
+            dy, x, s, w, a, b, _, *made = tensors
+            given = dict(zip(BACKWARD, (dy, x, s, w, a, b, *made)))
+        flat = {name: None if t is None else t.view(self.shapes[name]) for name, t in given.items()}
+        self.compute(flat, scaling, seed)
+
+    def recipe(self, tensors: tuple[str | None, ...], threshold: int | None) -> Recipe | None:
+        there = FORWARD if self.direction == "forward" else BACKWARD
+        names = (*(name for name in there if name in tensors), *NUMBERS)
+        drops = threshold is not None
+
+        def run(slots: Any, single: bool) -> int:
+            owner = self.owner
+            if owner.status:
+                return owner.status
+            owner.log.append(f"node {self.direction}")
+            value = dict(zip(names, slots))
+            assert value["stream"] == STREAM
+            words, work = at(value["words"], torch.int32, 3), at(value["workspace"], torch.uint8, 100)
+            assert words is not None and work is not None and not words.any(), "words are zero at each launch"
+            work.fill_(1)
+            owner.places.append((value["words"], value["workspace"]))
+            size, kind = (4, "f") if single else (8, "d")
+            scaling = struct.unpack(kind, value["scaling"].to_bytes(8, "little")[:size])[0]
+            given = {name: at(value.get(name, 0), self.dtypes[name], *self.shapes[name]) for name in there}
+            self.compute(given, scaling, value["seed"] if drops else None)
+            return 0
+
+        how: dict[str, Any]
+        if self.owner.kernels:
+            self.owner.kernel_runs.append(run)
+            how = {"function": len(self.owner.kernel_runs), "programs": 5, "threads": 128, "shared": 1000}
+        else:
+            function = LIBRARY(lambda slots, sizes: run(slots[: len(names)], False))
+            how = {"function": address(function), "problem": address(self.owner.problem), "keeps": function}
+        source = {"scaling": "scaling32"} if self.owner.kernels else {}
+        holes = tuple((slot, source.get(name, name), 0) for slot, name in enumerate(names))
+        return Recipe(slots=bytes(8 * len(names)), holes=holes, work_size=100, num_words=3, **how)
+
+
+class StandIn:
+    """In place of kernels, for bf16 CPU tensors of one shape; as the library's functions, or as kernels."""
+
+    def __init__(self, kernels: bool) -> None:
+        self.kernels = kernels
+        self.log: list[str] = []
+        self.places: list[tuple[int, int]] = []
+        self.status = self.captures = 0
+        self.kernel_runs: list[Any] = []
+        self.said = ctypes.create_string_buffer(b"out of luck")
+        self.problem = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(self.said))
+
+    def backend(self) -> backends.Backend:
+        def why_not(call: backends.Call) -> str | None:
+            return None if call.dtype is BF16 and call.dropout != "mask" else "not here"
+
+        def op(direction: str, run: Any) -> Any:
+            def logged(*arguments: Any, **settings: Any) -> Any:
+                self.log.append(f"op {direction}")
+                return run(*arguments, **settings)
+
+            return logged
+
+        def launchers(device: torch.device) -> Any:
+            def plan(direction: str) -> Any:
+                return lambda *tensors, adapter_dtype, **_: Launch(self, direction, tensors[3].dtype, adapter_dtype)
+
+            return plan("forward"), plan("backward")
+
+        ops = op("forward", reference.forward), op("backward", reference.backward)
+        return backends.Backend("triton", why_not, *ops, launchers)
+
+    def functions(self) -> tuple[Any, ...]:
+        def current_stream(index: int, stream: Any) -> int:
+            stream[0] = STREAM
+            return 0
+
+        def is_capturing(stream: int, status: Any) -> int:
+            assert stream == STREAM
+            status[0] = self.captures
+            return 0
+
+        def launch_kernel(function, x, y, z, threads, ty, tz, shared, stream, params, extra) -> int:
+            assert (x, y, z, threads, ty, tz, shared, stream, extra) == (5, 1, 1, 128, 1, 1, 1000, STREAM, None)
+            run = self.kernel_runs[function - 1]
+            return run((params[i][0] for i in range(20)), True)
+
+        pointer = ctypes.POINTER
+        types = (
+            ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, pointer(ctypes.c_uint64)),
+            ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, pointer(ctypes.c_int)),
+            KERNEL,
+        )
+        return tuple(kind(f) for kind, f in zip(types, (current_stream, is_capturing, launch_kernel)))
+
+
+@pytest.fixture(params=["library", "kernels"])
+def stand_in(module: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[StandIn]:
+    made = StandIn(request.param == "kernels")
+    monkeypatch.setattr(backends, "BACKENDS", (made.backend(), backends.REFERENCE))
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(plans, "_plans", {})
+    make = plans._make
+    monkeypatch.setattr(plans, "_make", lambda *arguments: make(*arguments[:-1], True))
+    monkeypatch.setattr(node, "load", lambda kind: True)
+    monkeypatch.setattr(node, "run", None)
+    monkeypatch.setattr(node, "_module", None)
+    functions = made.functions()
+
+    def draw(x: torch.Tensor, dropout_p: float, backend: str) -> torch.Tensor:
+        return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64)
+
+    monkeypatch.setattr(dropout, "draw", draw)
+    node.use(module, *functions, draw)
+    yield made
+    module.clear()
+
+
+def make_layer(**options: Any) -> fusedlora.FusedLoRALinear:
+    torch.manual_seed(0)
+    options = {"bias": True, "r": R, "dtype": BF16, "adapter_dtype": BF16} | options
+    layer = fusedlora.FusedLoRALinear(K, N, **options)
+    torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return layer
+
+
+def make_x(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (M, K)), dtype=BF16, requires_grad=True)
+
+
+def step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    """y and the gradients of x, lora_A and lora_B."""
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy)]
+
+
+def known(layer: torch.nn.Module, stand_in: StandIn, shape: tuple[int, ...] = (M, K)) -> None:
+    """Runs the layer once through Python, forward and backward, and forgets that in the log."""
+    step(layer, make_x(*shape), torch.ones(*shape[:-1], N, dtype=BF16))
+    with torch.no_grad():
+        layer(make_x(*shape))
+    stand_in.log.clear()
+
+
+KINDS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "plain": ((M, K), {"bias": False}),
+    "bias": ((M, K), {}),
+    "three dimensions": ((2, 3, K), {}),
+    "fp32 adapters": ((M, K), {"adapter_dtype": torch.float32}),
+    "dropout": ((M, K), {"lora_dropout": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("shape", "options"), KINDS.values(), ids=KINDS)
+def test_a_known_kind_runs_without_python_and_gives_the_same(stand_in, shape, options) -> None:
+    layer, x = make_layer(**options), make_x(*shape)
+    dy = torch.randn(*shape[:-1], N, dtype=BF16)
+
+    def results() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            y = layer(x)
+        return [*step(layer, x, dy), y]
+
+    first = results()
+    assert stand_in.log == ["python forward", "python forward", "python backward"]
+    stand_in.log.clear()
+    layer.last_backend = backends.last_used = backends.last_backward = None
+    second = results()
+    assert stand_in.log == ["node forward", "node forward", "node backward"]
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert layer.last_backend == backends.last_used == backends.last_backward == "triton"
+    assert type(second[0]) is torch.Tensor and second[0].grad_fn.name() == "LoRALinearBackward"
+    assert not second[-1].requires_grad
+    assert len(set(stand_in.places)) == 1, "launches of one stream share words and workspace"
+
+
+def test_a_backward_tells_who_took_it(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    for thread in (False, True):
+        y = layer(x)
+        backends.last_used = backends.last_backward = None
+        if thread:
+            run = threading.Thread(target=y.backward, args=(torch.ones_like(y),))
+            run.start()
+            run.join()
+        else:
+            y.backward(torch.ones_like(y))
+        assert backends.last_used == backends.last_backward == "triton"
+    assert stand_in.log == ["node forward", "node backward"] * 2
+
+
+def test_numbers_are_read_at_each_call(stand_in) -> None:
+    layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
+    known(layer, stand_in)
+    for scaling in (3.0, 2, 0.1):
+        layer.scaling = scaling
+        got = step(layer, x, dy)
+        assert stand_in.log == ["node forward", "node backward"]
+        layer.backend = "reference"
+        expected = step(layer, x, dy)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+        layer.backend = "auto"
+        stand_in.log.clear()
+
+
+def test_a_rate_that_is_off_is_the_same_kind(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    layer(x)
+    layer.lora_dropout = 0.5
+    layer.eval()(x)
+    plans._plans.clear()
+    layer.lora_dropout = 0.0
+    layer(x)
+    assert stand_in.log == ["node forward"] * 3
+
+
+OTHERS = {
+    "rows": lambda layer, x: layer(x[:4]),
+    "an offset": lambda layer, x: layer(torch.empty(M * K + 1, dtype=BF16)[1:].view(M, K)),
+    "strides": lambda layer, x: layer(torch.randn(K, M, dtype=BF16).t()),
+    "a frozen x": lambda layer, x: layer(x.detach()),
+    "a trained weight": lambda layer, x: layer.requires_grad_()(x),
+    "a frozen adapter": lambda layer, x: layer.requires_grad_(False)(x),
+    "scaling as a tensor": lambda layer, x: (setattr(layer, "scaling", torch.tensor(2.0)), layer(x))[1],
+    "another dropout": lambda layer, x: (setattr(layer, "lora_dropout", 0.1), layer(x))[1],
+    "autocast": lambda layer, x: autocast(lambda: layer(x)),
+    "a mode": lambda layer, x: under_a_mode(lambda: layer(x)),
+    "determinism": lambda layer, x: deterministic(lambda: layer(x)),
+    "a capture": lambda layer, x: layer(x),
+}
+
+
+def autocast(run: Any) -> Any:
+    with torch.autocast("cpu", torch.float16):
+        return run()
+
+
+def under_a_mode(run: Any) -> Any:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        return run()
+
+
+def deterministic(run: Any) -> Any:
+    torch.use_deterministic_algorithms(True)
+    try:
+        return run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_calls_are_pythons(stand_in, other: str, monkeypatch) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    stand_in.captures = other == "a capture"
+    try:
+        OTHERS[other](layer, x)
+    except (RuntimeError, TypeError) as error:  # what the stand-in or the reference takes is not asked here
+        assert "node" not in str(error)
+    assert "node forward" not in stand_in.log
+    stand_in.captures = 0
+    layer = make_layer()
+    stand_in.log.clear()
+    layer(x)
+    assert stand_in.log == ["node forward"]
+
+
+def test_bad_input_is_refused_as_ever(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    with pytest.raises(ValueError, match="weight has in_features 16, x has 8"):
+        layer(x[:, :8])
+    with pytest.raises(TypeError, match="weight has dtype torch.bfloat16, x has torch.float32"):
+        layer(x.float())
+    with pytest.raises(ValueError, match="backend is 'none'"):
+        fusedlora.lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, scaling=1.0, backend="none")
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
+        torch.func.vmap(layer)(x[None].detach())
+
+
+GRADIENTS = {
+    "expanded": lambda: torch.ones((), dtype=BF16).expand(M, N),
+    "transposed": lambda: torch.randn(N, M, dtype=BF16).t(),
+    "misaligned": lambda: torch.randn(M * N + 1, dtype=BF16)[1:].view(M, N),
+}
+
+
+@pytest.mark.parametrize("make", GRADIENTS.values(), ids=GRADIENTS)
+def test_a_gradient_that_no_kernel_reads_takes_the_op(stand_in, make) -> None:
+    layer, x, dy = make_layer(), make_x(), make()
+    known(layer, stand_in)
+    got = step(layer, x, dy)
+    assert stand_in.log == ["node forward", "op backward"]
+    layer.backend = "reference"
+    assert all(torch.equal(*pair) for pair in zip(got, step(layer, x, dy), strict=True))
+
+
+def test_a_captured_backward_takes_the_op(stand_in) -> None:
+    layer, x = make_layer(lora_dropout=0.5), make_x(2, 3, K)
+    known(layer, stand_in, (2, 3, K))
+    y = layer(x)
+    stand_in.captures = 1
+    y.backward(torch.ones_like(y))
+    assert stand_in.log == ["node forward", "op backward"] and x.grad.shape == x.shape
+
+
+def test_it_is_differentiated_once(stand_in) -> None:
+    layer, x, dy = make_layer(), make_x(), make_x(M, N)
+    known(layer, stand_in)
+    y = layer(x)
+    wrt = (x, layer.lora_A, layer.lora_B)
+    grads = torch.autograd.grad(y, wrt, dy, create_graph=True)
+    assert stand_in.log == ["node forward", "node backward"]
+    for grad in grads:
+        for tensor in (*wrt, dy):
+            with pytest.raises(RuntimeError, match="differentiated only once: it has no double backward"):
+                torch.autograd.grad(grad.sum(), tensor, retain_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated only once"):
+            grad.sum().backward(retain_graph=True)
+
+
+def test_backward_twice(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    y = layer(x)
+    y.backward(torch.ones_like(y), retain_graph=True)
+    y.backward(torch.ones_like(y))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward(torch.ones_like(y))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B"])
+def test_a_saved_tensor_must_stay(stand_in, name: str) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    y = layer(x)
+    with torch.no_grad():
+        (x if name == "x" else getattr(layer, name)).mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(torch.ones_like(y))
+    assert stand_in.log == ["node forward"]
+
+
+def test_hooks_see_what_is_saved(stand_in) -> None:
+    layer, x, dy = make_layer(lora_dropout=0.5), make_x(), torch.randn(M, N, dtype=BF16)
+    known(layer, stand_in)
+    packed = []
+    torch.manual_seed(1)
+    expected = step(layer, x, dy)
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t.clone()):
+        got = step(layer, x, dy)
+    assert stand_in.log == 2 * ["node forward", "node backward"]
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    shapes = [(M, K), (N, K), (R, K), (N, R), (M, R), (1,)]
+    assert [tuple(t.shape) for t in packed] == shapes
+
+
+class Hooked(Exception):
+    pass
+
+
+def test_an_error_of_a_hook_comes_through(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+
+    def fail(_: Any) -> Any:
+        raise Hooked
+
+    with torch.autograd.graph.saved_tensors_hooks(fail, fail), pytest.raises(Hooked):
+        layer(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, fail):
+        y = layer(x)
+    with pytest.raises(Hooked):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(stand_in, use_reentrant: bool) -> None:
+    layer, x, dy = make_layer(lora_dropout=0.5), make_x(), torch.randn(M, N, dtype=BF16)
+    known(layer, stand_in)
+    grads = []
+    for wrapped in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(2)
+        layer.zero_grad()
+        x.grad = None
+        wrapped(x).backward(dy)
+        grads.append([x.grad, layer.lora_A.grad, layer.lora_B.grad])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    assert stand_in.log.count("node backward") == 2 and "python forward" not in stand_in.log[:2]
+
+
+def test_inference_mode(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    expected = layer(x)
+    with torch.inference_mode():
+        y = layer(x)
+    assert stand_in.log == ["node forward"] * 2 and torch.equal(y, expected) and y.is_inference()
+
+
+def test_a_launch_that_fails(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    y = layer(x)
+    stand_in.status = 7
+    match = "cuLaunchKernel: error 7" if stand_in.kernels else "could not be launched: out of luck"
+    with pytest.raises(RuntimeError, match=match):
+        layer(x)
+    with pytest.raises(RuntimeError, match=match):
+        y.backward(torch.ones_like(y))
+
+
+def test_threads(stand_in) -> None:
+    layer = make_layer()
+    known(layer, stand_in)
+    wrong = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(M, K, generator=generator).to(BF16).requires_grad_()
+        dy = torch.randn(M, N, generator=generator).to(BF16)
+        expected = None
+        for _ in range(20):
+            got = step(layer, x, dy)
+            expected = expected or got
+            wrong.extend(pair for pair in zip(got, expected, strict=True) if not torch.equal(*pair))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and set(stand_in.log) == {"node forward", "node backward"}
+
+
+def test_a_watched_launch_is_pythons(stand_in, monkeypatch) -> None:
+    class Chain:
+        calls: list[Any] = []
+
+    tell = node.tell
+    watched = lambda call, which, recipe: tell(  # noqa: E731
+        call, which, dataclasses.replace(recipe, watchers=(Chain(),))
+    )
+    monkeypatch.setattr(node, "tell", watched)
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    layer(x)
+    assert stand_in.log == ["node forward"]
+    monkeypatch.setattr(Chain, "calls", [print])
+    layer(x)
+    assert stand_in.log == ["node forward", "python forward"]
+
+
+def test_compiled_autograd_traces_the_op(stand_in) -> None:
+    from torch._dynamo import compiled_autograd
+
+    layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
+    known(layer, stand_in)
+    _, *expected = step(layer, x, dy)
+    y = layer(x)
+    stand_in.log.clear()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward(dy)
+    assert stand_in.log == ["op backward"]
+    got = x.grad, layer.lora_A.grad, layer.lora_B.grad
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_autocast_to_what_the_tensors_have(stand_in) -> None:
+    layer, x, dy = make_layer(adapter_dtype=torch.float32), make_x(), torch.randn(M, N, dtype=BF16)
+    known(layer, stand_in)
+    with torch.autocast("cpu", BF16):
+        first = step(layer, x, dy)
+        assert stand_in.log == ["python forward", "python backward"], "another kind: its adapter runs in bf16"
+        second = step(layer, x, dy)
+    assert stand_in.log[2:] == ["node forward", "node backward"]
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.fixture(autouse=True)
+    def loaded(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plans, "_plans", {})
+        monkeypatch.setattr(node, "_module", None)
+        assert LOAD("cuda"), "anew, after the stand-ins"
+        monkeypatch.setattr(node, "load", lambda kind: True)
+
+    @pytest.mark.parametrize("M", [16, 300, 2048])
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+    @pytest.mark.parametrize("adapter_dtype", [BF16, torch.float32])
+    @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+    def test_bits_are_pythons(self, M: int, dropout_p: float, adapter_dtype, backend: str, monkeypatch) -> None:
+        if backend == "cuda" and (cuda.missing() or adapter_dtype is torch.float32):
+            pytest.skip("the CUDA library is not there or does not take this")
+        with torch.device("cuda"):
+            torch.manual_seed(0)
+            options = {"dtype": BF16, "adapter_dtype": adapter_dtype, "lora_dropout": dropout_p}
+            layer = fusedlora.FusedLoRALinear(1024, 1536, r=16, **options)
+            layer.backend = backend
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+            x, dy = torch.randn(M, 1024, dtype=BF16, requires_grad=True), torch.randn(M, 1536, dtype=BF16)
+
+        def results() -> list[torch.Tensor]:
+            torch.cuda.manual_seed(1)
+            return step(layer, x, dy)
+
+        run = node.run
+        monkeypatch.setattr(node, "run", None)
+        expected = results()
+        monkeypatch.setattr(node, "run", run)
+        for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                got = results()
+            torch.cuda.synchronize()
+            assert got[0].grad_fn.name() == "LoRALinearBackward"
+            assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
