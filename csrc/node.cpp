@@ -53,11 +53,23 @@ struct Hole {
 // Bytes of workspace or scratch that a stream keeps for its next launches, as in fusedlora/memory.py.
 constexpr int64_t MOST_KEPT = 4 << 20;
 
+// CUlaunchAttribute and CUlaunchConfig of the driver's cuLaunchKernelEx.
+struct LaunchAttribute {
+  int id, padding;
+  alignas(8) char value[64];
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+
 struct Hooks {
   int (*current_stream)(int32_t device, void** stream);
   int (*is_capturing)(void* stream, int* status);
-  int (*launch_kernel)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
-                       void* stream, void** params, void** extra);
+  int (*launch_kernel)(const LaunchConfig* config, void* function, void** params, void** extra);
   PyObject* taken;  // dict that is told which backends a call took
   PyObject* draw;   // a dropout's seed, as a tensor, for x, the rate and the backend
 } hooks;
@@ -84,6 +96,7 @@ StreamMemory memory_of(at::Device device, void* stream, const Launch& launch);
 struct Launch {
   uint64_t function = 0;             // 0: Python has not told yet
   unsigned programs = 0, threads = 0, shared = 0;  // of a kernel; without programs a function of the CUDA library
+  int early = 0;  // whether it may begin while the launch before it ends
   const char* (*problem)() = nullptr;  // of that library: what went wrong
   std::vector<uint64_t> slots;
   std::vector<Hole> holes;
@@ -126,9 +139,12 @@ struct Launch {
     }
     c10::SmallVector<void*, 64> params;
     for (uint64_t& slot : filled) params.push_back(&slot);
-    const int status = hooks.launch_kernel(reinterpret_cast<void*>(function), programs, 1, 1, threads, 1, 1, shared,
-                                           stream, params.data(), nullptr);
-    if (status != 0) throw std::runtime_error("cuLaunchKernel: error " + std::to_string(status));
+    LaunchAttribute attribute{PROGRAMMATIC_STREAM_SERIALIZATION, 0, {}};
+    const int allowed = 1;
+    std::memcpy(attribute.value, &allowed, sizeof(allowed));
+    const LaunchConfig config{{programs, 1, 1}, {threads, 1, 1}, shared, stream, &attribute, early ? 1u : 0u};
+    const int status = hooks.launch_kernel(&config, reinterpret_cast<void*>(function), params.data(), nullptr);
+    if (status != 0) throw std::runtime_error("cuLaunchKernelEx: error " + std::to_string(status));
   }
 };
 
@@ -442,7 +458,7 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// set_launch(call, which, function, programs, threads, shared, problem, slots, holes, sizes, keeps, watchers)
+// set_launch(call, which, function, programs, threads, shared, early, problem, slots, holes, sizes, keeps, watchers)
 PyObject* set_launch(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   PyObject *capsule, *keeps, *watchers;
@@ -451,9 +467,9 @@ PyObject* set_launch(PyObject*, PyObject* args) {
   Launch launch;
   const char *slots, *holes;
   Py_ssize_t slots_size, holes_size;
-  if (!PyArg_ParseTuple(args, "OiKIIIKy#y#(LLL)OO", &capsule, &which, &function, &launch.programs, &launch.threads,
-                        &launch.shared, &problem, &slots, &slots_size, &holes, &holes_size, &launch.work_size,
-                        &launch.num_words, &launch.scratch_size, &keeps, &watchers)) {
+  if (!PyArg_ParseTuple(args, "OiKIIIpKy#y#(LLL)OO", &capsule, &which, &function, &launch.programs, &launch.threads,
+                        &launch.shared, &launch.early, &problem, &slots, &slots_size, &holes, &holes_size,
+                        &launch.work_size, &launch.num_words, &launch.scratch_size, &keeps, &watchers)) {
     return nullptr;
   }
   auto* call = static_cast<std::shared_ptr<Call>*>(PyCapsule_GetPointer(capsule, CAPSULE));

@@ -128,23 +128,33 @@ def decode_config(p: Problem) -> DecodeConfig | None:
     rows, wide = decode_rows(p.M), block_r(p.r)
     if wide * rows > (512 if p.itemsize == 4 else 1024 if p.split else 4096):  # three products each: registers
         return None
-    # Nearly every SM has a program, and each at least 512 of the depth. Whoever adds the parts holds them in registers.
-    for columns in (64, 32):
+    # The widest columns with which most SMs have a program, each at least 512 deep (measured on an H200). Few rows
+    # split their depth only where nothing else gives enough programs: whoever adds the parts comes last.
+    for columns, most in ((128, 1), (64, 2 if rows == 64 else 1), (32, 8192 // (32 * rows))):
         blocks, split = -(-p.out // columns), 1
-        while split < 8 and blocks * split < 0.9 * p.num_sms and p.depth >= 1024 * split:
+        while split < min(most, 8) and blocks * split < 0.8 * p.num_sms and p.depth >= 1024 * split:
             split *= 2
-        most = 8192 // (rows * columns)
-        if split <= most:
+        if blocks * split >= 0.8 * p.num_sms:
             break
-    split = min(split, most)
-    # Wider accumulators of S, and operands that are split into terms, leave fewer registers for operands.
-    depth = 256 // p.itemsize if wide * rows <= 1024 and not p.split else 128 // p.itemsize
-    # What a stage holds: tiles of W, x and A, which may be fp32. Four of them are 64 KB of W on their way. An unknown
-    # GPU has at least 64 KB.
-    stage = depth * (p.itemsize * (columns + rows) + 4 * wide)
-    buffers = min(4, SHARED_MEMORY.get(p.capability, 65_536) // stage)
-    # wgmma, which takes 64 rows, holds on to the stage that it reads, and Triton counts that one for others beside.
-    stages = buffers if rows == 64 and p.capability == 90 else buffers + 1
+    # Bytes of a row of W a stage. Wider accumulators of S, and operands that are split into terms, leave fewer
+    # registers for operands.
+    depth_bytes = 256 if wide * rows <= 1024 and not p.split else 128
+    if depth_bytes == 256 and columns < 128 and rows < 64 and wide * rows <= 512:
+        depth_bytes = 512
+    shared = SHARED_MEMORY.get(p.capability, 65_536)  # an unknown GPU has at least that
+    while True:
+        depth = depth_bytes // p.itemsize
+        # What a stage holds: tiles of W, x and A, which may be fp32.
+        fit = shared // (depth * (p.itemsize * (columns + rows) + 4 * wide))
+        if fit >= 4 or depth_bytes == 128:
+            break
+        depth_bytes //= 2
+    # Few rows: 80 to 96 KB of W on their way, and the stage in use. wgmma, which takes 64 rows, holds on to the stage
+    # that it reads, and Triton counts that one for others beside.
+    if rows == 64 and p.capability == 90:
+        stages = min(fit, 7, max(4, 65_536 // (depth_bytes * columns)))
+    else:
+        stages = min(fit, 5, max(3, 98_304 // (depth_bytes * columns))) + 1
     warps = 8 if wide * rows > 2048 else 4
     return DecodeConfig(columns, depth, split, num_warps=warps, num_stages=stages, early=True)
 

@@ -48,7 +48,7 @@ def load(kind: str) -> bool:
         # a library's functions are those of the libraries that it is linked to, too: torch's CUDA runtime
         runtime = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
         driver = ctypes.CDLL("libcuda.so.1")
-        functions = runtime.aoti_torch_get_current_cuda_stream, runtime.cudaStreamIsCapturing, driver.cuLaunchKernel
+        functions = runtime.aoti_torch_get_current_cuda_stream, runtime.cudaStreamIsCapturing, driver.cuLaunchKernelEx
     except (ImportError, OSError, AttributeError) as error:
         warnings.warn(f"{path} cannot be loaded, calls go through Python: {error}", stacklevel=2)
         return False
@@ -102,6 +102,7 @@ def tell(call: Any, which: int, recipe: Recipe | None) -> None:
         recipe.programs,
         recipe.threads,
         recipe.shared,
+        recipe.early,
         recipe.problem,
         recipe.slots,
         struct.pack(f"={3 * len(recipe.holes)}q", *holes),

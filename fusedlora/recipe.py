@@ -27,6 +27,7 @@ class Recipe:
     programs: int = 0  # of a kernel
     threads: int = 0
     shared: int = 0
+    early: bool = False  # its programs may take their places while the launch before it on the stream ends
     problem: int = 0  # address of the function that tells what went wrong in the CUDA library
     work_size: int = 0
     num_words: int = 0

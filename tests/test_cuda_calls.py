@@ -164,7 +164,7 @@ def test_the_decode_kernel_is_asked_for_by_configuration(recorder: Recorder) -> 
         forward(i, config=config)
     forward(make_inputs(65, 64, 72, 3, BF16))
     found = [(call["decode_rows"], call["decode_split"], call["decode_early"]) for call in recorder.launches]
-    assert found == [(128, 4, 1), (128, 4, 0), (0, 0, 0), (64, 1, 1), (0, 0, 0)]
+    assert found == [(128, 4, 1), (128, 4, 0), (0, 0, 0), (64, 1, 0), (0, 0, 0)]
 
 
 def test_calls_that_the_decode_kernel_leaves_to_the_other(recorder: Recorder) -> None:
@@ -180,23 +180,22 @@ def test_calls_that_the_decode_kernel_leaves_to_the_other(recorder: Recorder) ->
 
 
 @pytest.mark.parametrize(
-    "out, depth, expected",
+    "out, depth, expected, early",
     [
-        (4096, 4096, (128, 4)),  # 128 blocks
-        (14336, 4096, (128, 2)),  # 224: two on some SMs
-        (4096, 14336, (128, 4)),
-        (1024, 4096, (64, 8)),
-        (1024, 1024, (64, 4)),  # not below 256 of depth
-        (520, 776, (64, 2)),
-        (8, 8, (64, 1)),
-        (128256, 4096, (128, 2)),
+        (4096, 4096, (64, 2), True),  # 128 blocks
+        (14336, 4096, (128, 2), False),  # 224: two on some SMs
+        (4096, 14336, (64, 2), False),
+        (1024, 4096, (64, 4), True),
+        (1024, 512, (64, 2), True),  # not below 256 of depth
+        (520, 776, (64, 2), True),
+        (8, 8, (64, 1), True),
+        (128256, 4096, (128, 2), False),
+        (128256, 256, (64, 1), False),
     ],
 )
-def test_decode_configurations(out: int, depth: int, expected: tuple[int, int]) -> None:
-    found = decode_config(Problem(1, out, depth, 16, 2, False, 90, 132))
-    assert found == expected
-    many = decode_config(Problem(64, out, depth, 16, 2, False, 90, 132))
-    assert many == ((64, 2) if expected == (128, 4) else expected)
+def test_decode_configurations(out: int, depth: int, expected: tuple[int, int], early: bool) -> None:
+    assert decode_config(Problem(1, out, depth, 16, 2, False, 90, 132)) == (*expected, early)
+    assert decode_config(Problem(64, out, depth, 16, 2, False, 90, 132)) == (*expected, False)
 
 
 def test_no_rows(recorder: Recorder) -> None:

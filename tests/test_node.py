@@ -25,10 +25,26 @@ NUMBERS = ("scaling", "seed", "workspace", "words", "stream")
 STREAM = 77
 
 LIBRARY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p)
+
+
+class LaunchAttribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        *(("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint)),
+        *(
+            ("stream", ctypes.c_uint64),
+            ("attributes", ctypes.POINTER(LaunchAttribute)),
+            ("num_attributes", ctypes.c_uint),
+        ),
+    ]
+
+
 KERNEL = ctypes.CFUNCTYPE(
     ctypes.c_int,
-    ctypes.c_uint64,
-    *(ctypes.c_uint,) * 7,
+    ctypes.POINTER(LaunchConfig),
     ctypes.c_uint64,
     ctypes.POINTER(ctypes.POINTER(ctypes.c_uint64)),
     ctypes.c_void_p,
@@ -118,7 +134,13 @@ class Launch:
         how: dict[str, Any]
         if self.owner.kernels:
             self.owner.kernel_runs.append(run)
-            how = {"function": len(self.owner.kernel_runs), "programs": 5, "threads": 128, "shared": 1000}
+            how = {
+                "function": len(self.owner.kernel_runs),
+                "programs": 5,
+                "threads": 128,
+                "shared": 1000,
+                "early": True,
+            }
         else:
             function = LIBRARY(lambda slots, sizes: run(slots[: len(names)], False))
             how = {"function": address(function), "problem": address(self.owner.problem), "keeps": function}
@@ -169,8 +191,12 @@ class StandIn:
             status[0] = self.captures
             return 0
 
-        def launch_kernel(function, x, y, z, threads, ty, tz, shared, stream, params, extra) -> int:
-            assert (x, y, z, threads, ty, tz, shared, stream, extra) == (5, 1, 1, 128, 1, 1, 1000, STREAM, None)
+        def launch_kernel(config, function, params, extra) -> int:
+            told = config.contents
+            assert (list(told.grid), list(told.block)) == ([5, 1, 1], [128, 1, 1])
+            assert (told.shared, told.stream, told.num_attributes, extra) == (1000, STREAM, 1, None)
+            attribute = told.attributes.contents  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            assert (attribute.id, attribute.value[0]) == (6, 1)
             run = self.kernel_runs[function - 1]
             return run((params[i][0] for i in range(20)), True)
 
@@ -498,7 +524,7 @@ def test_a_launch_that_fails(stand_in) -> None:
     known(layer, stand_in)
     y = layer(x)
     stand_in.status = 7
-    match = "cuLaunchKernel: error 7" if stand_in.kernels else "could not be launched: out of luck"
+    match = "cuLaunchKernelEx: error 7" if stand_in.kernels else "could not be launched: out of luck"
     with pytest.raises(RuntimeError, match=match):
         layer(x)
     with pytest.raises(RuntimeError, match=match):

@@ -94,7 +94,7 @@ class Launcher:
         self.launch = run.launch
 
     def recipe(self, arguments: tuple[Any, ...]) -> Recipe | None:
-        """The launch as plain parameters of cuLaunchKernel; None before the first one and where it is none.
+        """The launch as plain parameters of cuLaunchKernelEx; None before the first one and where it is none.
 
         arguments: as for a launch, with names of the recipe's sources, or pairs of one and what is added to it, in the
         places of what a call brings.
@@ -103,7 +103,7 @@ class Launcher:
             return None
         num_warps, num_ctas, shared = self.compiled.packed_metadata
         run = self.compiled.run
-        if num_ctas != 1 or run.launch_cooperative_grid or run.launch_pdl:
+        if num_ctas != 1 or run.launch_cooperative_grid:
             return None
         types = [self.compiled.src.signature[name] for name in self.kernel.arg_names[: len(arguments)]]
         values = [value for value, kind in zip(arguments, types, strict=True) if kind != "constexpr"]
@@ -121,6 +121,7 @@ class Launcher:
             programs=self.num_programs,
             threads=32 * num_warps,
             shared=shared,
+            early=run.launch_pdl,
             scratch_size=self.scratch_size,
             keeps=self.compiled,
             watchers=(_runtime.launch_enter_hook, _runtime.launch_exit_hook),
@@ -168,8 +169,8 @@ class LaunchPlan:
         if len(self.launchers) != 1:
             return None
         pieces = [None if start is None else ("workspace", start) for start in self.workspace.starts]
-        seed = None if threshold is None else "seed"
-        arguments = (*tensors, *pieces, "words", *self.sizes, "scaling32", *self.counts, seed, threshold)
+        mask = (None if threshold is None else "seed", threshold) if self.drops else ()
+        arguments = (*tensors, *pieces, "words", *self.sizes, "scaling32", *self.counts, *mask)
         recipe = self.launchers[0].recipe(arguments)
         if recipe is None:
             return None

@@ -63,7 +63,7 @@ def test_few_rows_have_a_program_for_nearly_every_sm() -> None:
         check_config(config)
         programs = cdiv(p.out, config.BLOCK_N) * config.SPLIT
         full = config.SPLIT * config.BLOCK_N * decode_rows(p.M) == 8192  # of parts, in registers
-        assert config.SPLIT == 8 or full or programs >= 0.9 * p.num_sms or p.depth < 1024 * config.SPLIT, (p, config)
+        assert config.SPLIT == 8 or full or programs >= 0.8 * p.num_sms or p.depth < 1024 * config.SPLIT, (p, config)
         assert config.SPLIT == 1 or p.depth >= 512 * config.SPLIT, (p, config)
 
 
