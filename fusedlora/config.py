@@ -112,7 +112,8 @@ def check_config(config: Config) -> None:
 @functools.lru_cache(maxsize=4096)
 def forward_config(p: Problem) -> ForwardConfig:
     """The configuration of the forward kernel."""
-    return ForwardConfig(**_tile(p), GROUP_M=8, **_shrink(p, tall=True, masked=p.dropout))
+    # The SMs that a single round leaves free compute S meanwhile; a backward has no time for its stripes then.
+    return ForwardConfig(**_tile(p, busy=0.9), GROUP_M=8, **_shrink(p, tall=True, masked=p.dropout))
 
 
 def decode_rows(M: int) -> int:
@@ -139,7 +140,7 @@ def decode_config(p: Problem) -> DecodeConfig | None:
     # Bytes of a row of W a stage. Wider accumulators of S, and operands that are split into terms, leave fewer
     # registers for operands.
     depth_bytes = 256 if wide * rows <= 1024 and not p.split else 128
-    if depth_bytes == 256 and columns < 128 and rows < 64 and wide * rows <= 512:
+    if p.itemsize == 2 and depth_bytes == 256 and columns < 128 and rows < 64 and wide * rows <= 512:
         depth_bytes = 512
     shared = SHARED_MEMORY.get(p.capability, 65_536)  # an unknown GPU has at least that
     while True:
@@ -192,7 +193,7 @@ def _heavy(p: Problem) -> bool:
     return block_r(p.r) > (128 if not p.dropout else 16 if p.split else 64)
 
 
-def _tile(p: Problem) -> dict[str, int]:
+def _tile(p: Problem, busy: float = 1.0) -> dict[str, int]:
     def tile(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, int]:
         return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
@@ -216,7 +217,7 @@ def _tile(p: Problem) -> dict[str, int]:
         return tile(128, 128, 64, warps=8, stages=3)
     if _heavy(p):
         return tile(64, 256, 64, warps=8, stages=3)
-    if tiles_large >= p.num_sms:
+    if tiles_large >= busy * p.num_sms:
         return tile(128, 256, 64, warps=8, stages=3)
     if 4 * tiles_large >= p.num_sms:
         return tile(128, 128, 64, warps=8, stages=4)
