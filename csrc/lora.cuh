@@ -28,7 +28,7 @@ struct Shrink {
   T* saved;           // [M, r], or null
   int64_t pitch;
   float scaling;
-  int clusters;  // how many take part
+  int clusters;  // how many take part, those of the first places; each does what one that has not begun would leave
 };
 
 template <typename T>
@@ -64,7 +64,7 @@ struct Layout {
   // Shrinking takes as many boxes of BLOCK_K columns at a time as a stage holds.
   static constexpr int SKINNY = R * BLOCK_K * 2, BOXES = BLOCK_N == 256 ? 2 : 1;
   static_assert(BOXES * (LEFT + SKINNY) <= STAGE);
-  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + SUMS + 16 * STAGES + 16;
+  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + SUMS + 16 * STAGES + 24;
 };
 
 // The row block (of the pair's first) and the column block of a pair of tiles, in column-major groups of `group` pairs
@@ -236,9 +236,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   uint8_t* memory = raw + (base - shared_address(raw));
   const uint32_t stages = base, out = base + STAGES * L::STAGE;
   float* sums = reinterpret_cast<float*>(memory + STAGES * L::STAGE + L::OUT);
-  const uint32_t full = out + L::OUT + L::SUMS, empty = full + 8 * STAGES;
-  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + L::SUMS + 16 * STAGES);
-  volatile int* own_place = next + 1;
+  const uint32_t full = out + L::OUT + L::SUMS, empty = full + 8 * STAGES, told = empty + 8 * STAGES;
+  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + L::SUMS + 16 * STAGES + 8);
+  volatile int *own_place = next + 1, *begun = next + 2;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Mask mask = DROPOUT ? c.mask.read() : Mask{};
@@ -251,7 +251,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, CLUSTER * CONSUMERS / 128);
     }
+    barrier_init(told, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_expect(told, sizeof(int));
     if (c.tiles || c.shrink.out) tma_prefetch(&c.left);
     if (c.shrink.out) tma_prefetch(&c.skinny);
     if (c.tiles) {
@@ -268,9 +270,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, tiles_n = (c.cols + BLOCK_N - 1) / BLOCK_N;
   const int pairs_m = (tiles_m + CLUSTER - 1) / CLUSTER;
   const int pairs = c.tiles ? pairs_m * tiles_n : 0, steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
-  // Whoever waits, waits for clusters that came earlier. These have fewer tiles, as they may have row blocks first.
+  // Clusters that come early have fewer tiles, as they may have row blocks first.
   const int stride = gridDim.x / CLUSTER, place = *own_place, first = stride - 1 - place;
-  const int shrink_end = place < c.shrink.clusters ? pairs_m : 0;
+  // Whose row blocks a cluster takes after `owner`'s: first its own, then those of all places that nobody has by then,
+  // so that it never waits in its tiles for a cluster which may find no SM before this one ends. If that cluster comes
+  // after all, it computes the same bits once more.
+  const auto next_owner = [&](int owner) {
+    if (owner != place) return owner + 1;
+    barrier_wait(told, 0);
+    return max(place + 1, *begun);
+  };
 
   if (warp < 4) {
     give_registers<SIDE_REGISTERS>();
@@ -281,17 +290,22 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           wait_for(c.words + SKINNY_PREPARED, skinny_tasks(c));
           fence_all_to_tma();
         }
-        for (int pair_m = place; pair_m < shrink_end; pair_m += c.shrink.clusters) {
-          for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
-            const uint32_t left = stages + stage * L::STAGE, right = left + L::BOXES * L::LEFT, barrier = full + 8 * stage;
-            barrier_wait(empty + 8 * stage, phase ^ 1);
-            barrier_expect(barrier, L::BOXES * (L::LEFT + L::SKINNY));
-            for (int b = 0; b < L::BOXES; b++) {
-              tma_load(left + b * L::LEFT, &c.left, barrier, k + b * BLOCK_K, (pair_m * CLUSTER + rank) * BLOCK_M);
-              const int at = k + b * BLOCK_K;
-              tma_load(right + b * L::SKINNY, &c.skinny, barrier, BACKWARD ? 0 : at, BACKWARD ? at : 0);
+        for (int owner = place; owner < c.shrink.clusters; owner = next_owner(owner)) {
+          for (int pair_m = owner; pair_m < pairs_m; pair_m += c.shrink.clusters) {
+            for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
+              const uint32_t left = stages + stage * L::STAGE, right = left + L::BOXES * L::LEFT, barrier = full + 8 * stage;
+              barrier_wait(empty + 8 * stage, phase ^ 1);
+              barrier_expect(barrier, L::BOXES * (L::LEFT + L::SKINNY));
+              for (int b = 0; b < L::BOXES; b++) {
+                tma_load(left + b * L::LEFT, &c.left, barrier, k + b * BLOCK_K, (pair_m * CLUSTER + rank) * BLOCK_M);
+                const int at = k + b * BLOCK_K;
+                tma_load(right + b * L::SKINNY, &c.skinny, barrier, BACKWARD ? 0 : at, BACKWARD ? at : 0);
+              }
+              if (++stage == STAGES) stage = 0, phase ^= 1;
             }
-            if (++stage == STAGES) stage = 0, phase ^= 1;
+          }
+          if (owner == place && rank == 0) {
+            tell_cluster(shared_address(const_cast<int*>(begun)), published(c.words + PLACE), told, CLUSTER);
           }
         }
         for (int pair = first; pair < pairs; pair += stride) {
@@ -322,9 +336,11 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     const int group = warp / 4 - 1, thread = threadIdx.x - 128, in_group = thread % 128;
     const int g = lane / 4, t = lane % 4;
     int stage = 0, phase = 0;
-    for (int pair_m = place; pair_m < shrink_end; pair_m += c.shrink.clusters) {
-      shrink_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD>(
-          c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
+    for (int owner = place; owner < c.shrink.clusters; owner = next_owner(owner)) {
+      for (int pair_m = owner; pair_m < pairs_m; pair_m += c.shrink.clusters) {
+        shrink_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD>(
+            c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
+      }
     }
     const int others = other_tasks(c);
     float acc[ACCS];

@@ -60,6 +60,18 @@ __device__ __forceinline__ void tell_cluster(uint32_t address, uint32_t value, u
   }
 }
 
+// The same, told by the barrier at the same address of each block, which expects four bytes.
+__device__ __forceinline__ void tell_cluster(uint32_t address, uint32_t value, uint32_t barrier, uint32_t blocks) {
+  for (uint32_t rank = 0; rank < blocks; rank++) {
+    asm volatile(
+        "{\n.reg .b32 there, its;\n"
+        "mapa.shared::cluster.u32 there, %0, %2;\n"
+        "mapa.shared::cluster.u32 its, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [its];\n}" ::"r"(address),
+        "r"(barrier), "r"(rank), "r"(value) : "memory");
+  }
+}
+
 __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
