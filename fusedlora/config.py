@@ -131,16 +131,17 @@ def decode_config(p: Problem) -> DecodeConfig | None:
         return None
     # The widest columns with which most SMs have a program, each at least 512 deep (measured on an H200). Few rows
     # split their depth only where nothing else gives enough programs: whoever adds the parts comes last.
-    for columns, most in ((128, 1), (64, 2 if rows == 64 else 1), (32, 8192 // (32 * rows))):
+    candidates = {16: ((128, 1), (64, 1), (32, 8)), 32: ((64, 4),), 64: ((128, 1), (64, 2), (32, 4))}[rows]
+    for columns, most in candidates:
         blocks, split = -(-p.out // columns), 1
-        while split < min(most, 8) and blocks * split < 0.8 * p.num_sms and p.depth >= 1024 * split:
+        while split < most and blocks * split < 0.8 * p.num_sms and p.depth >= 1024 * split:
             split *= 2
         if blocks * split >= 0.8 * p.num_sms:
             break
     # Bytes of a row of W a stage. Wider accumulators of S, and operands that are split into terms, leave fewer
     # registers for operands.
     depth_bytes = 256 if wide * rows <= 1024 and not p.split else 128
-    if p.itemsize == 2 and depth_bytes == 256 and columns < 128 and rows < 64 and wide * rows <= 512:
+    if p.itemsize == 2 and depth_bytes == 256 and columns < 128 and rows == 16 and wide <= 32:
         depth_bytes = 512
     shared = SHARED_MEMORY.get(p.capability, 65_536)  # an unknown GPU has at least that
     while True:
@@ -155,9 +156,10 @@ def decode_config(p: Problem) -> DecodeConfig | None:
     if rows == 64 and p.capability == 90:
         stages = min(fit, 7, max(4, 65_536 // (depth_bytes * columns)))
     else:
-        stages = min(fit, 5, max(3, 98_304 // (depth_bytes * columns))) + 1
+        stages = min(fit, 5 if rows == 16 else 4, max(3, 98_304 // (depth_bytes * columns))) + 1
     warps = 8 if wide * rows > 2048 else 4
-    return DecodeConfig(columns, depth, split, num_warps=warps, num_stages=stages, early=True)
+    early = rows != 32 or split == 1  # measured, not understood
+    return DecodeConfig(columns, depth, split, num_warps=warps, num_stages=stages, early=early)
 
 
 @functools.lru_cache(maxsize=4096)
