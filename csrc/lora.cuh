@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   const auto next_owner = [&](int owner) {
     if (owner != place) return owner + 1;
     barrier_wait(told, 0);
-    return max(place + 1, *begun);
+    return *begun;  // this cluster has, so that is above `place`
   };
 
   if (warp < 4) {

@@ -168,15 +168,24 @@ StreamMemory memory_of(at::Device device, void* stream, const Launch& launch) {
           take(memory.scratch, launch.scratch_size, device)};
 }
 
+struct Made {
+  at::DimVector sizes;
+  at::ScalarType dtype;
+
+  explicit Made(const Tensor& tensor)
+      : sizes(tensor.sizes().begin(), tensor.sizes().end()), dtype(tensor.scalar_type()) {}
+};
+
 // One kind of call. Its launches are told one by one, once Python has made them.
 struct Call {
+  std::array<Made, 4> made;  // x, weight, lora_A and lora_B
   double dropout_p;
   at::ScalarType adapter_dtype;
   std::string backend;
   Launch forward[2];  // [1] gives S
   Launch backward;    // of all three gradients
   c10::SafePyObject key_backend;
-  PyObject *forward_name, *backward_name;  // of their backends; never let go
+  PyObject *forward_name, *backward_name;  // of their backends; never let go, a pending call may still read them
 };
 
 int tell(PyObject* used, PyObject* backward) {
@@ -204,7 +213,7 @@ constexpr auto PLAIN = c10::DispatchKeySet(
     {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
      c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
 
-// Whether its operations run plain kernels of the device: no subclass, no lazy negation, no transform.
+// Whether its operations run plain kernels of the device: no subclass that dispatches, no lazy negation, no transform.
 bool plain(const Tensor& tensor) { return (tensor.key_set().raw_repr() & ~PLAIN.raw_repr()) == 0; }
 
 // Whether this thread's operations do, no mode and no tracer, and autograd is not passed by.
@@ -355,6 +364,15 @@ struct LoRALinearBackward : Node {
     if (!simple || !find_stream(x.device(), stream)) {
       return backward_op(*call, dy, x, weight, lora_A, lora_B, s, seed, scaling);
     }
+    const Tensor* saved[] = {&x, &weight, &lora_A, &lora_B};
+    const char* names[] = {"x", "weight", "lora_A", "lora_B"};
+    for (int i = 0; i < 4; ++i) {  // hooks of saved tensors and owners of parameters may have changed them
+      const Made& made = call->made[i];
+      TORCH_CHECK(saved[i]->sizes() == at::IntArrayRef(made.sizes) && saved[i]->scalar_type() == made.dtype,
+                  "lora_linear's backward got a ", saved[i]->scalar_type(), " ", names[i], " of shape ",
+                  saved[i]->sizes(), ", where its forward had a ", made.dtype, " one of shape ",
+                  at::IntArrayRef(made.sizes));
+    }
     const Tensor dx = at::empty(x.sizes(), x.options()), dA = at::empty(lora_A.sizes(), lora_A.options()),
                  dB = at::empty(lora_B.sizes(), lora_B.options());
     std::array<const Tensor*, TENSORS> tensors{};
@@ -405,7 +423,7 @@ bool parse(PyObject* const* args, Given& given) {
   Tensor* tensors[] = {&given.x, &given.weight, &given.lora_A, &given.lora_B, &given.bias};
   for (int i = 0; i < 5; ++i) {
     if (i == 4 && args[i] == Py_None) continue;
-    if (!THPVariable_Check(args[i])) return false;
+    if (!THPVariable_CheckExact(args[i])) return false;  // a subclass may have a say
     *tensors[i] = THPVariable_Unpack(args[i]);
   }
   given.dropout_p = PyFloat_AsDouble(args[5]);
@@ -449,7 +467,8 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!backend || !PyArg_ParseTuple(args[8], "UU", &up, &down)) return nullptr;
   auto& call = calls[key];  // there already where only a rate differs that is not in use
   if (!call) {
-    call = std::make_shared<Call>(Call{given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
+    call = std::make_shared<Call>(Call{{Made(given.x), Made(given.weight), Made(given.lora_A), Made(given.lora_B)},
+                                       given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
                                        {}, {}, owned(args[6]), Py_NewRef(up), Py_NewRef(down)});
   }
   return PyCapsule_New(new std::shared_ptr<Call>(call), CAPSULE, [](PyObject* capsule) {
@@ -524,6 +543,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!drawn) return nullptr;
     TORCH_CHECK(THPVariable_Check(drawn), "the dropout's seed is no tensor");
     seed = THPVariable_Unpack(drawn);
+    TORCH_CHECK(seed.is_cpu() && seed.scalar_type() == at::kLong, "the dropout's seed is no int64 on the CPU");
   }
   Tensor y;
   {

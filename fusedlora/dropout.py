@@ -44,9 +44,9 @@ def draw(x: Tensor, dropout_p: float, backend: str) -> Tensor:
     if x.device.type == "cuda":
         if drawn_on_device(x):
             return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-        return torch.tensor([_next_seed(x.device)])
+        return torch.tensor([_next_seed(x.device)], device="cpu")  # whatever the default device is
     if backend == "triton":
-        return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64)
+        return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
     shape = (x.numel() // x.shape[-1], x.shape[-1])
     if x.device.type == "cpu":  # half the time of bernoulli_ there, for a passing float32 of the mask's shape
         return torch.rand(shape, dtype=torch.float32) >= dropout_p

@@ -51,9 +51,12 @@ def lora_linear(
 
     The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
     """
-    if node.run is not None and not torch.compiler.is_compiling():
+    if (
+        not torch.compiler.is_compiling() and node.run is not None
+    ):  # in this order: the compiler guards on what it reads
         _refuse_transforms()
-        taken = node.run(x, weight, lora_A, lora_B, bias, dropout_p if training else 0.0, backend, scaling)
+        rate = dropout_p if training or not 0.0 <= dropout_p < 1.0 else 0.0  # Python refuses what is out of range
+        taken = node.run(x, weight, lora_A, lora_B, bias, rate, backend, scaling)
         if taken is not None:
             return taken
     autocast = None

@@ -1,4 +1,5 @@
-"""lora_linear's autograd node in C++, where it has been built: calls of a kind that has run once do without Python.
+"""lora_linear's autograd node in C++, where it has been built: calls of a kind that has run once, forward and, with
+gradients, backward, do without Python.
 
 What such a call needs is told to it once: for each launch a `Recipe`, which the launchers give. Every other call goes
 its way through Python: of a kind not seen yet, with a gradient for the weight or the bias, with some of the adapter's

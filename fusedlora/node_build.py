@@ -43,10 +43,13 @@ def module_path() -> Path:
 
 def find_compiler() -> Path:
     """The compiler of CXX, else c++ or g++ of PATH. Raises BuildError where there is none."""
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++")):
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else ("c++", "g++"):
         if found := shutil.which(name):
             return Path(found)
-    raise BuildError("no C++ compiler was found in CXX, nor c++ or g++ on PATH")
+    raise BuildError(
+        f"no C++ compiler: CXX is {asked!r}" if asked else "no C++ compiler: neither c++ nor g++ is on PATH"
+    )
 
 
 def command(compiler: Path, out: Path) -> list[str]:

@@ -27,6 +27,7 @@ from .config import (
     backward_config,
     check_config,
     decode_config,
+    decode_rows,
     forward_config,
 )
 from .doctor import fingerprint
@@ -86,7 +87,10 @@ class Table:
         near = [
             (abs(math.log(entry.problem.M / problem.M)), index, entry)
             for index, entry in enumerate(self.groups.get(_group(kernel, problem), ()))
-            if entry.problem.M <= NEAR * problem.M and problem.M <= NEAR * entry.problem.M
+            if entry.problem.M <= NEAR * problem.M
+            and problem.M <= NEAR * entry.problem.M
+            # the decode kernel's tiles are as high as its rows are padded
+            and (not isinstance(entry.config, DecodeConfig) or decode_rows(entry.problem.M) == decode_rows(problem.M))
         ]
         return min(near)[2] if near else None
 

@@ -137,6 +137,12 @@ def test_fours_have_every_outcome(p: float) -> None:
         assert chi2 < 15 + 6 * math.sqrt(30)
 
 
+def test_a_seed_is_on_the_cpu_whatever_the_default_device_is() -> None:
+    x = torch.zeros(2, 8)
+    with torch.device("meta"):
+        assert dropout.draw(x, 0.5, "triton").device.type == "cpu"
+
+
 def test_close_seeds_give_independent_masks() -> None:
     p, base = 0.1, 2**62 + 12345
     others = [base + 1, base + 2, base + 1024, base + 2**32, base + 2**33, base ^ 2**31, base + 2**48, base ^ 2**60]

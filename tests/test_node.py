@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -474,6 +474,39 @@ def test_hooks_see_what_is_saved(stand_in) -> None:
     assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
     shapes = [(M, K), (N, K), (R, K), (N, R), (M, R), (1,)]
     assert [tuple(t.shape) for t in packed] == shapes
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.float, lambda t: t[:1]], ids=["dtype", "shape"])
+def test_a_hook_that_gives_back_something_else(stand_in, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: change(t) if t.shape == (N, K) else t):
+        y = layer(x)
+    with pytest.raises(RuntimeError, match="backward got a .* weight of shape .*, where its forward had a"):
+        y.backward(torch.ones_like(y))
+
+
+class Watching(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__torch_function__(*args, **kwargs)
+
+
+def test_a_subclass_is_pythons(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    layer(x.detach().as_subclass(Watching).requires_grad_())
+    assert "node forward" not in stand_in.log
+
+
+def test_a_rate_out_of_range_is_refused_in_eval_too(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    given = layer.weight, layer.lora_A, layer.lora_B, layer.bias
+    fusedlora.lora_linear(x, *given, scaling=layer.scaling, dropout_p=0.5, training=False)
+    assert stand_in.log == ["node forward"]
+    with pytest.raises(ValueError, match="dropout_p is 1.5"):
+        fusedlora.lora_linear(x, *given, scaling=layer.scaling, dropout_p=1.5, training=False)
 
 
 class Hooked(Exception):

@@ -63,11 +63,17 @@ def test_one_line_says_why_not(compiler, monkeypatch, capsys, cache_folder: Path
 
 
 def test_no_compiler(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(cuda_build, "build", lambda say: Path(__file__))
     monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
     assert cli.main(["build"]) == 1
-    expected = "not built: no C++ compiler was found in CXX, nor c++ or g++ on PATH\n"
-    assert capsys.readouterr().err == expected
+    assert capsys.readouterr().err == "not built: no C++ compiler: neither c++ nor g++ is on PATH\n"
+
+
+def test_a_compiler_asked_for_by_name_is_taken_or_missing(monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(node_build.BuildError, match="CXX is 'no-such-compiler'"):
+        node_build.find_compiler()
 
 
 def test_nothing_is_loaded_where_nothing_is_built(recwarn) -> None:

@@ -12,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import fusedlora
-from fusedlora import FusedLoRALinear, backends, dora_ops, ops
+from fusedlora import FusedLoRALinear, backends, dora_ops, node, ops
 from fusedlora.testing import exact, make_inputs, relative_error, run
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -124,6 +124,17 @@ def test_the_function_serves_every_batch(device) -> None:
         for name, want in exact(i).items():
             assert relative_error(run(compiled, i)[name], want) < 1e-13, (M, name)
     assert counter.frame_count <= 2  # static, then dynamic in M
+
+
+def test_a_node_that_is_loaded_later_compiles_nothing_anew(device, monkeypatch) -> None:
+    layer = make_layer("plain", device)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    monkeypatch.setattr(node, "run", None)
+    compiled(rows(layer, 16))
+    monkeypatch.setattr(node, "run", lambda *_: None)
+    compiled(rows(layer, 16))
+    assert counter.frame_count == 1
 
 
 def test_scalings_at_run_time(device) -> None:

@@ -2,7 +2,7 @@
 
 A program takes BLOCK_N rows of W, the *columns* of y, and one of SPLIT parts of the depth. From the x that it has for
 them anyway it also forms that part of S. Sums of parts go through memory: whoever comes last at its columns adds them
-in their order, so that bits do not depend on the run, and finishes the tile. No program waits for another, so none has
+in a fixed order, so that bits do not depend on the run, and finishes the tile. No program waits for another, so none has
 to be there at the same time. What A and x cost is bandwidth of L2.
 """
 
@@ -96,6 +96,7 @@ def decode_kernel(
     before it on the stream has ended.
     """
     if EARLY:
+        # The next launch may begin before the one before this has ended: it waits before it reads what either wrote.
         gdc_launch_dependents()
         gdc_wait()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
