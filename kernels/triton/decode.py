@@ -2,8 +2,8 @@
 
 A program takes BLOCK_N rows of W, the *columns* of y, and one of SPLIT parts of the depth. From the x that it has for
 them anyway it also forms that part of S. Sums of parts go through memory: whoever comes last at its columns adds them
-in a fixed order, so that bits do not depend on the run, and finishes the tile. No program waits for another, so none has
-to be there at the same time. What A and x cost is bandwidth of L2.
+in a fixed order, so that bits do not depend on the run, and finishes the tile. No program waits for another, so none
+has to be there at the same time. What A and x cost is bandwidth of L2.
 """
 
 import torch
