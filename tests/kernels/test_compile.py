@@ -137,7 +137,7 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
             assert report.count("wgmma.mma_async")
         if launch.kernel is decode_kernel:
             assert report.count("cp.async.cg") and report.count("griddepcontrol.wait") == (capability >= 90)
-            assert re.search(r"\batom\.\S*acq_rel", report.ptx)
+            assert bool(re.search(r"\batom\.\S*acq_rel", report.ptx)) == (launch.arguments["SPLIT"] > 1)
 
 
 LDS = 65_536
@@ -245,6 +245,9 @@ def test_a_recipe_has_the_kernels_parameters(direction: str, save_s: bool, seed:
         else:
             assert width == ("u64" if name == "profiler" else "u32")
             assert slots[slot] == (0 if name == "profiler" else launch.arguments[name])
-    with_pdl = mock.Mock(launch_cooperative_grid=False, launch_pdl=True)
-    with mock.patch.object(launcher.compiled, "run", with_pdl):
-        assert plan.recipe(names, threshold) is None, "cuLaunchKernel has no attributes"
+    assert not recipe.early
+    for cooperative, early in ((False, True), (True, False)):
+        run = mock.Mock(launch_cooperative_grid=cooperative, launch_pdl=early)
+        with mock.patch.object(launcher.compiled, "run", run):
+            told = plan.recipe(names, threshold)
+        assert told is None if cooperative else told.early
