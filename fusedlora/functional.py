@@ -51,14 +51,14 @@ def lora_linear(
 
     The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
     """
-    if (
-        not torch.compiler.is_compiling() and node.run is not None
-    ):  # in this order: the compiler guards on what it reads
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # the compiler would guard on the node that it reads
         _refuse_transforms()
-        rate = dropout_p if training or not 0.0 <= dropout_p < 1.0 else 0.0  # Python refuses what is out of range
-        taken = node.run(x, weight, lora_A, lora_B, bias, rate, backend, scaling)
-        if taken is not None:
-            return taken
+        if node.run is not None:
+            rate = dropout_p if training or not 0.0 <= dropout_p < 1.0 else 0.0  # Python refuses what is out of range
+            taken = node.run(x, weight, lora_A, lora_B, bias, rate, backend, scaling)
+            if taken is not None:
+                return taken
     autocast = None
     if torch._C._is_any_autocast_enabled():
         x, weight, lora_A, lora_B, bias, autocast = cast(x, weight, lora_A, lora_B, bias)
@@ -67,14 +67,13 @@ def lora_linear(
         check_scaling(scaling, x)
         scale, scaling = scaling, 1.0
     drops = training and dropout_p > 0.0
-    if torch.compiler.is_compiling():
+    if compiling:
         adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
         if drops:
             mask = dropout.draw(x, dropout_p, backend)
         return torch.ops.fusedlora.linear.default(
             x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend, __version__
         )
-    _refuse_transforms()
     plan = find(x, weight, lora_A, lora_B, bias, scale, dropout_p, drops, autocast, backend)
     if drops:
         mask = dropout.draw(x, dropout_p, backend)

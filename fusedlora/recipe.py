@@ -33,7 +33,7 @@ class Recipe:
     num_words: int = 0
     scratch_size: int = 0
     keeps: object = None  # what `function` lives as long as
-    watchers: tuple[Any, ...] | None = None  # Triton's hooks: where one is set, launches are Python's
+    watchers: tuple[Any, ...] | None = None  # Triton's hooks: one set at forward makes both launches Python's
 
 
 def address(function: Any) -> int:

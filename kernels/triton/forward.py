@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fusedlora import tuning
-from fusedlora.config import DecodeConfig, ForwardConfig, Problem
+from fusedlora.config import Config, DecodeConfig, Problem
 from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.decode import decode_plan
@@ -117,7 +117,7 @@ def _plan(
     adapter_dtype: torch.dtype,
     dropout: bool,
     save_s: bool,
-    config: ForwardConfig | DecodeConfig | None,
+    config: Config | None,
     tuned: bool,
     one_launch: bool,
     specialised: object,
@@ -158,7 +158,7 @@ def forward_plan(
     seed: torch.Tensor | None,
     adapter_dtype: torch.dtype,
     save_s: bool,
-    config: ForwardConfig | DecodeConfig | None = None,
+    config: Config | None = None,
     one_launch: bool,
 ) -> LaunchPlan:
     """The launch for these tensors, x [M, K] as `row_major` and lora_A and lora_B as `skinny_rows` give them.
@@ -192,7 +192,7 @@ def lora_forward(
     dropout_p: float = 0.0,
     adapter_dtype: torch.dtype,
     save_s: bool,
-    config: ForwardConfig | DecodeConfig | None = None,
+    config: Config | None = None,
     one_launch: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launches the forward kernel.
