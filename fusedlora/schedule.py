@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 from fusedlora.config import BackwardConfig, ForwardConfig, Problem
@@ -26,6 +27,8 @@ STEP_US = 1.5
 MAX_PARTS = 16
 # Rounds of tiles looked at one by one; a launch of more is looked at in steps, which takes less of the host's time.
 MAX_ROUNDS = 64
+# A program takes a job after every so many tiles, or, with 0, after all of them. What the cost model tries.
+JOB_PERIODS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
 # Synchronisation words of a launch before those that count row blocks and parts.
 FIXED_WORDS = 5
 # The kernels' arguments that a schedule gives.
@@ -37,7 +40,8 @@ class Schedule:
     """Run-time counts of one launch.
 
     `num_tasks` shrink tasks, which come before all else, share the first `shared_blocks` row blocks; `side_programs`
-    more tasks take the others while `tile_programs` programs compute tiles. `parts`: of a stripe of dA or dB.
+    more tasks take the others while `tile_programs` programs compute tiles. `parts`: of a stripe of dA or dB. A program
+    takes one of the backward's jobs after every `job_period` of its tiles, or with 0 only after all of them.
     """
 
     num_programs: int
@@ -47,6 +51,7 @@ class Schedule:
     tile_programs: int
     num_words: int
     parts: int = 1
+    job_period: int = 0
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -77,7 +82,7 @@ def shrink_us(p: Problem, c: ForwardConfig, streaming: int = 1) -> float:
     return c.SHRINK_M * p.depth * (p.itemsize / rate + masked / MASKED_PER_US) + STEP_US
 
 
-def job_us(p: Problem, c: BackwardConfig, parts: int, streaming: int = 1) -> float:
+def job_us(p: Problem, c: BackwardConfig, parts: int, streaming: float = 1) -> float:
     """Time of one part of a stripe of dA."""
     rate = BYTES_PER_US if p.r <= 32 else BYTES_PER_US_WIDE
     if p.split:
@@ -86,19 +91,25 @@ def job_us(p: Problem, c: BackwardConfig, parts: int, streaming: int = 1) -> flo
     return cdiv(p.M, parts) * c.STRIPE_N * (p.itemsize / rate + p.dropout / MASKED_PER_US) + 2 * STEP_US
 
 
-def _alternatives(whole: Schedule, blocks: int, num_tiles: int) -> Iterator[Schedule]:
+def _alternatives(
+    whole: Schedule, blocks: int, num_tiles: int, job_periods: tuple[int, ...] = (0,)
+) -> Iterator[Schedule]:
     """Other ways to spread the row blocks than `whole`.
 
     Tiles come in rounds of one a program. Either some tasks take all blocks before their programs' tiles, as many as
     the last round leaves without one; or that last round is shortened: programs that it does not need compute no tiles
-    at all and take the blocks, or what of them is not shared, beside the others.
+    at all and take the blocks, or what of them is not shared, and the jobs, beside the others. Without such programs
+    there are turns for jobs.
     """
     programs = whole.num_programs
     rounds = cdiv(num_tiles, programs)
     idle = -num_tiles % programs  # in the last round
     for tasks in {idle, blocks, cdiv(blocks, 2)}:
         if tasks:
-            yield dataclasses.replace(whole, num_tasks=min(tasks, blocks, programs))
+            for period in job_periods:
+                if period < rounds:
+                    tasked = min(tasks, blocks, programs)
+                    yield dataclasses.replace(whole, num_tasks=tasked, job_period=period)
     free = programs - cdiv(num_tiles, rounds)
     for side in {free, max(1, free // 2), cdiv(free, 2) + 1, programs - cdiv(num_tiles, rounds + 1)}:
         if not 0 < side < programs:
@@ -146,15 +157,31 @@ def _end_us(p: Problem, c: ForwardConfig, s: Schedule, num_tiles: int, jobs: int
     if not jobs:
         return max(end, side_end)
 
-    # Jobs: some beside the tiles, by side programs and idle ones, the others when all are free.
+    # Jobs: some beside the tiles, by side programs, idle ones and those whose turn it is, the others when all are free.
     assert isinstance(c, BackwardConfig)
-    job = job_us(p, c, s.parts)
-    beside = s.side_programs * max(0.0, end - max(side_end, shared_end)) // job
+    job, t_end = job_us(p, c, s.parts), max(side_end, shared_end)
+    beside = s.side_programs * max(0.0, end - t_end) // job
     if s.num_tasks < idle:
         beside += (idle - s.num_tasks) * (tile // job)
+    if s.job_period:
+        first = math.ceil(t_end / tile)
+        taken = min(s.tile_programs * _turns(s.job_period, rounds, first), jobs - beside)
+        if taken <= 0:
+            return math.inf
+        beside += taken
+        # Tiles of a round end together, and whose turn it was while there was no T come with the first who find it.
+        together = s.tile_programs / s.job_period
+        end += job_us(p, c, s.parts, together * min(max(first, 1), s.job_period))
+        end += (math.ceil(taken / s.tile_programs) - 1) * job_us(p, c, s.parts, together)
     left = max(0, jobs - int(beside))
     rest = cdiv(left, s.num_programs) * job_us(p, c, s.parts, min(left, s.num_programs))
     return max(end, side_end) + rest
+
+
+def _turns(period: int, rounds: int, first: int) -> float:
+    """How many jobs a program takes between its tiles, on average, where T is there after `first` tiles."""
+    last = rounds - 1
+    return sum(max(0, (last - max(until, first)) // period + 1) for until in range(1, period + 1)) / period
 
 
 def _schedule(
@@ -175,7 +202,7 @@ def _schedule(
     if num_tiles == 0:
         return whole
     best, least = whole, _end_us(p, c, whole, num_tiles, jobs)
-    for other in _alternatives(whole, blocks, num_tiles):
+    for other in _alternatives(whole, blocks, num_tiles, JOB_PERIODS if jobs else (0,)):
         us = _end_us(p, c, other, num_tiles, jobs)
         if us < 0.995 * least:
             best, least = other, us

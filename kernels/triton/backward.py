@@ -24,6 +24,7 @@ from fusedlora.kernels.common import (
     load_terms,
     lora_tile,
     masked,
+    published,
     regained,
     shrink_tasks,
     tile_coordinates,
@@ -147,7 +148,7 @@ def reduce_job(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
-@triton.jit(do_not_specialize=["M", "scaling", *SCHEDULED, "parts", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "scaling", *SCHEDULED, "parts", "job_period", "seed", "threshold"])
 def backward_kernel(
     # gradient of the output: dy [M, N]
     dy_ptr,
@@ -163,7 +164,7 @@ def backward_kernel(
     t_ptr, da_partial_ptr, db_partial_ptr, dm_partial_ptr, terms_ptr, sync_ptr,
     M, N, K, r,
     stride_ym, stride_xm, stride_wn, stride_ar, stride_bn,
-    scaling, num_tasks, shared_blocks, side_programs, tile_programs, parts,
+    scaling, num_tasks, shared_blocks, side_programs, tile_programs, parts, job_period,
     # with DROPOUT: a number or an address, and the least hash that is kept
     seed, threshold,
     DROPOUT: tl.constexpr, LEAST: tl.constexpr,
@@ -179,8 +180,8 @@ def backward_kernel(
 
     SHRINK computes T in `num_tasks` tasks before the tiles and `side_programs` beside them, REST everything else; with
     both, tiles wait for their rows of T and the jobs of dA for all of it. A program computes its tiles, if its place is
-    below `tile_programs`, and then takes jobs until none is left. Programs without tiles so work on jobs while the
-    others compute: tiles leave the memory idle.
+    below `tile_programs`, and then takes jobs until none is left; with `job_period` it also takes one after every so
+    many of its tiles, the programs at different times. So jobs run while others compute: tiles leave the memory idle.
     With FUSE_DB the shrink tasks form dB from the same read of dy, a partial sum for each row block, and the jobs of
     dB only add these up; without, they are stripes like dA's. With DoRA's tensors the gain is on the rows of W and B
     already; dB's stripes put it on theirs, and form dm where |gain| is not below LEAST. TERMS: A and B are fp32 beside
@@ -241,24 +242,19 @@ def backward_kernel(
     else:
         place = tl.program_id(0)
     if REST:
+        first_tile = 0
+        num_tiles = 0
+        tile_step = 1
         if NEED_DX:
-            if place < tile_programs:
-                dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
-                w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
-                dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
-                num_tiles_m = tl.cdiv(M, BLOCK_M)
-                num_tiles_n = tl.cdiv(K, BLOCK_N)
-                for tile in tl.range(place, num_tiles_m * num_tiles_n, tile_programs):
-                    tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
-                    row = tile_m * BLOCK_M
-                    col = tile_n * BLOCK_N
-                    acc = lora_tile(
-                        dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
-                        row, col, M, K, N, r, stride_ar, 1, seed, threshold,
-                        dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
-                        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
-                    )  # fmt: skip
-                    dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
+            dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
+            w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
+            dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
+            num_tiles_m = tl.cdiv(M, BLOCK_M)
+            num_tiles_n = tl.cdiv(K, BLOCK_N)
+            num_tiles = num_tiles_m * num_tiles_n
+            tile_step = tile_programs
+            # programs without tiles go to the last step
+            first_tile = tl.where(place < tile_programs, place, tl.cdiv(num_tiles, tile_step) * tile_step)
         REDUCE_SIZE: tl.constexpr = 512
         db_jobs = 0
         da_jobs = 0
@@ -274,45 +270,74 @@ def backward_kernel(
         if NEED_DA:
             x_stripes = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [STRIPE_M, STRIPE_N])
             da_jobs = tl.cdiv(K, STRIPE_N) * parts
-        if SHRINK and FUSE_DB:
-            wait_for(sync_ptr + DONE, num_tasks + side_programs)
-        if CONVERT and NEED_DB:
-            wait_for(sync_ptr + CONVERTED, first_ticket)
         arrived_ptr = sync_ptr + PROGRESS + tl.cdiv(M, max(BLOCK_M, SHRINK_M))
         # Stripes of dB need no T, so they come before dA's; sums of partial ones come after.
         first_da = 0 if FUSE_DB else db_jobs
         first_db = da_jobs if FUSE_DB else 0
-        job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
-        waited = job >= da_jobs + db_jobs
-        while job < da_jobs + db_jobs:
-            if NEED_DA:
-                if job >= first_da and job < first_da + da_jobs:
-                    if SHRINK and not FUSE_DB:
-                        if not waited:
-                            wait_for(sync_ptr + DONE, num_tasks + side_programs)
-                            waited = True
-                    index = job - first_da
-                    stripe_job(
-                        x_stripes, planes_ptr, da_ptr, da_partial_ptr, arrived_ptr + job // parts,
-                        index // parts, index % parts, parts, M, K, r, K, 1, seed, threshold,
-                        None, None, None, None, None, None, None,
-                        DROPOUT, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+        num_jobs = da_jobs + db_jobs
+        # A program's turn comes after so many tiles.
+        until_job = place % max(job_period, 1)
+        jobs_left = num_jobs > 0
+        ready = False  # whether all that jobs read is known to be there
+        # One step past the tiles, which takes the jobs that are left. A `for`, in which Triton lets a store end while
+        # the next tile is computed.
+        for tile in tl.range(first_tile, tl.cdiv(num_tiles, tile_step) * tile_step + tile_step, tile_step):
+            if NEED_DX:
+                if tile < num_tiles:
+                    tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
+                    row = tile_m * BLOCK_M
+                    col = tile_n * BLOCK_N
+                    acc = lora_tile(
+                        dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
+                        row, col, M, K, N, r, stride_ar, 1, seed, threshold,
+                        dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
+                        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                     )  # fmt: skip
-            if NEED_DB:
-                if job >= first_db and job < first_db + db_jobs:
-                    index = job - first_db
-                    if FUSE_DB:
-                        reduce_job(
-                            db_partial_ptr, db_ptr, index * REDUCE_SIZE, N * r, tl.cdiv(M, SHRINK_M), 16, REDUCE_SIZE
-                        )
-                    else:
-                        stripe_job(
-                            dy_stripes, s_ptr, db_ptr, db_partial_ptr, arrived_ptr + job // parts,
-                            index // parts, index % parts, parts, M, N, r, 1, r, None, None,
-                            y_stripes, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr, LEAST,
-                            0, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
-                        )  # fmt: skip
-            job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
+                    dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
+                    until_job -= 1
+            if NEED_DA or NEED_DB:
+                free = tile + tile_step >= num_tiles
+                turn = jobs_left
+                if not free:
+                    turn = jobs_left and job_period > 0 and until_job < 0
+                    if SHRINK:
+                        if turn and not ready:  # nobody with tiles left waits for a job
+                            ready = published(sync_ptr + DONE) >= num_tasks + side_programs
+                            turn = ready
+                while turn:
+                    until_job += job_period
+                    job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
+                    jobs_left = job < num_jobs
+                    turn = jobs_left and free
+                    if not ready:
+                        if CONVERT and NEED_DB:
+                            wait_for(sync_ptr + CONVERTED, first_ticket)
+                        if SHRINK:
+                            if FUSE_DB or job >= first_da:
+                                wait_for(sync_ptr + DONE, num_tasks + side_programs)
+                                ready = True
+                    if NEED_DA:
+                        if job >= first_da and job < first_da + da_jobs:
+                            index = job - first_da
+                            stripe_job(
+                                x_stripes, planes_ptr, da_ptr, da_partial_ptr, arrived_ptr + job // parts,
+                                index // parts, index % parts, parts, M, K, r, K, 1, seed, threshold,
+                                None, None, None, None, None, None, None,
+                                DROPOUT, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                            )  # fmt: skip
+                    if NEED_DB:
+                        if job >= first_db and job < first_db + db_jobs:
+                            index = job - first_db
+                            if FUSE_DB:
+                                first = index * REDUCE_SIZE
+                                reduce_job(db_partial_ptr, db_ptr, first, N * r, tl.cdiv(M, SHRINK_M), 32, REDUCE_SIZE)
+                            else:
+                                stripe_job(
+                                    dy_stripes, s_ptr, db_ptr, db_partial_ptr, arrived_ptr + job // parts,
+                                    index // parts, index % parts, parts, M, N, r, 1, r, None, None,
+                                    y_stripes, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr, LEAST,
+                                    0, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                                )  # fmt: skip
     leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
 
 
@@ -391,7 +416,7 @@ def _plan(
         ),
         schedule.num_words,
         (*sizes, *strides, K, r),
-        (*schedule.counts, parts),
+        (*schedule.counts, parts, schedule.job_period),
     )
 
 

@@ -59,7 +59,7 @@ class Launch:
     fuse_db: bool = False
 
     def __post_init__(self) -> None:
-        self.ticket = self.job = 0
+        self.ticket = self.job = self.streaming = 0
         self.words: Counter[str] = Counter()
         self.finished: Counter[tuple[str, int]] = Counter()
         self.blocks = cdiv(self.p.M, self.config.SHRINK_M)
@@ -115,31 +115,47 @@ class Launch:
             self.words[DONE] += 1
             task = self.claim() - conversions
         place = task - s.num_tasks - s.side_programs
-        if place < s.tile_programs:
-            for tile in range(place, self.num_tiles, s.tile_programs):
-                yield tile_us(self.p, self.config)
-                yield self.progress_of(self.row(tile))
-                self.finished["tile", tile] += 1
-        yield from self.jobs()
+        tiles = range(place, self.num_tiles, s.tile_programs) if place < s.tile_programs else range(0)
+        until_job = place % max(s.job_period, 1)
+        for tile in tiles:
+            yield tile_us(self.p, self.config)
+            yield self.progress_of(self.row(tile))
+            self.finished["tile", tile] += 1
+            until_job -= 1
+            if tile != tiles[-1] and s.job_period and until_job < 0 and self.words[DONE] >= self.all_of_t[1]:
+                until_job += s.job_period
+                yield from self.one_job()
+        if self.num_jobs and self.fuse_db:
+            yield self.all_of_t
+        while self.job < self.num_jobs:
+            yield from self.one_job()
 
-    def jobs(self) -> Iterator[float | Wait]:
-        if self.da_jobs + self.db_jobs == 0:
+    @property
+    def num_jobs(self) -> int:
+        return self.da_jobs + self.db_jobs
+
+    @property
+    def all_of_t(self) -> Wait:
+        return DONE, self.schedule.num_tasks + self.schedule.side_programs
+
+    def one_job(self) -> Iterator[float | Wait]:
+        job = self.job
+        self.job += 1
+        if job >= self.num_jobs:
             return
         assert isinstance(self.config, BackwardConfig)
-        all_of_t = DONE, self.schedule.num_tasks + self.schedule.side_programs
-        if self.fuse_db:
-            yield all_of_t
+        first_da = 0 if self.fuse_db else self.db_jobs
+        is_da = first_da <= job < first_da + self.da_jobs
         if self.db_jobs:
             yield CONVERTED, self.conversions
-        first_da = 0 if self.fuse_db else self.db_jobs
-        while (job := self.job) < self.da_jobs + self.db_jobs:
-            self.job += 1
-            is_da = first_da <= job < first_da + self.da_jobs
-            if is_da:
-                yield all_of_t
-            # Sums of partial ones take next to nothing.
-            yield 0.5 if self.fuse_db and not is_da else job_us(self.p, self.config, self.schedule.parts)
-            self.finished["job", job] += 1
+        if is_da:
+            yield self.all_of_t
+        self.streaming += 1
+        # Sums of partial ones take next to nothing.
+        sums = self.fuse_db and not is_da
+        yield 0.5 if sums else job_us(self.p, self.config, self.schedule.parts, self.streaming)
+        self.streaming -= 1
+        self.finished["job", job] += 1
 
 
 def play(launch: Launch, resident: int, seed: int = 0, jitter: float = 0.0) -> float:
