@@ -27,8 +27,9 @@ STEP_US = 1.5
 MAX_PARTS = 16
 # Rounds of tiles looked at one by one; a launch of more is looked at in steps, which takes less of the host's time.
 MAX_ROUNDS = 64
-# A program takes a job after every so many tiles, or, with 0, after all of them. What the cost model tries.
-JOB_PERIODS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
+# A program takes a job after every so many tiles, or, with 0, after all of them. What the cost model tries; of equals
+# the first, as fewer jobs at once leave the tiles more of the L2.
+JOB_PERIODS = (0, 24, 16, 12, 8, 6, 5, 4, 3, 2, 1)
 # Synchronisation words of a launch before those that count row blocks and parts.
 FIXED_WORDS = 5
 # The kernels' arguments that a schedule gives.

@@ -42,6 +42,8 @@ def check_schedule(p: Problem, config: ForwardConfig, s: Schedule) -> None:
     assert (s.side_programs == 0) == (s.shared_blocks == blocks), (p, s)
     # Every program gets a place, and the first of them compute tiles.
     assert 1 <= s.tile_programs <= s.num_programs - s.side_programs, (p, s)
+    # Turns come only where there are tiles to take them between.
+    assert s.job_period == 0 or s.job_period * s.tile_programs < cdiv(p.M, config.BLOCK_M) * cdiv(p.out, config.BLOCK_N)
 
 
 def test_every_choice_is_valid() -> None:

@@ -35,13 +35,15 @@ SEED = torch.tensor([2**62 + 0x123456789ABCDEF])
 M, K, N, R = 200, 32, 64, 8
 BLOCKS = 7
 PROGRAMS = 6
-# num_tasks, shared_blocks, side_programs, tile_programs
+# num_tasks, shared_blocks, side_programs, tile_programs, job_period
 SCHEDULES = {
-    "every-program-has-tasks": (6, 7, 0, 6),
-    "few-tasks": (2, 7, 0, 6),
-    "beside-the-tiles": (0, 0, 3, 3),
-    "both": (4, 4, 2, 4),
-    "few-tiles": (3, 5, 1, 1),
+    "every-program-has-tasks": (6, 7, 0, 6, 0),
+    "few-tasks": (2, 7, 0, 6, 0),
+    "jobs-after-every-tile": (2, 7, 0, 6, 1),
+    "jobs-in-turns": (6, 7, 0, 4, 2),
+    "beside-the-tiles": (0, 0, 3, 3, 0),
+    "both": (4, 4, 2, 4, 0),
+    "few-tiles": (3, 5, 1, 1, 1),
 }
 KINDS = {
     "plain": {},
@@ -144,11 +146,11 @@ def interleaved(resident: int, seed: int) -> type[InterleavedLauncher]:
 
 
 @contextlib.contextmanager
-def scheduled(counts: tuple[int, int, int, int], launcher: type[launch.Launcher] = launch.Launcher) -> Iterator[None]:
+def scheduled(counts: tuple[int, ...], launcher: type[launch.Launcher] = launch.Launcher) -> Iterator[None]:
     """Launches take this schedule and this launcher."""
 
     def with_counts(schedule: Schedule) -> Schedule:
-        names = ("num_tasks", "shared_blocks", "side_programs", "tile_programs")
+        names = ("num_tasks", "shared_blocks", "side_programs", "tile_programs", "job_period")
         return dataclasses.replace(schedule, num_programs=PROGRAMS, **dict(zip(names, counts)))
 
     with contextlib.ExitStack() as stack:
@@ -229,5 +231,5 @@ def test_a_row_block_that_nobody_takes_is_noticed() -> None:
 
 def test_tiles_that_nobody_takes_are_noticed() -> None:
     i = make_inputs(M, K, N, R, torch.float16)
-    with scheduled((3, BLOCKS, 0, 0), interleaved(PROGRAMS, 0)):
+    with scheduled((3, BLOCKS, 0, PROGRAMS + 1, 0), interleaved(PROGRAMS, 0)):
         assert launch_both(i)[0].isnan().any()
