@@ -65,8 +65,6 @@ struct Places {
   }
 };
 
-[[maybe_unused]] int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
-
 // `blocks` blocks in clusters of `cluster`. `allowed` has a bit for each device that lets the kernel have its `bytes`.
 // `early`: the kernel itself waits for the launch before it.
 template <typename C>
@@ -128,7 +126,7 @@ int run_decode(const Arguments& a) {
 }
 
 template <typename T, int RANKS, bool BACKWARD>
-int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
+int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand, const T*& small_b) {
   constexpr int R = 16 * RANKS;
   Places places{static_cast<char*>(a.workspace)};
   c = {};
@@ -139,20 +137,20 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
   [[maybe_unused]] const bool is_float = a.param_is_float;
   const int N = int(a.N), K = int(a.K), M = int(a.M);
   Shrink<T>& shrink = c.shrink;
-  shrink.scaling = float(a.scaling), shrink.pitch = padded(M);
+  shrink.scaling = float(a.scaling);
   [[maybe_unused]] const bool as_is = !is_float && a.r == R;
   if constexpr (!BACKWARD) {
     skinny_operand = static_cast<const T*>(a.a);
     if (!as_is || a.a_pitch != K || reinterpret_cast<uintptr_t>(a.a) % 16) {
       T* skinny = places.take<T>(int64_t(R) * K);
-      c.preparations[c.num_preparations++] = {a.a, skinny, K, K, 1, a.a_pitch, 1, K, is_float};
+      c.preparations[c.num_preparations++] = {a.a, skinny, K, 1, a.a_pitch, 1, K, is_float};
       c.prepares_skinny = true;
       skinny_operand = skinny;
     }
     c.wide = static_cast<const T*>(a.b);
     if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
       T* wide = places.take<T>(int64_t(N) * R);
-      c.preparations[c.num_preparations++] = {a.b, wide, N, N, a.b_pitch, 1, R, 1, is_float};
+      c.preparations[c.num_preparations++] = {a.b, wide, N, a.b_pitch, 1, R, 1, is_float};
       c.wide = wide;
     }
     shrink.out = places.take<T>(int64_t(M) * R);
@@ -165,36 +163,33 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand) {
       skinny_operand = static_cast<const T*>(a.b);
       if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
         T* skinny = places.take<T>(int64_t(R) * N);
-        c.preparations[c.num_preparations++] = {a.b, skinny, N, N, a.b_pitch, 1, R, 1, is_float};
+        c.preparations[c.num_preparations++] = {a.b, skinny, N, a.b_pitch, 1, R, 1, is_float};
         c.prepares_skinny = true;
         skinny_operand = skinny;
       }
       shrink.out = places.take<T>(int64_t(M) * R);
-      shrink.out_transposed = a.da ? places.take<T>(R * padded(M)) : nullptr;
     }
     if (a.dx) {
       T* wide = places.take<T>(int64_t(K) * R);
-      c.preparations[c.num_preparations++] = {a.a, wide, K, K, 1, a.a_pitch, R, 1, is_float};
+      c.preparations[c.num_preparations++] = {a.a, wide, K, 1, a.a_pitch, R, 1, is_float};
       c.wide = wide;
       c.tiles = true;
     }
-    const int64_t blocks = (a.M + BLOCK_M - 1) / BLOCK_M;
-    int* arrived = c.words + PROGRESS + blocks;
-    constexpr int64_t WIDE = 8 * WIDTH<RANKS>;
+    int* arrived = c.words + PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
     if (a.db) {
-      T* small = places.take<T>(R * padded(M));
-      c.preparations[c.num_preparations++] = {a.s, small, M, int(padded(M)), a.r, 1, 1, padded(M), false};
-      float* partial = a.parts_b > 1 ? places.take<float>(a.parts_b * R * (N + WIDE)) : nullptr;
-      c.stripes[0] = {static_cast<const T*>(a.dy), a.dy_pitch, small, padded(M), partial, arrived, a.db, a.r, 1, is_float,
-                      M, N, c.r, int(a.parts_b)};
+      small_b = static_cast<const T*>(a.s);
+      if (a.r != R || reinterpret_cast<uintptr_t>(a.s) % 16) {
+        T* small = places.take<T>(int64_t(M) * R);
+        c.preparations[c.num_preparations++] = {a.s, small, M, a.r, 1, R, 1, false};
+        small_b = small;
+      }
+      float* partial = a.parts_b > 1 ? places.take<float>(a.parts_b * stripe_count(N) * STRIPE * R) : nullptr;
+      c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(a.parts_b)};
     }
     if (a.da) {
-      float* partial = a.parts_a > 1 ? places.take<float>(a.parts_a * R * (K + WIDE)) : nullptr;
-      c.stripes[1] = {static_cast<const T*>(a.x), a.x_pitch, shrink.out_transposed, padded(M), partial,
-                      arrived + (a.N + WIDE - 1) / WIDE, a.da, 1, a.K, is_float, M, K, c.r, int(a.parts_a)};
+      float* partial = a.parts_a > 1 ? places.take<float>(a.parts_a * stripe_count(K) * STRIPE * R) : nullptr;
+      c.stripes[1] = {{}, {}, partial, arrived + stripe_count(N), a.da, 1, a.K, is_float, K, int(a.parts_a)};
     }
-    for (auto& stripes : c.stripes) stripes.parts = stripes.out ? stripes.parts : 1;
-    c.num_stripes = 2;
   }
   return places.used;
 }
@@ -203,13 +198,12 @@ template <typename T, int RANKS, bool BACKWARD>
 int run(const Arguments& a, int64_t* sizes) {
   [[maybe_unused]] constexpr int R = 16 * RANKS;
   Call<T> call;
-  const T* skinny = nullptr;
-  const int64_t used = prepare_call<T, RANKS, BACKWARD>(a, call, skinny);
+  const T *skinny = nullptr, *small_b = nullptr;
+  const int64_t used = prepare_call<T, RANKS, BACKWARD>(a, call, skinny, small_b);
   if (sizes) {
-    constexpr int64_t WIDE = 8 * WIDTH<RANKS>;
     sizes[0] = used;
     sizes[1] = PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
-    if (BACKWARD) sizes[1] += (a.N + WIDE - 1) / WIDE + (a.K + WIDE - 1) / WIDE;
+    if (BACKWARD) sizes[1] += stripe_count(a.N) + stripe_count(a.K);
     return 0;
   }
   const void* left = BACKWARD ? a.dy : a.x;
@@ -226,6 +220,16 @@ int run(const Arguments& a, int64_t* sizes) {
     void* out = BACKWARD ? a.dx : a.y;
     if (!encode(&call.right, a.is_bf16, a.w, a.N, a.K, a.w_pitch, BACKWARD ? 64 : int(a.block_n) / 2) ||
         !encode(&call.out, a.is_bf16, out, a.M, call.cols, call.cols, 64)) {
+      return fail("cuTensorMapEncodeTiled", -2);
+    }
+  }
+  if constexpr (BACKWARD) {
+    const int rows = a.block_n == 256 ? Layout<256, RANKS>::JOB_ROWS : Layout<128, RANKS>::JOB_ROWS;
+    const auto maps = [&](Stripes& p, const void* src, int64_t pitch, const void* small) {
+      return !p.out || (encode(&p.src, a.is_bf16, src, a.M, p.cols, pitch, rows) &&
+                        encode(&p.small, a.is_bf16, small, a.M, R, R, rows, R));
+    };
+    if (!maps(call.stripes[0], a.dy, a.dy_pitch, small_b) || !maps(call.stripes[1], a.x, a.x_pitch, call.shrink.out)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }

@@ -15,7 +15,6 @@ namespace fusedlora {
 
 constexpr int BLOCK_M = 128, BLOCK_K = 64, CLUSTER = 2;
 constexpr int CONSUMERS = 256, THREADS = 128 + CONSUMERS;
-constexpr int SIDE_REGISTERS = 136, CONSUMER_REGISTERS = 184;
 
 // Words in global memory, zero between launches.
 enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
@@ -23,10 +22,8 @@ enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
 // out [M, R] = scaling · left · skinnyᵀ; skinny is [R, depth] in the forward, in the backward B as it lies, [depth, R].
 template <typename T>
 struct Shrink {
-  T* out;             // [M, R], or null
-  T* out_transposed;  // [R, pitch], or null; zeros from row M on
-  T* saved;           // [M, r], or null
-  int64_t pitch;
+  T* out;    // [M, R], or null
+  T* saved;  // [M, r], or null
   float scaling;
   int clusters;  // how many take part, those of the first places; each does what one that has not begun would leave
 };
@@ -39,8 +36,7 @@ struct Call {
   int num_preparations;
   bool prepares_skinny;
   Shrink<T> shrink;
-  Stripes<T> stripes[2];  // dB's, which need no T, then dA's
-  int num_stripes;
+  Stripes stripes[2];  // dB's, which need no T, then dA's
   const T* wide;      // [cols, R]
   const float* gain;  // [cols] or null
   const void* bias;   // [cols] or null
@@ -60,11 +56,15 @@ struct Layout {
   // `wide` waits where the tile before left its output, in rows so far apart that no two threads meet in a bank.
   static constexpr int WIDE_PITCH = 2 * R + (RANKS > 1 ? 32 : 0);
   static_assert(WIDE_PITCH * BLOCK_N <= OUT);
-  static constexpr int SUMS = 4 * STRIPE_SUMS<RANKS>;
   // Shrinking takes as many boxes of BLOCK_K columns at a time as a stage holds.
   static constexpr int SKINNY = R * BLOCK_K * 2, BOXES = BLOCK_N == 256 ? 2 : 1;
   static_assert(BOXES * (LEFT + SKINNY) <= STAGE);
-  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + SUMS + 16 * STAGES + 24;
+  // A stage of a job: rows of 128 columns, of which each warpgroup takes one box of 64, and of small.
+  static constexpr int JOB_ROWS = BLOCK_N == 256 ? 128 : 64, BOX = JOB_ROWS * 128, JOB_STAGE = JOB_ROWS * (256 + 2 * R);
+  static_assert(JOB_STAGE <= STAGE);
+  // What ptxas needs to spill nothing, of 64512 for 128 and 256 threads.
+  static constexpr int SIDE_REGISTERS = BLOCK_N == 256 ? 88 : 104, CONSUMER_REGISTERS = BLOCK_N == 256 ? 208 : 200;
+  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 32;
 };
 
 // The row block (of the pair's first) and the column block of a pair of tiles, in column-major groups of `group` pairs
@@ -89,63 +89,38 @@ __device__ int other_tasks(const Call<T>& c) {
   return count;
 }
 
-template <typename T, int RANKS, bool BACKWARD, bool DROPOUT>
-__device__ void side_work(const Call<T>& c, const Mask& mask, float* sums, volatile int* next, int warp, int lane) {
-  const int thread = warp * 32 + lane;
-  const int others = other_tasks(c), prepared = skinny_tasks(c) + others;
-  int jobs[2] = {0, 0};
-  if constexpr (BACKWARD) {
-    constexpr int WIDE = 8 * WIDTH<RANKS>;
-    for (int i = 0; i < c.num_stripes; i++) jobs[i] = (c.stripes[i].cols + WIDE - 1) / WIDE * c.stripes[i].parts;
-  }
-  const int tickets = prepared + jobs[0] + jobs[1];
-  bool waited = false;
-  int ahead = thread == 0 ? claim(c.words + TICKET) : 0;
-  while (true) {
-    if (thread == 0) {
-      *next = ahead;
-      if (ahead < tickets) ahead = claim(c.words + TICKET);
+// Side warps: what others read is made ready. `all_there` is told when all of T is.
+template <typename T, int RANKS>
+__device__ void side_work(const Call<T>& c, volatile int* next, uint32_t all_there, int warp, int lane) {
+  const int thread = warp * 32 + lane, tickets = skinny_tasks(c) + other_tasks(c);
+  while (tickets > 0) {
+    if (thread == 0) *next = claim(c.words + TICKET);
+    meet(1, SIDE_THREADS);
+    const int ticket = *next;
+    meet(1, SIDE_THREADS);
+    if (ticket >= tickets) break;
+    for (int i = 0, task = ticket; i < c.num_preparations; i++) {
+      const int count = preparation_tasks(c.preparations[i]);
+      if (task >= 0 && task < count) prepare<T, RANKS>(c.preparations[i], task, c.r, thread);
+      task -= count;
     }
     meet(1, SIDE_THREADS);
-    int ticket = *next;
-    meet(1, SIDE_THREADS);
-    if (ticket >= tickets) return;
-    if (ticket < prepared) {
-      for (int i = 0, task = ticket; i < c.num_preparations; i++) {
-        const int count = preparation_tasks(c.preparations[i]);
-        if (task >= 0 && task < count) prepare<T, RANKS>(c.preparations[i], task, c.r, thread);
-        task -= count;
-      }
-      meet(1, SIDE_THREADS);
-      const bool skinny = c.prepares_skinny && ticket < preparation_tasks(c.preparations[0]);
-      if (thread == 0) publish(c.words + (skinny ? SKINNY_PREPARED : PREPARED));
-      continue;
-    }
-    if (!waited) {
-      if (lane == 0) wait_for(c.words + PREPARED, others);
-      __syncwarp();
-      waited = true;
-    }
-    if constexpr (BACKWARD) {
-      const int job = ticket - prepared;
-      if (job < jobs[0]) {
-        const Stripes<T>& p = c.stripes[0];
-        stripe_job<T, RANKS, false>(p, mask, job / p.parts, job % p.parts, sums, warp, lane);
-      } else {
-        // Parts in their order, since T comes row by row.
-        const Stripes<T>& p = c.stripes[1];
-        const int count = jobs[1] / p.parts, part = (job - jobs[0]) / count;
-        const int rows = part_rows(c.M, p.parts);
-        const int last = (min((part + 1) * rows, c.M) + BLOCK_M - 1) / BLOCK_M;
-        for (int b = part * rows / BLOCK_M + lane; b < last; b += 32) {
-          wait_for(c.words + PROGRESS + b, 1);
-        }
-        __syncwarp();
-        stripe_job<T, RANKS, DROPOUT>(p, mask, (job - jobs[0]) % count, part, sums, warp, lane);
-      }
-      meet(1, SIDE_THREADS);
-    }
+    const bool skinny = c.prepares_skinny && ticket < preparation_tasks(c.preparations[0]);
+    if (thread == 0) publish(c.words + (skinny ? SKINNY_PREPARED : PREPARED));
   }
+  if (warp > 0 || !c.stripes[1].out) return;
+  for (int b = lane; b < (c.M + BLOCK_M - 1) / BLOCK_M; b += 32) {
+    while (published(c.words + PROGRESS + b) == 0) __nanosleep(200);
+  }
+  __syncwarp();
+  if (lane == 0) barrier_arrive(all_there);
+}
+
+// After how many of its tiles a cluster takes its job number `job` of `own`. Other places, other times; T is not there
+// before the second round of tiles as a rule.
+__device__ inline int job_turn(int job, int own, int tiles, int place, bool needs_t) {
+  const int turn = (8 * job + place % 8) * tiles / (8 * own) + 1;
+  return min(max(turn, needs_t ? 2 : 1), tiles);
 }
 
 // Rows row and row + 8 of small [M, 16 · RANKS], as the first operand of mma.sync; a thread's four ranks lie together.
@@ -215,16 +190,49 @@ __device__ void shrink_rows(
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int m = row + 16 * warp + g + 8 * (i / 2), k = 8 * n + 2 * t + i % 2;
-      const T value = Type<T>::from(m < c.M ? acc[n][i] * c.shrink.scaling : 0.0f);
-      if (c.shrink.out_transposed && m < c.shrink.pitch) c.shrink.out_transposed[k * c.shrink.pitch + m] = value;
       if (m < c.M) {
+        const T value = Type<T>::from(acc[n][i] * c.shrink.scaling);
         c.shrink.out[int64_t(m) * R + k] = value;
         if (c.shrink.saved && k < c.r) c.shrink.saved[int64_t(m) * c.r + k] = value;
       }
     }
   }
+  if constexpr (BACKWARD) fence_all_to_tma();  // dA's jobs read T by TMA
   meet(2, CONSUMERS);
   if (warp == 0 && lane == 0 && row < c.M) publish(c.words + PROGRESS + row / BLOCK_M);
+}
+
+// A warpgroup: the sums of `stripe` over the rows of `part`, stored.
+template <typename T, int BLOCK_N, int RANKS, bool DROPOUT>
+__device__ __forceinline__ void stripe_job(
+    const Call<T>& c, const Stripes& p, const Mask& mask, bool masked, int stripe, int part, uint32_t stages, uint32_t full,
+    uint32_t empty, int& stage, int& phase, int group, int thread) {
+  using L = Layout<BLOCK_N, RANKS>;
+  float acc[L::R / 2] = {};
+  const int rows = part_rows<L::JOB_ROWS>(c.M, p.parts), end = min((part + 1) * rows, c.M);
+  for (int m = part * rows; m < end; m += L::JOB_ROWS) {
+    const uint32_t small = stages + stage * L::STAGE + 2 * L::BOX, src = stages + stage * L::STAGE + group * L::BOX;
+    barrier_wait(full + 8 * stage, phase);
+    if constexpr (DROPOUT) {
+      if (masked) {
+        mask_box<T, L::JOB_ROWS>(mask, src, m, stripe * STRIPE, p.cols, thread);
+        fence_to_tma();  // and so to wgmma
+        meet(3 + group, 128);
+      }
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < L::JOB_ROWS / 16; i++) {
+      NarrowWgmma<T, L::R, 1>::run(acc, matrix_descriptor(src + 2048 * i, 16), narrow_descriptor<L::R>(small + 32 * L::R * i));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (thread < CLUSTER) barrier_arrive(empty + 8 * stage, thread);
+    if (++stage == L::STAGES) stage = 0, phase ^= 1;
+  }
+#pragma unroll
+  for (int i = 0; i < L::R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
+  store_stripe<T, L::R>(p, acc, stripe, part, c.r, thread);
 }
 
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
@@ -235,9 +243,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
   uint8_t* memory = raw + (base - shared_address(raw));
   const uint32_t stages = base, out = base + STAGES * L::STAGE;
-  float* sums = reinterpret_cast<float*>(memory + STAGES * L::STAGE + L::OUT);
-  const uint32_t full = out + L::OUT + L::SUMS, empty = full + 8 * STAGES, told = empty + 8 * STAGES;
-  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + L::SUMS + 16 * STAGES + 8);
+  const uint32_t full = out + L::OUT, empty = full + 8 * STAGES, told = empty + 8 * STAGES, all_there = told + 8;
+  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + 16 * STAGES + 16);
   volatile int *own_place = next + 1, *begun = next + 2;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -252,6 +259,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       barrier_init(empty + 8 * s, CLUSTER * CONSUMERS / 128);
     }
     barrier_init(told, 1);
+    barrier_init(all_there, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     barrier_expect(told, sizeof(int));
     if (c.tiles || c.shrink.out) tma_prefetch(&c.left);
@@ -272,6 +280,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   const int pairs = c.tiles ? pairs_m * tiles_n : 0, steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
   // Clusters that come early have fewer tiles, as they may have row blocks first.
   const int stride = gridDim.x / CLUSTER, place = *own_place, first = stride - 1 - place;
+  const int own_tiles = first < pairs ? (pairs - first + stride - 1) / stride : 0;
+  const int db_jobs = BACKWARD ? job_count(c.stripes[0]) : 0, jobs = db_jobs + (BACKWARD ? job_count(c.stripes[1]) : 0);
+  const int own_jobs = place < jobs ? (jobs - place + stride - 1) / stride : 0;
   // Whose row blocks a cluster takes after `owner`'s: first its own, then those of all places that nobody has by then,
   // so that it never waits in its tiles for a cluster which may find no SM before this one ends. If that cluster comes
   // after all, it computes the same bits once more.
@@ -282,7 +293,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   };
 
   if (warp < 4) {
-    give_registers<SIDE_REGISTERS>();
+    give_registers<L::SIDE_REGISTERS>();
     if (warp == 0) {
       if (lane == 0) {
         int stage = 0, phase = 0;
@@ -308,9 +319,40 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             tell_cluster(shared_address(const_cast<int*>(begun)), published(c.words + PLACE), told, CLUSTER);
           }
         }
-        for (int pair = first; pair < pairs; pair += stride) {
+        bool prepared = false, all = false;
+        for (int n = 0, done = 0;; n++) {
+          if constexpr (BACKWARD) {
+            for (; done < own_jobs; done++) {
+              const int job = place + done * stride;
+              const bool is_da = job >= db_jobs;
+              if (job_turn(done, own_jobs, own_tiles, place, is_da) > n) break;
+              const Stripes& p = c.stripes[is_da];
+              const int index = is_da ? job - db_jobs : job;
+              if (is_da && !all) {
+                barrier_wait(all_there, 0);
+                all = true;
+                fence_all_to_tma();
+              } else if (!is_da && !prepared) {
+                wait_for(c.words + PREPARED, other_tasks(c));
+                prepared = true;
+                fence_all_to_tma();
+              }
+              const int col = index / p.parts * JOB_COLS + rank * 128;
+              const int rows = part_rows<L::JOB_ROWS>(c.M, p.parts), begin = index % p.parts * rows;
+              for (int m = begin; m < min(begin + rows, c.M); m += L::JOB_ROWS) {
+                const uint32_t to = stages + stage * L::STAGE, barrier = full + 8 * stage;
+                barrier_wait(empty + 8 * stage, phase ^ 1);
+                barrier_expect(barrier, L::JOB_STAGE);
+                tma_load_once(to, &p.src, barrier, col, m);
+                tma_load_once(to + L::BOX, &p.src, barrier, col + 64, m);
+                tma_load(to + 2 * L::BOX, &p.small, barrier, 0, m);
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+              }
+            }
+          }
+          if (n == own_tiles) break;
           int pair_m, tile_n;
-          pair_coordinates(pair, pairs_m, tiles_n, c.group, pair_m, tile_n);
+          pair_coordinates(first + n * stride, pairs_m, tiles_n, c.group, pair_m, tile_n);
           const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
           for (int k = 0; k < steps; k++) {
             const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
@@ -329,10 +371,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         }
       }
     } else {
-      side_work<T, RANKS, BACKWARD, DROPOUT>(c, mask, sums, next, warp - 1, lane);
+      side_work<T, RANKS>(c, next, all_there, warp - 1, lane);
     }
   } else {
-    take_registers<CONSUMER_REGISTERS>();
+    take_registers<L::CONSUMER_REGISTERS>();
     const int group = warp / 4 - 1, thread = threadIdx.x - 128, in_group = thread % 128;
     const int g = lane / 4, t = lane % 4;
     int stage = 0, phase = 0;
@@ -344,9 +386,22 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     }
     const int others = other_tasks(c);
     float acc[ACCS];
-    for (int pair = first; pair < pairs; pair += stride) {
+    for (int n = 0, done = 0;; n++) {
+      if constexpr (BACKWARD) {
+        for (; done < own_jobs; done++) {
+          const int job = place + done * stride;
+          const bool is_da = job >= db_jobs;
+          if (job_turn(done, own_jobs, own_tiles, place, is_da) > n) break;
+          const Stripes& p = c.stripes[is_da];
+          const int index = is_da ? job - db_jobs : job;
+          const int stripe = index / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
+          stripe_job<T, BLOCK_N, RANKS, DROPOUT>(
+              c, p, mask, is_da, stripe, index % p.parts, stages, full, empty, stage, phase, group, in_group);
+        }
+      }
+      if (n == own_tiles) break;
       int pair_m, tile_n;
-      pair_coordinates(pair, pairs_m, tiles_n, c.group, pair_m, tile_n);
+      pair_coordinates(first + n * stride, pairs_m, tiles_n, c.group, pair_m, tile_n);
       const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
       const int own_row = row + 64 * group + 16 * (warp % 4) + g;
       const int* progress = c.words + PROGRESS + row / BLOCK_M;

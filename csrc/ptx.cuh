@@ -30,6 +30,10 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives at the same barrier of another block of the cluster, or of this one.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) {
   asm volatile(
@@ -163,9 +167,9 @@ __device__ __forceinline__ int claim(int* word) {
   return before;
 }
 
-__device__ __forceinline__ int arrive(int* word) {
+__device__ __forceinline__ int arrive(int* word, int amount = 1) {
   int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(word) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(amount) : "memory");
   return before;
 }
 
@@ -191,25 +195,7 @@ __device__ __forceinline__ void wait_for(const int* word, int count) {
   }
 }
 
-// loads: `streamed` for what nobody writes during a launch, `fresh` for what programs of it have published
-
-__device__ __forceinline__ uint4 load_streamed(const void* pointer, bool there) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (there) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(pointer));
-  }
-  return v;
-}
-
-__device__ __forceinline__ uint2 load_streamed_half(const void* pointer, bool there) {
-  uint2 v = make_uint2(0, 0);
-  if (there) {
-    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer));
-  }
-  return v;
-}
+// loads of what programs of this launch have published
 
 __device__ __forceinline__ uint2 load_fresh_half(const void* pointer) {
   uint2 v;
@@ -217,16 +203,23 @@ __device__ __forceinline__ uint2 load_fresh_half(const void* pointer) {
   return v;
 }
 
-__device__ __forceinline__ uint32_t load_fresh_quarter(const void* pointer) {
-  uint32_t v;
-  asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
-  return v;
-}
-
 __device__ __forceinline__ uint2 load_shared_half(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
   return v;
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, float a, float b, float c, float d) {
@@ -313,6 +306,13 @@ __device__ __forceinline__ void wgmma_wait() {
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
   return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(leading >> 4) << 16) |
          ((address & 0x3FFFF) >> 4);
+}
+
+// A shared-memory matrix in rows of 2 · R = 32, 64 or 128 bytes, swizzled as TMA does it at that width, its depth in rows.
+template <int R>
+__device__ __forceinline__ uint64_t narrow_descriptor(uint32_t address) {
+  constexpr uint64_t SWIZZLE = R == 64 ? 1 : R == 32 ? 2 : 3;
+  return (SWIZZLE << 62) | (uint64_t(16 * R >> 4) << 32) | (uint64_t(1) << 16) | ((address & 0x3FFFF) >> 4);
 }
 
 template <int REGISTERS>

@@ -1,8 +1,4 @@
-// The skinny products, by warps that load their operands from global memory straight into the registers of mma.sync.
-//
-// A product does not depend on the order of what it sums over, nor a matrix on the order in which its columns are
-// computed. So each thread loads 16 contiguous bytes and takes them for whatever elements the instruction wants there,
-// as long as both operands agree: no shared memory, no shuffles. In the names below g is lane / 4 and t is lane % 4.
+// Around the tiles: skinny operands made ready, the dropout's mask, and what a stripe of dA or dB is and where it goes.
 #pragma once
 #include "ptx.cuh"
 
@@ -50,11 +46,11 @@ struct Mask {
 
 // A skinny operand as the kernels read it: 16-bit, its rank padded with zeros, made from a parameter of any dtype, any
 // rank and any alignment. Element (i, k) of the parameter, i along its long side, k < r, lies at i · long_in + k ·
-// rank_in, and goes to i · long_out + k · rank_out; from i = `length` up to `padded_length` zeros go there.
+// rank_in, and goes to i · long_out + k · rank_out.
 struct Preparation {
   const void* from;
   void* to;
-  int length, padded_length;
+  int length;
   int64_t long_in, rank_in, long_out, rank_out;
   bool is_float;
 };
@@ -63,21 +59,20 @@ struct Preparation {
 constexpr int PREPARE_LENGTH = SIDE_THREADS;
 
 __host__ __device__ inline int preparation_tasks(const Preparation& p) {
-  return (p.padded_length + PREPARE_LENGTH - 1) / PREPARE_LENGTH;
+  return (p.length + PREPARE_LENGTH - 1) / PREPARE_LENGTH;
 }
 
 template <typename T, typename From, int RANKS>
 __device__ void prepare_from(const Preparation& p, int task, int r, int thread) {
-  const int64_t i = task * PREPARE_LENGTH + thread;
-  if (i >= p.padded_length) return;
-  const int count = i < p.length ? r : 0;
+  const int64_t i = int64_t(task) * PREPARE_LENGTH + thread;
+  if (i >= p.length) return;
 #pragma unroll
   for (int first = 0; first < 16 * RANKS; first += 16) {
     alignas(16) T values[16];
 #pragma unroll
     for (int k = 0; k < 16; k++) {
       const From* from = static_cast<const From*>(p.from) + i * p.long_in + (first + k) * p.rank_in;
-      values[k] = first + k < count ? Type<T>::from(float(*from)) : T(0.0f);
+      values[k] = first + k < r ? Type<T>::from(float(*from)) : T(0.0f);
     }
     T* to = static_cast<T*>(p.to) + i * p.long_out + first * p.rank_out;
     if (p.rank_out == 1) {
@@ -98,24 +93,34 @@ __device__ void prepare(const Preparation& p, int task, int r, int thread) {
   }
 }
 
-// A stripe of out [R, cols] = small [R, M] · src [M, cols], 8 · WIDTH columns of it, for one of `parts` runs of rows,
-// which the side warps share. `small` is transposed: rows lie side by side, in rows of `pitch` elements.
-template <typename T>
+// Stripes of out [R, cols] = small [M, R]ᵀ · src [M, cols], src under the mask for dA. A job of a cluster is 256 columns
+// and one of `parts` runs of rows; a warpgroup takes 64 of the columns.
 struct Stripes {
-  const T* src;
-  int64_t src_pitch;
-  const T* small;
-  int64_t pitch;
-  float* partial;  // where there are parts: for each stripe and part a block's sums, as its threads hold them
-  int* arrived;    // a word for each stripe
-  void* out;
+  CUtensorMap src, small;
+  float* partial;  // where there are parts: for each 64 columns and part the sums, as the threads hold them
+  int* arrived;    // a word for each 64 columns, a byte of it for each warp
+  void* out;       // null: not wanted
   int64_t long_out, rank_out;  // where element (k, column) goes: column · long_out + k · rank_out
   bool out_is_float;
-  int M, cols, r, parts;
+  int cols, parts;
 };
 
+constexpr int JOB_COLS = 256, STRIPE = 64;
+
+__host__ __device__ inline int job_count(const Stripes& p) {
+  return p.out ? (p.cols + JOB_COLS - 1) / JOB_COLS * p.parts : 0;
+}
+
+__host__ __device__ inline int64_t stripe_count(int64_t cols) { return (cols + JOB_COLS - 1) / JOB_COLS * (JOB_COLS / STRIPE); }
+
+// Rows of a part, whole stages of ROWS.
+template <int ROWS>
+__host__ __device__ inline int part_rows(int M, int parts) {
+  return (M + ROWS * parts - 1) / (ROWS * parts) * ROWS;
+}
+
 template <typename T>
-__device__ void put(const Stripes<T>& p, int k, int col, float value) {
+__device__ void put(const Stripes& p, int k, int col, float value) {
   const int64_t at = col * p.long_out + k * p.rank_out;
   if (p.out_is_float) {
     static_cast<float*>(p.out)[at] = value;
@@ -124,119 +129,52 @@ __device__ void put(const Stripes<T>& p, int k, int col, float value) {
   }
 }
 
-// Columns that one thread loads of a row.
-template <int RANKS>
-constexpr int WIDTH = RANKS == 1 ? 8 : 4;
-
-__host__ __device__ inline int part_rows(int M, int parts) { return (M + 16 * parts - 1) / (16 * parts) * 16; }
-
-// Floats that the side warps need to add their sums.
-template <int RANKS>
-constexpr int STRIPE_SUMS = (SIDE_WARPS - 1) * 8 * WIDTH<RANKS> * 16 * RANKS;
-
-template <typename T, int RANKS, bool DROPOUT>
-__device__ void stripe_job(const Stripes<T>& p, const Mask& mask, int stripe, int part, float* sums, int warp, int lane) {
-  constexpr int TILES = 2 * RANKS, W = WIDTH<RANKS>, PAIRS = W / 2, STEPS = RANKS > 1 ? 1 : DROPOUT ? 2 : 4;
-  const int g = lane / 4, t = lane % 4;
-  const int col = stripe * 8 * W + W * g;
-  const bool inside = col < p.cols;
-  const int rows = part_rows(p.M, p.parts), last = min((part + 1) * rows, p.M);
-  const int own_rows = part_rows(last - part * rows, SIDE_WARPS);
-  const int begin = part * rows + warp * own_rows, end = min(begin + own_rows, last);
-  const T* src = p.src + col;
-  // Of 16 rows a thread takes four: neighbours, or two of each half, which share hashes.
-  constexpr int STEP = DROPOUT ? 8 : 2;
-  const int first_row = (DROPOUT ? 2 : 4) * t;
-  const T* small = p.small + int64_t(g) * p.pitch + first_row;
-  float acc[PAIRS][TILES][4] = {};
-  for (int m = begin; m < end; m += 16 * STEPS) {
-    uint32_t big[STEPS][4][PAIRS];
-    uint2 few[STEPS][TILES];
+// Puts the mask on [ROWS, 64] elements in shared memory, of row `row` and column `col` on, swizzled as TMA leaves them.
+template <typename T, int ROWS>
+__device__ __forceinline__ void mask_box(const Mask& mask, uint32_t box, int row, int col, int cols, int thread) {
+  const int chunk = thread % 8, upper = thread / 8 % 8;
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-      for (int i = 0; i < 4; i++) {
-        const int row = m + 16 * s + first_row + i / 2 * STEP + i % 2;
-        const bool there = inside && row < end;
-        if constexpr (W == 8) {
-          uint4 v = load_streamed(src + row * p.src_pitch, there);
-          big[s][i][0] = v.x, big[s][i][1] = v.y, big[s][i][2] = v.z, big[s][i][3] = v.w;
-        } else {
-          uint2 v = load_streamed_half(src + row * p.src_pitch, there);
-          big[s][i][0] = v.x, big[s][i][1] = v.y;
-        }
-      }
-      for (int n = 0; n < TILES; n++) {
-        // `small` is padded with zeros up to a multiple of 16 rows
-        const T* from = small + int64_t(8 * n) * p.pitch + m + 16 * s;
-        few[s][n] = make_uint2(0, 0);
-        if (m + 16 * s < end) {
-          if constexpr (DROPOUT) {
-            few[s][n] = make_uint2(load_fresh_quarter(from), load_fresh_quarter(from + STEP));
-          } else {
-            few[s][n] = load_fresh_half(from);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-      if constexpr (DROPOUT) {
-        for (int i = 0; i < 2; i++) {
-          const uint32_t four = mask.four(m + 16 * s + first_row + i, col / 2, p.cols / 2);
-          for (int c = 0; c < PAIRS; c++) mask.keep<T>(big[s][i][c], big[s][i + 2][c], four + c);
-        }
-      }
-      for (int c = 0; c < PAIRS; c++) {
-        // Columns 2c and 2c + 1 of the thread are rows g and g + 8 of the instruction, its rows of src are the depth.
-        const uint32_t a[4] = {
-            __byte_perm(big[s][0][c], big[s][1][c], 0x5410), __byte_perm(big[s][0][c], big[s][1][c], 0x7632),
-            __byte_perm(big[s][2][c], big[s][3][c], 0x5410), __byte_perm(big[s][2][c], big[s][3][c], 0x7632)};
-        for (int n = 0; n < TILES; n++) Type<T>::mma(acc[c][n], a, few[s][n].x, few[s][n].y);
-      }
-    }
+  for (int m = thread / 64 * 16; m < ROWS; m += 32) {
+    const uint32_t at = box + (m + upper) * 128 + (chunk ^ upper) * 16;
+    uint4 a = load_shared(at), b = load_shared(at + 1024);
+    const uint32_t four = Mask::four(row + m + upper, (col + 8 * chunk) / 2, cols / 2);
+    mask.keep<T>(a.x, b.x, four);
+    mask.keep<T>(a.y, b.y, four + 1);
+    mask.keep<T>(a.z, b.z, four + 2);
+    mask.keep<T>(a.w, b.w, four + 3);
+    store_shared(at, a);
+    store_shared(at + 1024, b);
   }
-  // Each thread's sums lie together, at the same place for every warp.
-  constexpr int COUNT = PAIRS * TILES * 4;
-  float* flat = &acc[0][0][0];
-  if (warp > 0) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) sums[((warp - 1) * COUNT + i) * 32 + lane] = flat[i];
-  }
-  meet(1, SIDE_THREADS);
-  if (warp > 0) return;
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) {
-    for (int w = 0; w < SIDE_WARPS - 1; w++) flat[i] += sums[(w * COUNT + i) * 32 + lane];
-  }
+}
+
+// Leaves one part's sums, acc [64, R] as wgmma has them, in `out`, or adds all parts there if it is the last to arrive.
+template <typename T, int R>
+__device__ void store_stripe(const Stripes& p, float (&acc)[R / 2], int stripe, int part, int r, int thread) {
+  constexpr int COUNT = R / 2;
+  const int warp = thread / 32, lane = thread % 32;
   if (p.parts > 1) {
-    float* own = p.partial + (int64_t(stripe) * p.parts + part) * COUNT * 32 + lane;
+    float* own = p.partial + (int64_t(stripe) * p.parts + part) * COUNT * 128 + thread;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) own[32 * i] = flat[i];
+    for (int i = 0; i < COUNT; i++) own[128 * i] = acc[i];
     __threadfence();
     __syncwarp();
-    const int before = lane == 0 ? arrive(p.arrived + stripe) : 0;
-    if (__shfl_sync(0xFFFFFFFFu, before, 0) != p.parts - 1) return;
-    // The last to arrive adds all parts, in their order, so that the bits do not depend on who that was.
+    const int before = lane == 0 ? arrive(p.arrived + stripe, 1 << 8 * warp) : 0;
+    if ((__shfl_sync(0xFFFFFFFFu, before, 0) >> 8 * warp & 255) != p.parts - 1) return;
+    // In their order, so that the bits do not depend on who was last.
     __threadfence();
-    const float* from = p.partial + int64_t(stripe) * p.parts * COUNT * 32 + lane;
+    const float* from = p.partial + int64_t(stripe) * p.parts * COUNT * 128 + thread;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) flat[i] = __ldcg(from + 32 * i);
+    for (int i = 0; i < COUNT; i++) acc[i] = __ldcg(from + 128 * i);
     for (int q = 1; q < p.parts; q++) {
 #pragma unroll
-      for (int i = 0; i < COUNT; i++) flat[i] += __ldcg(from + (q * COUNT + i) * 32);
+      for (int i = 0; i < COUNT; i++) acc[i] += __ldcg(from + (q * COUNT + i) * 128);
     }
-    if (lane == 0) p.arrived[stripe] = 0;
+    if (lane == 0) arrive(p.arrived + stripe, -(p.parts << 8 * warp));
   }
 #pragma unroll
-  for (int c = 0; c < PAIRS; c++) {
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int k = 8 * n + 2 * t + i % 2;
-        if (inside && k < p.r) put(p, k, col + 2 * c + i / 2, acc[c][n][i]);
-      }
-    }
+  for (int i = 0; i < COUNT; i++) {
+    const int col = stripe * STRIPE + 16 * warp + lane / 4 + i / 2 % 2 * 8, k = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (col < p.cols && k < r) put<T>(p, k, col, acc[i]);
   }
 }
 
