@@ -11,7 +11,7 @@
 // Sums stay in the layout that wgmma and mma.sync share: a *unit* is 16 rows by 8 columns, four floats a thread. In the
 // names below g is lane / 4 and t is lane % 4; the four are (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 #pragma once
-#include "decode_units.h"
+#include "shares.h"
 #include "wgmma.cuh"
 
 namespace fusedlora {

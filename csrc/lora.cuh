@@ -63,8 +63,8 @@ struct Layout {
   static constexpr int JOB_ROWS = BLOCK_N == 256 ? 128 : 64, BOX = JOB_ROWS * 128, JOB_STAGE = JOB_ROWS * (256 + 2 * R);
   static_assert(JOB_STAGE <= STAGE);
   // What ptxas needs to spill nothing, of 64512 for 128 and 256 threads.
-  static constexpr int SIDE_REGISTERS = BLOCK_N == 256 ? 88 : 104, CONSUMER_REGISTERS = BLOCK_N == 256 ? 208 : 200;
-  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 32;
+  static constexpr int SIDE_REGISTERS = BLOCK_N == 256 ? 72 : 136, CONSUMER_REGISTERS = BLOCK_N == 256 ? 216 : 184;
+  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 64;
 };
 
 // The row block (of the pair's first) and the column block of a pair of tiles, in column-major groups of `group` pairs
@@ -89,16 +89,16 @@ __device__ int other_tasks(const Call<T>& c) {
   return count;
 }
 
-// Side warps: what others read is made ready. `all_there` is told when all of T is.
+// Side warps: what others read is made ready.
 template <typename T, int RANKS>
-__device__ void side_work(const Call<T>& c, volatile int* next, uint32_t all_there, int warp, int lane) {
+__device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int lane) {
   const int thread = warp * 32 + lane, tickets = skinny_tasks(c) + other_tasks(c);
   while (tickets > 0) {
     if (thread == 0) *next = claim(c.words + TICKET);
     meet(1, SIDE_THREADS);
     const int ticket = *next;
     meet(1, SIDE_THREADS);
-    if (ticket >= tickets) break;
+    if (ticket >= tickets) return;
     for (int i = 0, task = ticket; i < c.num_preparations; i++) {
       const int count = preparation_tasks(c.preparations[i]);
       if (task >= 0 && task < count) prepare<T, RANKS>(c.preparations[i], task, c.r, thread);
@@ -108,19 +108,6 @@ __device__ void side_work(const Call<T>& c, volatile int* next, uint32_t all_the
     const bool skinny = c.prepares_skinny && ticket < preparation_tasks(c.preparations[0]);
     if (thread == 0) publish(c.words + (skinny ? SKINNY_PREPARED : PREPARED));
   }
-  if (warp > 0 || !c.stripes[1].out) return;
-  for (int b = lane; b < (c.M + BLOCK_M - 1) / BLOCK_M; b += 32) {
-    while (published(c.words + PROGRESS + b) == 0) __nanosleep(200);
-  }
-  __syncwarp();
-  if (lane == 0) barrier_arrive(all_there);
-}
-
-// After how many of its tiles a cluster takes its job number `job` of `own`. Other places, other times; T is not there
-// before the second round of tiles as a rule.
-__device__ inline int job_turn(int job, int own, int tiles, int place, bool needs_t) {
-  const int turn = (8 * job + place % 8) * tiles / (8 * own) + 1;
-  return min(max(turn, needs_t ? 2 : 1), tiles);
 }
 
 // Rows row and row + 8 of small [M, 16 · RANKS], as the first operand of mma.sync; a thread's four ranks lie together.
@@ -202,14 +189,16 @@ __device__ void shrink_rows(
   if (warp == 0 && lane == 0 && row < c.M) publish(c.words + PROGRESS + row / BLOCK_M);
 }
 
-// A warpgroup: the sums of `stripe` over the rows of `part`, stored.
+// A warpgroup: the sums of `stripe` over the rows of `part`. Parts are left for a side warp, which `told` tells of them
+// once it has taken what was left before.
 template <typename T, int BLOCK_N, int RANKS, bool DROPOUT>
 __device__ __forceinline__ void stripe_job(
     const Call<T>& c, const Stripes& p, const Mask& mask, bool masked, int stripe, int part, uint32_t stages, uint32_t full,
-    uint32_t empty, int& stage, int& phase, int group, int thread) {
+    uint32_t empty, int& stage, int& phase, int group, int thread, uint32_t told, int& before) {
   using L = Layout<BLOCK_N, RANKS>;
   float acc[L::R / 2] = {};
   const int rows = part_rows<L::JOB_ROWS>(c.M, p.parts), end = min((part + 1) * rows, c.M);
+#pragma unroll 1
   for (int m = part * rows; m < end; m += L::JOB_ROWS) {
     const uint32_t small = stages + stage * L::STAGE + 2 * L::BOX, src = stages + stage * L::STAGE + group * L::BOX;
     barrier_wait(full + 8 * stage, phase);
@@ -232,7 +221,17 @@ __device__ __forceinline__ void stripe_job(
   }
 #pragma unroll
   for (int i = 0; i < L::R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
-  store_stripe<T, L::R>(p, acc, stripe, part, c.r, thread);
+  if (p.parts == 1) {
+    put_sums<T, L::R>(p, acc, stripe, c.r, thread);
+    return;
+  }
+  leave_sums<L::R>(p, acc, stripe, part, thread);
+  meet(3 + group, 128);
+  if (thread == 0) {
+    if (before > 0) barrier_wait(told + 16, (before - 1) % 2);
+    barrier_arrive(told);
+  }
+  before++;
 }
 
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
@@ -244,7 +243,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   uint8_t* memory = raw + (base - shared_address(raw));
   const uint32_t stages = base, out = base + STAGES * L::STAGE;
   const uint32_t full = out + L::OUT, empty = full + 8 * STAGES, told = empty + 8 * STAGES, all_there = told + 8;
-  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + 16 * STAGES + 16);
+  const uint32_t sums_left = all_there + 8, sums_taken = sums_left + 16;  // of each warpgroup
+  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + 16 * STAGES + 48);
   volatile int *own_place = next + 1, *begun = next + 2;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -259,6 +259,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       barrier_init(empty + 8 * s, CLUSTER * CONSUMERS / 128);
     }
     barrier_init(told, 1);
+    for (int g = 0; g < 4; g++) barrier_init(sums_left + 8 * g, 1);
     barrier_init(all_there, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     barrier_expect(told, sizeof(int));
@@ -267,6 +268,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     if (c.tiles) {
       tma_prefetch(&c.right);
       tma_prefetch(&c.out);
+    }
+    for (const Stripes& p : c.stripes) {
+      if (BACKWARD && p.out) tma_prefetch(&p.src), tma_prefetch(&p.small);
     }
   }
   __syncwarp();
@@ -281,8 +285,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   // Clusters that come early have fewer tiles, as they may have row blocks first.
   const int stride = gridDim.x / CLUSTER, place = *own_place, first = stride - 1 - place;
   const int own_tiles = first < pairs ? (pairs - first + stride - 1) / stride : 0;
-  const int db_jobs = BACKWARD ? job_count(c.stripes[0]) : 0, jobs = db_jobs + (BACKWARD ? job_count(c.stripes[1]) : 0);
-  const int own_jobs = place < jobs ? (jobs - place + stride - 1) / stride : 0;
+  const Jobs jobs = Jobs::of(job_count(c.stripes[0]), job_count(c.stripes[1]), place, stride, own_tiles);
   // Whose row blocks a cluster takes after `owner`'s: first its own, then those of all places that nobody has by then,
   // so that it never waits in its tiles for a cluster which may find no SM before this one ends. If that cluster comes
   // after all, it computes the same bits once more.
@@ -322,12 +325,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         bool prepared = false, all = false;
         for (int n = 0, done = 0;; n++) {
           if constexpr (BACKWARD) {
-            for (; done < own_jobs; done++) {
-              const int job = place + done * stride;
-              const bool is_da = job >= db_jobs;
-              if (job_turn(done, own_jobs, own_tiles, place, is_da) > n) break;
+            for (; jobs.due(done, n); done++) {
+              const bool is_da = jobs.is_da(done);
               const Stripes& p = c.stripes[is_da];
-              const int index = is_da ? job - db_jobs : job;
+              const int index = jobs.index(done);
               if (is_da && !all) {
                 barrier_wait(all_there, 0);
                 all = true;
@@ -339,12 +340,14 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
               }
               const int col = index / p.parts * JOB_COLS + rank * 128;
               const int rows = part_rows<L::JOB_ROWS>(c.M, p.parts), begin = index % p.parts * rows;
-              for (int m = begin; m < min(begin + rows, c.M); m += L::JOB_ROWS) {
+              const int end = min(begin + rows, c.M);
+#pragma unroll 1
+              for (int m = begin; m < end; m += L::JOB_ROWS) {
                 const uint32_t to = stages + stage * L::STAGE, barrier = full + 8 * stage;
                 barrier_wait(empty + 8 * stage, phase ^ 1);
                 barrier_expect(barrier, L::JOB_STAGE);
-                tma_load_once(to, &p.src, barrier, col, m);
-                tma_load_once(to + L::BOX, &p.src, barrier, col + 64, m);
+                tma_load(to, &p.src, barrier, col, m);
+                tma_load(to + L::BOX, &p.src, barrier, col + 64, m);
                 tma_load(to + 2 * L::BOX, &p.small, barrier, 0, m);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
               }
@@ -354,6 +357,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           int pair_m, tile_n;
           pair_coordinates(first + n * stride, pairs_m, tiles_n, c.group, pair_m, tile_n);
           const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
+#pragma unroll 1
           for (int k = 0; k < steps; k++) {
             const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
             barrier_wait(empty + 8 * stage, phase ^ 1);
@@ -371,7 +375,28 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         }
       }
     } else {
-      side_work<T, RANKS>(c, next, all_there, warp - 1, lane);
+      prepare_all<T, RANKS>(c, next, warp - 1, lane);
+      if constexpr (BACKWARD) {
+        if (warp == 3) {
+          if (c.stripes[1].out) {
+            for (int b = lane; b < tiles_m; b += 32) {
+              while (published(c.words + PROGRESS + b) == 0) __nanosleep(200);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(all_there);
+          }
+        } else {
+          const int group = warp - 1;
+          for (int n = 0, seen = 0; n < jobs.count; n++) {
+            const Stripes& p = c.stripes[jobs.is_da(n)];
+            if (p.parts == 1) continue;
+            barrier_wait(sums_left + 8 * group, seen++ % 2);
+            if (lane == 0) barrier_arrive(sums_taken + 8 * group);
+            const int stripe = jobs.index(n) / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
+            add_parts<T, L::R>(p, stripe, c.r, lane);
+          }
+        }
+      }
     }
   } else {
     take_registers<L::CONSUMER_REGISTERS>();
@@ -386,17 +411,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     }
     const int others = other_tasks(c);
     float acc[ACCS];
+    int left_before = 0;
     for (int n = 0, done = 0;; n++) {
       if constexpr (BACKWARD) {
-        for (; done < own_jobs; done++) {
-          const int job = place + done * stride;
-          const bool is_da = job >= db_jobs;
-          if (job_turn(done, own_jobs, own_tiles, place, is_da) > n) break;
+        for (; jobs.due(done, n); done++) {
+          const bool is_da = jobs.is_da(done);
           const Stripes& p = c.stripes[is_da];
-          const int index = is_da ? job - db_jobs : job;
-          const int stripe = index / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
+          const int stripe = jobs.index(done) / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
           stripe_job<T, BLOCK_N, RANKS, DROPOUT>(
-              c, p, mask, is_da, stripe, index % p.parts, stages, full, empty, stage, phase, group, in_group);
+              c, p, mask, is_da, stripe, jobs.index(done) % p.parts, stages, full, empty, stage, phase, group, in_group,
+              sums_left + 8 * group, left_before);
         }
       }
       if (n == own_tiles) break;

@@ -167,9 +167,9 @@ __device__ __forceinline__ int claim(int* word) {
   return before;
 }
 
-__device__ __forceinline__ int arrive(int* word, int amount = 1) {
+__device__ __forceinline__ int arrive(int* word) {
   int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(amount) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(word) : "memory");
   return before;
 }
 

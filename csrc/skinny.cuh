@@ -1,6 +1,7 @@
 // Around the tiles: skinny operands made ready, the dropout's mask, and what a stripe of dA or dB is and where it goes.
 #pragma once
 #include "ptx.cuh"
+#include "shares.h"
 
 namespace fusedlora {
 
@@ -66,7 +67,7 @@ template <typename T, typename From, int RANKS>
 __device__ void prepare_from(const Preparation& p, int task, int r, int thread) {
   const int64_t i = int64_t(task) * PREPARE_LENGTH + thread;
   if (i >= p.length) return;
-#pragma unroll
+#pragma unroll 1  // these threads have few registers
   for (int first = 0; first < 16 * RANKS; first += 16) {
     alignas(16) T values[16];
 #pragma unroll
@@ -93,23 +94,19 @@ __device__ void prepare(const Preparation& p, int task, int r, int thread) {
   }
 }
 
-// Stripes of out [R, cols] = small [M, R]ᵀ · src [M, cols], src under the mask for dA. A job of a cluster is 256 columns
-// and one of `parts` runs of rows; a warpgroup takes 64 of the columns.
+// Stripes of out [R, cols] = small [M, R]ᵀ · src [M, cols], src under the mask for dA. Each is summed in `parts` runs of
+// rows.
 struct Stripes {
   CUtensorMap src, small;
   float* partial;  // where there are parts: for each 64 columns and part the sums, as the threads hold them
-  int* arrived;    // a word for each 64 columns, a byte of it for each warp
+  int* arrived;    // a word for each 64 columns
   void* out;       // null: not wanted
   int64_t long_out, rank_out;  // where element (k, column) goes: column · long_out + k · rank_out
   bool out_is_float;
   int cols, parts;
 };
 
-constexpr int JOB_COLS = 256, STRIPE = 64;
-
-__host__ __device__ inline int job_count(const Stripes& p) {
-  return p.out ? (p.cols + JOB_COLS - 1) / JOB_COLS * p.parts : 0;
-}
+__host__ __device__ inline int job_count(const Stripes& p) { return p.out ? job_count(p.cols, p.parts) : 0; }
 
 __host__ __device__ inline int64_t stripe_count(int64_t cols) { return (cols + JOB_COLS - 1) / JOB_COLS * (JOB_COLS / STRIPE); }
 
@@ -147,35 +144,48 @@ __device__ __forceinline__ void mask_box(const Mask& mask, uint32_t box, int row
   }
 }
 
-// Leaves one part's sums, acc [64, R] as wgmma has them, in `out`, or adds all parts there if it is the last to arrive.
+// What a warpgroup has summed of 64 columns, acc [64, R] as wgmma has it, goes to `out` ...
 template <typename T, int R>
-__device__ void store_stripe(const Stripes& p, float (&acc)[R / 2], int stripe, int part, int r, int thread) {
-  constexpr int COUNT = R / 2;
-  const int warp = thread / 32, lane = thread % 32;
-  if (p.parts > 1) {
-    float* own = p.partial + (int64_t(stripe) * p.parts + part) * COUNT * 128 + thread;
+__device__ void put_sums(const Stripes& p, const float (&acc)[R / 2], int stripe, int r, int thread) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) own[128 * i] = acc[i];
-    __threadfence();
-    __syncwarp();
-    const int before = lane == 0 ? arrive(p.arrived + stripe, 1 << 8 * warp) : 0;
-    if ((__shfl_sync(0xFFFFFFFFu, before, 0) >> 8 * warp & 255) != p.parts - 1) return;
-    // In their order, so that the bits do not depend on who was last.
-    __threadfence();
-    const float* from = p.partial + int64_t(stripe) * p.parts * COUNT * 128 + thread;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) acc[i] = __ldcg(from + 128 * i);
-    for (int q = 1; q < p.parts; q++) {
-#pragma unroll
-      for (int i = 0; i < COUNT; i++) acc[i] += __ldcg(from + (q * COUNT + i) * 128);
-    }
-    if (lane == 0) arrive(p.arrived + stripe, -(p.parts << 8 * warp));
-  }
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) {
-    const int col = stripe * STRIPE + 16 * warp + lane / 4 + i / 2 % 2 * 8, k = i / 4 * 8 + lane % 4 * 2 + i % 2;
+  for (int i = 0; i < R / 2; i++) {
+    const int col = stripe * STRIPE + 16 * (thread / 32) + thread % 32 / 4 + i / 2 % 2 * 8;
+    const int k = i / 4 * 8 + thread % 4 * 2 + i % 2;
     if (col < p.cols && k < r) put<T>(p, k, col, acc[i]);
   }
+}
+
+// ... or to its part's place.
+template <int R>
+__device__ void leave_sums(const Stripes& p, const float (&acc)[R / 2], int stripe, int part, int thread) {
+  float* own = p.partial + (int64_t(stripe) * p.parts + part) * (64 * R) + thread;
+#pragma unroll
+  for (int i = 0; i < R / 2; i++) own[128 * i] = acc[i];
+}
+
+// A warp, of sums that a warpgroup has left: if they are the last of their stripe it adds all parts, in their order, so
+// that the bits do not depend on who was last.
+template <typename T, int R>
+__device__ void add_parts(const Stripes& p, int stripe, int r, int lane) {
+  constexpr int TOGETHER = R == 16 ? 2 : 1;
+  __threadfence();
+  const int before = lane == 0 ? arrive(p.arrived + stripe) : 0;
+  if (__shfl_sync(0xFFFFFFFFu, before, 0) != p.parts - 1) return;
+  __threadfence();
+  const float* from = p.partial + int64_t(stripe) * p.parts * (64 * R);
+#pragma unroll 1
+  for (int thread = lane; thread < 128; thread += 32 * TOGETHER) {
+    float acc[TOGETHER][R / 2] = {};
+#pragma unroll 1
+    for (int q = 0; q < p.parts; q++) {
+      for (int j = 0; j < TOGETHER; j++) {
+#pragma unroll
+        for (int i = 0; i < R / 2; i++) acc[j][i] += __ldcg(from + (q * (R / 2) + i) * 128 + thread + 32 * j);
+      }
+    }
+    for (int j = 0; j < TOGETHER; j++) put_sums<T, R>(p, acc[j], stripe, r, thread + 32 * j);
+  }
+  if (lane == 0) p.arrived[stripe] = 0;
 }
 
 }  // namespace fusedlora

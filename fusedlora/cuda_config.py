@@ -52,10 +52,21 @@ class Calls(NamedTuple):
         return within and dropout in self.dropout and converts in self.converts
 
 
-# Where these kernels have been measured faster than Triton's (pytest bench/ --benchmark shows both).
+# Where these kernels have been measured faster than Triton's (pytest bench/ --benchmark shows both), on an H200.
+_NARROW = (
+    Calls(rows=(512, 8192), N=(1024, 1024), K=(4096, 4096), r=(1, 32)),
+    Calls(rows=(4096, 4096), N=(2048, 2048), K=(2048, 2048), r=(1, 16), dropout=(False,), converts=(False,)),
+    Calls(rows=(256, 256), N=(4096, 4096), K=(4096, 4096), r=(1, 16), dropout=(False,), converts=(False,)),
+)
 FASTER: dict[str, tuple[Calls, ...]] = {
-    "forward": (Calls(rows=(512, 8192), N=(1024, 4096), K=(4096, 14336), r=(1, 16), converts=(False,)),),
-    "backward": (),
+    "forward": (Calls(rows=(512, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, 32)), *_NARROW),
+    "backward": (
+        Calls(rows=(512, 16384), N=(4096, 4096), K=(4096, 14336), r=(1, 32)),
+        # Triton's has dB from one read of dy with T, which the widest dy of many rows gain most from.
+        Calls(rows=(512, 1024), N=(4096, 14336), K=(4096, 4096), r=(1, 32)),
+        Calls(rows=(8192, 16384), N=(4096, 14336), K=(4096, 4096), r=(1, 32), dropout=(False,)),
+        *_NARROW,
+    ),
 }
 
 
@@ -80,8 +91,24 @@ def cuda_config(p: Problem, tiles: bool = True) -> CudaConfig:
     late = slack == 0 or _cdiv(pairs_m, slack) > 3
     shrink_clusters = min(clusters if late else slack, pairs_m)
     decode = decode_config(p) if p.M <= DECODE_UP_TO else (0, 1, True)
-    parts = min(max(p.M // 1024, 1), 4)
-    return CudaConfig(block_n, 4, programs, shrink_clusters, parts, *decode)
+    return CudaConfig(block_n, 4, programs, shrink_clusters, _parts(p, clusters), *decode)
+
+
+def _parts(p: Problem, clusters: int) -> int:
+    """Into how many runs of rows the jobs of dA and dB, 256 columns each, are cut: those that keep a cluster least long.
+
+    Microseconds, measured on an H200: so many for 128 rows of a job, and for adding its part to the others.
+    """
+    a_us, b_us = 1.1 if p.dropout else 0.55, 0.55
+
+    def busy(parts: int) -> float:
+        rows = _cdiv(_cdiv(p.M, parts), 128)
+        adding = 2 + parts if parts > 1 else 1
+        a, b = a_us * rows + adding, b_us * rows + adding
+        all_jobs = parts * (_cdiv(p.out, 256) * a + _cdiv(p.depth, 256) * b)
+        return max(a, all_jobs / clusters)
+
+    return min((1, 2, 4, 8), key=busy)
 
 
 def decode_config(p: Problem) -> tuple[int, int, bool]:

@@ -181,15 +181,46 @@ def test_the_packed_arguments_are_the_structs(tmp_path: Path) -> None:
     assert told[-2] == f"size {8 * len(names)}"
 
 
-def test_the_decode_kernel_shares_everything_out_once(tmp_path: Path) -> None:
-    """A C++ compiler runs its index functions: depth over the blocks of a cluster, units over their warps, bytes."""
+def told_by(program: str, folder: Path) -> list[str]:
+    """The lines that a C++ program prints which uses csrc/shares.h."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    (tmp_path / "tell.cpp").write_text("""
-#include <cstdio>
-#include <initializer_list>
-#include "decode_units.h"
+    (folder / "tell.cpp").write_text('#include <cstdio>\n#include <initializer_list>\n#include "shares.h"\n' + program)
+    include = f"-I{cuda_build.sources_dir()}"
+    subprocess.run([compiler, "-std=c++17", include, "tell.cpp", "-o", "tell"], cwd=folder, check=True)
+    return subprocess.run([folder / "tell"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("db, da, stride, tiles", [(64, 64, 66, 8), (4, 64, 66, 7), (0, 16, 66, 2), (224, 64, 65, 27)])
+@pytest.mark.parametrize("of_few_tiles", [False, True])
+def test_every_job_has_one_turn(db: int, da: int, stride: int, tiles: int, of_few_tiles: bool, tmp_path: Path) -> None:
+    """All jobs of dB and dA, each once, in order, dA's not before T as a rule, and spread over the tiles."""
+    tiles = 1 if of_few_tiles else tiles
+    program = f"""
+int main() {{
+  for (int place = 0; place < {stride}; place++) {{
+    const int tiles = {tiles} - (place < 5);
+    const auto jobs = fusedlora::Jobs::of({db}, {da}, place, {stride}, tiles);
+    for (int tile = 0, done = 0; tile <= tiles; tile++) {{
+      for (; jobs.due(done, tile); done++) printf("%d %d %d %d\\n", jobs.is_da(done), jobs.index(done), tile, tiles);
+    }}
+  }}
+}}
+"""
+    turns = [tuple(map(int, line.split())) for line in told_by(program, tmp_path)]
+    assert sorted(turn[:2] for turn in turns) == [(0, n) for n in range(db)] + [(1, n) for n in range(da)]
+    for is_da, _, tile, own in turns:
+        assert min(1, own) <= tile <= max(own - 1, min(own, 1))
+        assert not is_da or tile >= min(2, max(own - 1, min(own, 1)))
+    if tiles > 3:
+        assert len({tile for _, _, tile, _ in turns}) >= tiles - 2
+
+
+def test_the_decode_kernel_shares_everything_out_once(tmp_path: Path) -> None:
+    """Depth over the blocks of a cluster, units over their warps, bytes."""
+    told = told_by(
+        """
 using namespace fusedlora;
 int main() {
   for (int split = 1; split <= DECODE_MAX_SPLIT; split *= 2) {
@@ -215,10 +246,9 @@ int main() {
   }
   puts("");
 }
-""")
-    include = f"-I{cuda_build.sources_dir()}"
-    subprocess.run([compiler, "-std=c++17", include, "tell.cpp", "-o", "tell"], cwd=tmp_path, check=True)
-    told = subprocess.run([tmp_path / "tell"], capture_output=True, text=True, check=True).stdout.splitlines()
+""",
+        tmp_path,
+    )
     assert len(told) == 4 * 6 + 7 + 1
     for line in told:
         kind, *words = line.split()

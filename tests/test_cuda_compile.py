@@ -17,8 +17,8 @@ from fusedlora import cuda, cuda_build
 from fusedlora.cuda_config import CudaConfig
 from fusedlora.testing import make_inputs
 
-# Bytes that a kernel may spill, as stores and as loads: few registers, outside of its main loop. None at r ≤ 16.
-SPILLS_ALLOWED = {1: (0, 0), 2: (16, 32), 4: (24, 64)}
+# Bytes that a kernel may spill, as stores and as loads: a few registers at r = 64. None at r ≤ 32.
+SPILLS_ALLOWED = {1: (0, 0), 2: (0, 0), 4: (16, 16)}
 
 
 @pytest.fixture(scope="module")
