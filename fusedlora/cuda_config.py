@@ -95,7 +95,7 @@ def cuda_config(p: Problem, tiles: bool = True) -> CudaConfig:
 
 
 def _parts(p: Problem, clusters: int) -> int:
-    """Into how many runs of rows the jobs of dA and dB, 256 columns each, are cut: those that keep a cluster least long.
+    """Into how many runs of rows the jobs of dA and dB, of 256 columns, are cut: what keeps a cluster least long.
 
     Microseconds, measured on an H200: so many for 128 rows of a job, and for adding its part to the others.
     """
