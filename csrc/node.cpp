@@ -298,6 +298,16 @@ Gradients backward_op(const Call& call, const Tensor& dy, const Tensor& x, const
 
 double kept_scaling(const Call& call, double scaling) { return scaling / (1.0 - call.dropout_p); }
 
+std::string listed(at::IntArrayRef sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+std::string described(const Tensor& tensor, const char* name) {
+  return std::string(c10::toString(tensor.scalar_type())) + " " + name + " of shape " + listed(tensor.sizes());
+}
+
 uint64_t number(const Tensor& seed) { return seed.defined() ? uint64_t(*seed.const_data_ptr<int64_t>()) : 0; }
 
 // x, lora_A and lora_B require gradients; saves what lora_linear's Python Function would.
@@ -368,10 +378,11 @@ struct LoRALinearBackward : Node {
     const char* names[] = {"x", "weight", "lora_A", "lora_B"};
     for (int i = 0; i < 4; ++i) {  // hooks of saved tensors and owners of parameters may have changed them
       const Made& made = call->made[i];
-      TORCH_CHECK(saved[i]->sizes() == at::IntArrayRef(made.sizes) && saved[i]->scalar_type() == made.dtype,
-                  "lora_linear's backward got a ", saved[i]->scalar_type(), " ", names[i], " of shape ",
-                  saved[i]->sizes(), ", where its forward had a ", made.dtype, " one of shape ",
-                  at::IntArrayRef(made.sizes));
+      if (saved[i]->sizes() != at::IntArrayRef(made.sizes) || saved[i]->scalar_type() != made.dtype) {
+        throw std::runtime_error(std::string("lora_linear's backward got a ") + described(*saved[i], names[i]) +
+                                 ", where its forward had a " + c10::toString(made.dtype) + " one of shape " +
+                                 listed(made.sizes));
+      }
     }
     const Tensor dx = at::empty(x.sizes(), x.options()), dA = at::empty(lora_A.sizes(), lora_A.options()),
                  dB = at::empty(lora_B.sizes(), lora_B.options());
