@@ -148,6 +148,58 @@ def reduce_job(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
+REDUCE_SIZE = tl.constexpr(512)
+
+
+@triton.jit
+def next_job(
+    sync_ptr, ready, all_of_t, conversions, first_da, da_jobs, first_db, db_jobs, parts,
+    x_stripes, dy_stripes, y_stripes, planes_ptr, s_ptr, da_ptr, db_ptr,
+    da_partial_ptr, db_partial_ptr, arrived_ptr, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr,
+    M, N, K, r, seed, threshold,
+    NEED_DA: tl.constexpr, NEED_DB: tl.constexpr, CONVERT: tl.constexpr, SHRINK: tl.constexpr, FUSE_DB: tl.constexpr,
+    LEAST: tl.constexpr, DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
+    BLOCK_R: tl.constexpr, SHRINK_M: tl.constexpr,
+    STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Claims a job of dA or dB and does it, if one is left. The names are the backward kernel's.
+
+    It waits for what it reads, `conversions` and `all_of_t` (shrink tasks), unless that is known to be `ready`.
+    Returns whether jobs may be left, and whether everything is ready.
+    """
+    job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
+    if not ready:
+        if CONVERT and NEED_DB:
+            wait_for(sync_ptr + CONVERTED, conversions)
+        if SHRINK:
+            if FUSE_DB or job >= first_da:
+                wait_for(sync_ptr + DONE, all_of_t)
+                ready = True
+    if NEED_DA:
+        if job >= first_da and job < first_da + da_jobs:
+            index = job - first_da
+            stripe_job(
+                x_stripes, planes_ptr, da_ptr, da_partial_ptr, arrived_ptr + job // parts,
+                index // parts, index % parts, parts, M, K, r, K, 1, seed, threshold,
+                None, None, None, None, None, None, None,
+                DROPOUT, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+            )  # fmt: skip
+    if NEED_DB:
+        if job >= first_db and job < first_db + db_jobs:
+            index = job - first_db
+            if FUSE_DB:
+                first = index * REDUCE_SIZE
+                reduce_job(db_partial_ptr, db_ptr, first, N * r, tl.cdiv(M, SHRINK_M), 16, REDUCE_SIZE)
+            else:
+                stripe_job(
+                    dy_stripes, s_ptr, db_ptr, db_partial_ptr, arrived_ptr + job // parts,
+                    index // parts, index % parts, parts, M, N, r, 1, r, None, None,
+                    y_stripes, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr, LEAST,
+                    0, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                )  # fmt: skip
+    return job < da_jobs + db_jobs, ready
+
+
 @triton.jit(do_not_specialize=["M", "scaling", *SCHEDULED, "parts", "job_period", "seed", "threshold"])
 def backward_kernel(
     # gradient of the output: dy [M, N]
@@ -192,6 +244,7 @@ def backward_kernel(
     if scale_ptr is not None:
         scaling *= tl.load(scale_ptr).to(tl.float32)
     planes_ptr = t_ptr
+    first_ticket = 0
     if TERMS > 0:
         a_terms_ptr = terms_ptr
         b_terms_ptr = terms_ptr + TERMS * r * K
@@ -229,7 +282,6 @@ def backward_kernel(
     if SHRINK:
         if not CONVERT:
             ticket = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
-            first_ticket = 0
         src_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [SHRINK_M, SHRINK_K])
         place = shrink_tasks(
             ticket, first_ticket, src_desc, b_ptr, t_ptr, planes_ptr, sync_ptr, s_ptr, db_partial_ptr,
@@ -242,20 +294,9 @@ def backward_kernel(
     else:
         place = tl.program_id(0)
     if REST:
-        first_tile = 0
-        num_tiles = 0
-        tile_step = 1
-        if NEED_DX:
-            dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
-            w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
-            dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
-            num_tiles_m = tl.cdiv(M, BLOCK_M)
-            num_tiles_n = tl.cdiv(K, BLOCK_N)
-            num_tiles = num_tiles_m * num_tiles_n
-            tile_step = tile_programs
-            # programs without tiles go to the last step
-            first_tile = tl.where(place < tile_programs, place, tl.cdiv(num_tiles, tile_step) * tile_step)
-        REDUCE_SIZE: tl.constexpr = 512
+        x_stripes = None
+        dy_stripes = None
+        y_stripes = None
         db_jobs = 0
         da_jobs = 0
         if NEED_DB:
@@ -263,7 +304,6 @@ def backward_kernel(
                 db_jobs = tl.cdiv(N * r, REDUCE_SIZE)
             else:
                 dy_stripes = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [STRIPE_M, STRIPE_N])
-                y_stripes = None
                 if y_ptr is not None:
                     y_stripes = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [STRIPE_M, STRIPE_N])
                 db_jobs = tl.cdiv(N, STRIPE_N) * parts
@@ -274,15 +314,25 @@ def backward_kernel(
         # Stripes of dB need no T, so they come before dA's; sums of partial ones come after.
         first_da = 0 if FUSE_DB else db_jobs
         first_db = da_jobs if FUSE_DB else 0
-        num_jobs = da_jobs + db_jobs
-        # A program's turn comes after so many tiles.
-        until_job = place % max(job_period, 1)
-        jobs_left = num_jobs > 0
+        jobs_left = da_jobs + db_jobs > 0
+        all_of_t = num_tasks + side_programs
         ready = False  # whether all that jobs read is known to be there
-        # One step past the tiles, which takes the jobs that are left. A `for`, in which Triton lets a store end while
-        # the next tile is computed.
-        for tile in tl.range(first_tile, tl.cdiv(num_tiles, tile_step) * tile_step + tile_step, tile_step):
-            if NEED_DX:
+        # Masks and terms need registers that jobs between tiles would take from them, and cost more than that saves.
+        TURNS: tl.constexpr = NEED_DX and DROPOUT == 0 and TERMS <= 1
+        if NEED_DX:
+            dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
+            w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
+            dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
+            num_tiles_m = tl.cdiv(M, BLOCK_M)
+            num_tiles_n = tl.cdiv(K, BLOCK_N)
+            num_tiles = num_tiles_m * num_tiles_n
+            # A `for`, in which Triton lets a store end while the next tile is computed. With turns it takes one step
+            # past the tiles, for the jobs that are left then.
+            last = tl.cdiv(num_tiles, tile_programs) * tile_programs
+            until_turn = place % max(job_period, 1)  # tiles
+            for tile in tl.range(
+                place if place < tile_programs else last, last + tile_programs if TURNS else num_tiles, tile_programs
+            ):
                 if tile < num_tiles:
                     tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
                     row = tile_m * BLOCK_M
@@ -294,50 +344,38 @@ def backward_kernel(
                         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                     )  # fmt: skip
                     dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
-                    until_job -= 1
-            if NEED_DA or NEED_DB:
-                free = tile + tile_step >= num_tiles
-                turn = jobs_left
-                if not free:
-                    turn = jobs_left and job_period > 0 and until_job < 0
-                    if SHRINK:
-                        if turn and not ready:  # nobody with tiles left waits for a job
-                            ready = published(sync_ptr + DONE) >= num_tasks + side_programs
-                            turn = ready
-                while turn:
-                    until_job += job_period
-                    job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
-                    jobs_left = job < num_jobs
-                    turn = jobs_left and free
-                    if not ready:
-                        if CONVERT and NEED_DB:
-                            wait_for(sync_ptr + CONVERTED, first_ticket)
+                if TURNS and (NEED_DA or NEED_DB):
+                    until_turn -= 1
+                    free = tile + tile_programs >= num_tiles
+                    turn = jobs_left
+                    if not free:
+                        turn = jobs_left and job_period > 0 and until_turn < 0
                         if SHRINK:
-                            if FUSE_DB or job >= first_da:
-                                wait_for(sync_ptr + DONE, num_tasks + side_programs)
-                                ready = True
-                    if NEED_DA:
-                        if job >= first_da and job < first_da + da_jobs:
-                            index = job - first_da
-                            stripe_job(
-                                x_stripes, planes_ptr, da_ptr, da_partial_ptr, arrived_ptr + job // parts,
-                                index // parts, index % parts, parts, M, K, r, K, 1, seed, threshold,
-                                None, None, None, None, None, None, None,
-                                DROPOUT, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
-                            )  # fmt: skip
-                    if NEED_DB:
-                        if job >= first_db and job < first_db + db_jobs:
-                            index = job - first_db
-                            if FUSE_DB:
-                                first = index * REDUCE_SIZE
-                                reduce_job(db_partial_ptr, db_ptr, first, N * r, tl.cdiv(M, SHRINK_M), 32, REDUCE_SIZE)
-                            else:
-                                stripe_job(
-                                    dy_stripes, s_ptr, db_ptr, db_partial_ptr, arrived_ptr + job // parts,
-                                    index // parts, index % parts, parts, M, N, r, 1, r, None, None,
-                                    y_stripes, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr, LEAST,
-                                    0, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
-                                )  # fmt: skip
+                            if turn and not ready:  # nobody with tiles left waits for a job
+                                ready = published(sync_ptr + DONE) >= all_of_t
+                                turn = ready
+                    while turn:
+                        until_turn += job_period
+                        jobs_left, ready = next_job(
+                            sync_ptr, ready, all_of_t, first_ticket, first_da, da_jobs, first_db, db_jobs, parts,
+                            x_stripes, dy_stripes, y_stripes, planes_ptr, s_ptr, da_ptr, db_ptr,
+                            da_partial_ptr, db_partial_ptr, arrived_ptr,
+                            gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr,
+                            M, N, K, r, seed, threshold,
+                            NEED_DA, NEED_DB, CONVERT, SHRINK, FUSE_DB, LEAST, DROPOUT, TERMS, PRECISION, PARTIALS,
+                            BLOCK_R, SHRINK_M, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                        )  # fmt: skip
+                        turn = jobs_left and free
+        if not TURNS:
+            while jobs_left:
+                jobs_left, ready = next_job(
+                    sync_ptr, ready, all_of_t, first_ticket, first_da, da_jobs, first_db, db_jobs, parts,
+                    x_stripes, dy_stripes, y_stripes, planes_ptr, s_ptr, da_ptr, db_ptr,
+                    da_partial_ptr, db_partial_ptr, arrived_ptr, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr,
+                    M, N, K, r, seed, threshold,
+                    NEED_DA, NEED_DB, CONVERT, SHRINK, FUSE_DB, LEAST, DROPOUT, TERMS, PRECISION, PARTIALS,
+                    BLOCK_R, SHRINK_M, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                )  # fmt: skip
     leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
 
 

@@ -234,7 +234,7 @@ def alternatives(launch: Launch) -> list[Schedule]:
         tile_programs=launch.schedule.num_programs,
         job_period=0,
     )
-    periods = JOB_PERIODS if launch.num_jobs else (0,)
+    periods = JOB_PERIODS if launch.num_jobs and not launch.p.dropout and not launch.p.split else (0,)
     return list({whole, *_alternatives(whole, launch.blocks, launch.num_tiles, periods)})
 
 
