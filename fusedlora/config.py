@@ -178,7 +178,10 @@ def backward_config(p: Problem) -> BackwardConfig:
     else:
         # Each step's terms are summed by truncating hardware: shorter steps keep fp32's precision.
         rows = 64 if wide > 32 or p.split else 128
-        stripe = {"STRIPE_N": 128, "STRIPE_M": rows, "STRIPE_STAGES": 3 if p.split and wide > 32 else 4}
+        # T and S are read once a stripe, and at wide ranks are half as much as 128 columns of x.
+        columns = 256 if wide > 32 and not p.split and not p.dropout else 128
+        stages = 3 if columns == 256 or (p.split and wide > 32) else 4
+        stripe = {"STRIPE_N": columns, "STRIPE_M": rows, "STRIPE_STAGES": stages}
     # Short jobs where few rows would leave most SMs without one, the more so where a mask makes them long.
     stripe["stripe_rows"] = 2048 if p.M > 4096 else 512 if p.dropout or p.split else 1024
     return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not (fuse or p.split)), **stripe, FUSE_DB=fuse)

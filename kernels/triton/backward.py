@@ -329,7 +329,7 @@ def backward_kernel(
             # A `for`, in which Triton lets a store end while the next tile is computed. With turns it takes one step
             # past the tiles, for the jobs that are left then.
             last = tl.cdiv(num_tiles, tile_programs) * tile_programs
-            until_turn = place % max(job_period, 1)  # tiles
+            until_turn = place % job_period if job_period > 0 else last  # tiles
             for tile in tl.range(
                 place if place < tile_programs else last, last + tile_programs if TURNS else num_tiles, tile_programs
             ):
@@ -349,7 +349,7 @@ def backward_kernel(
                     free = tile + tile_programs >= num_tiles
                     turn = jobs_left
                     if not free:
-                        turn = jobs_left and job_period > 0 and until_turn < 0
+                        turn = jobs_left and until_turn < 0
                         if SHRINK:
                             if turn and not ready:  # nobody with tiles left waits for a job
                                 ready = published(sync_ptr + DONE) >= all_of_t
@@ -377,6 +377,9 @@ def backward_kernel(
                     BLOCK_R, SHRINK_M, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                 )  # fmt: skip
     leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
+
+
+DORA_STRIPES = {"STRIPE_N": 128, "STRIPE_M": 64, "STRIPE_STAGES": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,7 +425,7 @@ def _plan(
     problem = Problem(M, K, N, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or tuning.choose("backward", problem, device, tuned)[0]
     if least is not None:  # stripes of dB read y beside dy, into the same shared memory
-        stripe = {"STRIPE_M": min(config.STRIPE_M, 64), "STRIPE_STAGES": min(config.STRIPE_STAGES, 3)}
+        stripe = {name: min(getattr(config, name), most) for name, most in DORA_STRIPES.items()}
         config = dataclasses.replace(config, FUSE_DB=False, **stripe)
     schedule = backward_schedule(problem, config, *needs, dora=least is not None)
     parts = schedule.parts
