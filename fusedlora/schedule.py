@@ -203,9 +203,8 @@ def _schedule(
     if num_tiles == 0:
         return whole
     best, least = whole, _end_us(p, c, whole, num_tiles, jobs)
-    for other in _alternatives(
-        whole, blocks, num_tiles, JOB_PERIODS if jobs and not p.dropout and not p.split else (0,)
-    ):
+    takes_turns = jobs > 0 and not p.dropout and not p.split  # as the kernel's TURNS
+    for other in _alternatives(whole, blocks, num_tiles, JOB_PERIODS if takes_turns else (0,)):
         us = _end_us(p, c, other, num_tiles, jobs)
         if us < 0.995 * least:
             best, least = other, us
