@@ -92,6 +92,11 @@ def job_us(p: Problem, c: BackwardConfig, parts: int, streaming: float = 1) -> f
     return cdiv(p.M, parts) * c.STRIPE_N * (p.itemsize / rate + p.dropout / MASKED_PER_US) + 2 * STEP_US
 
 
+def job_periods(p: Problem) -> tuple[int, ...]:
+    """What a schedule may choose from: masks, terms and wide ranks leave no registers for turns (the kernel's TURNS)."""
+    return (0,) if p.dropout or p.split or p.r > 64 else JOB_PERIODS
+
+
 def _alternatives(
     whole: Schedule, blocks: int, num_tiles: int, job_periods: tuple[int, ...] = (0,)
 ) -> Iterator[Schedule]:
@@ -203,8 +208,7 @@ def _schedule(
     if num_tiles == 0:
         return whole
     best, least = whole, _end_us(p, c, whole, num_tiles, jobs)
-    takes_turns = jobs > 0 and not p.dropout and not p.split  # as the kernel's TURNS
-    for other in _alternatives(whole, blocks, num_tiles, JOB_PERIODS if takes_turns else (0,)):
+    for other in _alternatives(whole, blocks, num_tiles, job_periods(p) if jobs else (0,)):
         us = _end_us(p, c, other, num_tiles, jobs)
         if us < 0.995 * least:
             best, least = other, us

@@ -317,8 +317,8 @@ def backward_kernel(
         jobs_left = da_jobs + db_jobs > 0
         all_of_t = num_tasks + side_programs
         ready = False  # whether all that jobs read is known to be there
-        # Masks and terms need registers that jobs between tiles would take from them, and cost more than that saves.
-        TURNS: tl.constexpr = NEED_DX and DROPOUT == 0 and TERMS <= 1
+        # Masks, terms and wide ranks need the registers that jobs between tiles would take.
+        TURNS: tl.constexpr = NEED_DX and DROPOUT == 0 and TERMS <= 1 and BLOCK_R <= 64
         if NEED_DX:
             dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
             w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
