@@ -93,7 +93,7 @@ def job_us(p: Problem, c: BackwardConfig, parts: int, streaming: float = 1) -> f
 
 
 def job_periods(p: Problem) -> tuple[int, ...]:
-    """What a schedule may choose from: masks, terms and wide ranks leave no registers for turns (the kernel's TURNS)."""
+    """What a schedule may choose from: masks, terms and wide ranks leave no registers for turns, as TURNS says."""
     return (0,) if p.dropout or p.split or p.r > 64 else JOB_PERIODS
 
 
