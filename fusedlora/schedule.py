@@ -92,9 +92,9 @@ def job_us(p: Problem, c: BackwardConfig, parts: int, streaming: float = 1) -> f
     return cdiv(p.M, parts) * c.STRIPE_N * (p.itemsize / rate + p.dropout / MASKED_PER_US) + 2 * STEP_US
 
 
-def job_periods(p: Problem) -> tuple[int, ...]:
-    """What a schedule may choose from: masks, terms and wide ranks leave no registers for turns, as TURNS says."""
-    return (0,) if p.dropout or p.split or p.r > 64 else JOB_PERIODS
+def takes_turns(p: Problem, dora: bool) -> bool:
+    """Whether programs may take jobs between their tiles: where there are registers for that, and it was measured."""
+    return p.capability == 90 and p.r <= 64 and not (p.dropout or p.split or dora)
 
 
 def _alternatives(
@@ -191,7 +191,14 @@ def _turns(period: int, rounds: int, first: int) -> float:
 
 
 def _schedule(
-    p: Problem, c: ForwardConfig, num_tiles: int, *, jobs: int = 0, parts: int = 1, stripes: int = 0
+    p: Problem,
+    c: ForwardConfig,
+    num_tiles: int,
+    *,
+    jobs: int = 0,
+    parts: int = 1,
+    stripes: int = 0,
+    turns: bool = False,
 ) -> Schedule:
     """The schedule that should end first."""
     blocks = cdiv(p.M, c.SHRINK_M)
@@ -208,7 +215,7 @@ def _schedule(
     if num_tiles == 0:
         return whole
     best, least = whole, _end_us(p, c, whole, num_tiles, jobs)
-    for other in _alternatives(whole, blocks, num_tiles, job_periods(p) if jobs else (0,)):
+    for other in _alternatives(whole, blocks, num_tiles, JOB_PERIODS if turns else (0,)):
         us = _end_us(p, c, other, num_tiles, jobs)
         if us < 0.995 * least:
             best, least = other, us
@@ -232,7 +239,8 @@ def backward_schedule(p: Problem, c: BackwardConfig, dx: bool, da: bool, db: boo
     da_stripes, db_stripes = cdiv(p.out, c.STRIPE_N), cdiv(p.depth, c.STRIPE_N)
     fused = c.FUSE_DB and not p.split and (dx or da)  # into the shrink tasks, where there are any
     jobs = (da_stripes * da + db_stripes * (db and not fused) * (1 + dora)) * parts
-    schedule = _schedule(p, c, num_tiles, jobs=jobs, parts=parts, stripes=da_stripes + db_stripes)
+    turns = jobs > 0 and takes_turns(p, dora)
+    schedule = _schedule(p, c, num_tiles, jobs=jobs, parts=parts, stripes=da_stripes + db_stripes, turns=turns)
     if not dx and not da:
         schedule = dataclasses.replace(schedule, num_tasks=0, shared_blocks=0, side_programs=0)
     return schedule

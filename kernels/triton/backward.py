@@ -40,7 +40,7 @@ from fusedlora.kernels.launch import (
     separate,
 )
 from fusedlora.memory import Workspace, device_memory, row_major, skinny_rows
-from fusedlora.schedule import SCHEDULED, backward_schedule, cdiv
+from fusedlora.schedule import SCHEDULED, backward_schedule, cdiv, takes_turns
 
 
 @triton.jit
@@ -152,29 +152,17 @@ REDUCE_SIZE = tl.constexpr(512)
 
 
 @triton.jit
-def next_job(
-    sync_ptr, ready, all_of_t, conversions, first_da, da_jobs, first_db, db_jobs, parts,
+def run_job(
+    job, first_da, da_jobs, first_db, db_jobs, parts,
     x_stripes, dy_stripes, y_stripes, planes_ptr, s_ptr, da_ptr, db_ptr,
     da_partial_ptr, db_partial_ptr, arrived_ptr, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr,
     M, N, K, r, seed, threshold,
-    NEED_DA: tl.constexpr, NEED_DB: tl.constexpr, CONVERT: tl.constexpr, SHRINK: tl.constexpr, FUSE_DB: tl.constexpr,
-    LEAST: tl.constexpr, DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
+    NEED_DA: tl.constexpr, NEED_DB: tl.constexpr, FUSE_DB: tl.constexpr, LEAST: tl.constexpr,
+    DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_R: tl.constexpr, SHRINK_M: tl.constexpr,
     STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Claims a job of dA or dB and does it, if one is left. The names are the backward kernel's.
-
-    It waits for what it reads, `conversions` and `all_of_t` (shrink tasks), unless that is known to be `ready`.
-    Returns whether jobs may be left, and whether everything is ready.
-    """
-    job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
-    if not ready:
-        if CONVERT and NEED_DB:
-            wait_for(sync_ptr + CONVERTED, conversions)
-        if SHRINK:
-            if FUSE_DB or job >= first_da:
-                wait_for(sync_ptr + DONE, all_of_t)
-                ready = True
+    """A job of dA or dB, or nothing where there is none of this number. The names are the backward kernel's."""
     if NEED_DA:
         if job >= first_da and job < first_da + da_jobs:
             index = job - first_da
@@ -197,7 +185,6 @@ def next_job(
                     y_stripes, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr, LEAST,
                     0, TERMS, PRECISION, PARTIALS, BLOCK_R, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                 )  # fmt: skip
-    return job < da_jobs + db_jobs, ready
 
 
 @triton.jit(do_not_specialize=["M", "scaling", *SCHEDULED, "parts", "job_period", "seed", "threshold"])
@@ -221,7 +208,7 @@ def backward_kernel(
     seed, threshold,
     DROPOUT: tl.constexpr, LEAST: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
-    CONVERT: tl.constexpr, SHRINK: tl.constexpr, REST: tl.constexpr, FUSE_DB: tl.constexpr,
+    CONVERT: tl.constexpr, SHRINK: tl.constexpr, REST: tl.constexpr, FUSE_DB: tl.constexpr, TURNS: tl.constexpr,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
@@ -232,8 +219,8 @@ def backward_kernel(
 
     SHRINK computes T in `num_tasks` tasks before the tiles and `side_programs` beside them, REST everything else; with
     both, tiles wait for their rows of T and the jobs of dA for all of it. A program computes its tiles, if its place is
-    below `tile_programs`, and then takes jobs until none is left; with `job_period` it also takes one after every so
-    many of its tiles, the programs at different times. So jobs run while others compute: tiles leave the memory idle.
+    below `tile_programs`, and then takes jobs until none is left; with TURNS and a `job_period` it also takes one after
+    every so many of its tiles, programs at different times. So jobs run while others compute: tiles leave memory idle.
     With FUSE_DB the shrink tasks form dB from the same read of dy, a partial sum for each row block, and the jobs of
     dB only add these up; without, they are stripes like dA's. With DoRA's tensors the gain is on the rows of W and B
     already; dB's stripes put it on theirs, and form dm where |gain| is not below LEAST. TERMS: A and B are fp32 beside
@@ -299,6 +286,26 @@ def backward_kernel(
         y_stripes = None
         db_jobs = 0
         da_jobs = 0
+        if NEED_DX:
+            dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
+            w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
+            dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
+            num_tiles_m = tl.cdiv(M, BLOCK_M)
+            num_tiles_n = tl.cdiv(K, BLOCK_N)
+            num_tiles = num_tiles_m * num_tiles_n
+            if not TURNS:
+                if place < tile_programs:
+                    for tile in tl.range(place, num_tiles, tile_programs):
+                        tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
+                        row = tile_m * BLOCK_M
+                        col = tile_n * BLOCK_N
+                        acc = lora_tile(
+                            dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
+                            row, col, M, K, N, r, stride_ar, 1, seed, threshold,
+                            dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
+                            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+                        )  # fmt: skip
+                        dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
         if NEED_DB:
             if FUSE_DB:
                 db_jobs = tl.cdiv(N * r, REDUCE_SIZE)
@@ -314,25 +321,15 @@ def backward_kernel(
         # Stripes of dB need no T, so they come before dA's; sums of partial ones come after.
         first_da = 0 if FUSE_DB else db_jobs
         first_db = da_jobs if FUSE_DB else 0
-        jobs_left = da_jobs + db_jobs > 0
         all_of_t = num_tasks + side_programs
-        ready = False  # whether all that jobs read is known to be there
-        # Masks, terms and wide ranks need the registers that jobs between tiles would take.
-        TURNS: tl.constexpr = NEED_DX and DROPOUT == 0 and TERMS <= 1 and BLOCK_R <= 64
-        if NEED_DX:
-            dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
-            w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
-            dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
-            num_tiles_m = tl.cdiv(M, BLOCK_M)
-            num_tiles_n = tl.cdiv(K, BLOCK_N)
-            num_tiles = num_tiles_m * num_tiles_n
-            # A `for`, in which Triton lets a store end while the next tile is computed. With turns it takes one step
-            # past the tiles, for the jobs that are left then.
+        if TURNS:
+            jobs_left = da_jobs + db_jobs > 0
+            ready = False  # whether all that jobs read is known to be there
+            # A `for`, in which Triton lets a store end while the next tile is computed. It takes one step past the
+            # tiles, for the jobs that are left then.
             last = tl.cdiv(num_tiles, tile_programs) * tile_programs
             until_turn = place % job_period if job_period > 0 else last  # tiles
-            for tile in tl.range(
-                place if place < tile_programs else last, last + tile_programs if TURNS else num_tiles, tile_programs
-            ):
+            for tile in tl.range(place if place < tile_programs else last, last + tile_programs, tile_programs):
                 if tile < num_tiles:
                     tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
                     row = tile_m * BLOCK_M
@@ -344,38 +341,57 @@ def backward_kernel(
                         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                     )  # fmt: skip
                     dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
-                if TURNS and (NEED_DA or NEED_DB):
-                    until_turn -= 1
-                    free = tile + tile_programs >= num_tiles
-                    turn = jobs_left
-                    if not free:
-                        turn = jobs_left and until_turn < 0
+                until_turn -= 1
+                free = tile + tile_programs >= num_tiles
+                turn = jobs_left
+                if not free:
+                    turn = jobs_left and until_turn < 0
+                    if SHRINK:
+                        if turn and not ready:  # nobody with tiles left waits for a job
+                            ready = published(sync_ptr + DONE) >= all_of_t
+                            turn = ready
+                while turn:
+                    until_turn += job_period
+                    job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
+                    jobs_left = job < da_jobs + db_jobs
+                    turn = jobs_left and free
+                    if not ready:
+                        if CONVERT and NEED_DB:
+                            wait_for(sync_ptr + CONVERTED, first_ticket)
                         if SHRINK:
-                            if turn and not ready:  # nobody with tiles left waits for a job
-                                ready = published(sync_ptr + DONE) >= all_of_t
-                                turn = ready
-                    while turn:
-                        until_turn += job_period
-                        jobs_left, ready = next_job(
-                            sync_ptr, ready, all_of_t, first_ticket, first_da, da_jobs, first_db, db_jobs, parts,
-                            x_stripes, dy_stripes, y_stripes, planes_ptr, s_ptr, da_ptr, db_ptr,
-                            da_partial_ptr, db_partial_ptr, arrived_ptr,
-                            gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr,
-                            M, N, K, r, seed, threshold,
-                            NEED_DA, NEED_DB, CONVERT, SHRINK, FUSE_DB, LEAST, DROPOUT, TERMS, PRECISION, PARTIALS,
-                            BLOCK_R, SHRINK_M, STRIPE_N, STRIPE_M, STRIPE_STAGES,
-                        )  # fmt: skip
-                        turn = jobs_left and free
-        if not TURNS:
-            while jobs_left:
-                jobs_left, ready = next_job(
-                    sync_ptr, ready, all_of_t, first_ticket, first_da, da_jobs, first_db, db_jobs, parts,
+                            if FUSE_DB or job >= first_da:
+                                wait_for(sync_ptr + DONE, all_of_t)
+                                ready = True
+                    run_job(
+                        job, first_da, da_jobs, first_db, db_jobs, parts,
+                        x_stripes, dy_stripes, y_stripes, planes_ptr, s_ptr, da_ptr, db_ptr,
+                        da_partial_ptr, db_partial_ptr, arrived_ptr,
+                        gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr,
+                        M, N, K, r, seed, threshold,
+                        NEED_DA, NEED_DB, FUSE_DB, LEAST, DROPOUT, TERMS, PRECISION, PARTIALS,
+                        BLOCK_R, SHRINK_M, STRIPE_N, STRIPE_M, STRIPE_STAGES,
+                    )  # fmt: skip
+        else:
+            if SHRINK and FUSE_DB:
+                wait_for(sync_ptr + DONE, all_of_t)
+            if CONVERT and NEED_DB:
+                wait_for(sync_ptr + CONVERTED, first_ticket)
+            job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
+            waited = job >= da_jobs + db_jobs
+            while job < da_jobs + db_jobs:
+                if NEED_DA and SHRINK and not FUSE_DB:
+                    if job >= first_da and not waited:
+                        wait_for(sync_ptr + DONE, all_of_t)
+                        waited = True
+                run_job(
+                    job, first_da, da_jobs, first_db, db_jobs, parts,
                     x_stripes, dy_stripes, y_stripes, planes_ptr, s_ptr, da_ptr, db_ptr,
                     da_partial_ptr, db_partial_ptr, arrived_ptr, gain_ptr, norm_ptr, bias_ptr, dm_ptr, dm_partial_ptr,
                     M, N, K, r, seed, threshold,
-                    NEED_DA, NEED_DB, CONVERT, SHRINK, FUSE_DB, LEAST, DROPOUT, TERMS, PRECISION, PARTIALS,
+                    NEED_DA, NEED_DB, FUSE_DB, LEAST, DROPOUT, TERMS, PRECISION, PARTIALS,
                     BLOCK_R, SHRINK_M, STRIPE_N, STRIPE_M, STRIPE_STAGES,
                 )  # fmt: skip
+                job = tl.atomic_add(sync_ptr + JOB, 1, sem="relaxed")
     leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
 
 
@@ -440,6 +456,7 @@ def _plan(
         "LEAST": least,
         **{name: value for name, value in vars(config).items() if name != "stripe_rows"},
         "FUSE_DB": fuse_db,
+        "TURNS": need_dx and takes_turns(problem, least is not None),
     }
     phases = [{"CONVERT": terms > 0, "SHRINK": needs_t, "REST": True}]
     if not one_launch:

@@ -15,15 +15,16 @@ import pytest
 from fusedlora.config import BackwardConfig, ForwardConfig, Problem, backward_config, forward_config
 from fusedlora.schedule import (
     FIXED_WORDS,
+    JOB_PERIODS,
     Schedule,
     _alternatives,
     _end_us,
     backward_schedule,
     cdiv,
     forward_schedule,
-    job_periods,
     job_us,
     shrink_us,
+    takes_turns,
     tile_us,
 )
 
@@ -234,7 +235,7 @@ def alternatives(launch: Launch) -> list[Schedule]:
         tile_programs=launch.schedule.num_programs,
         job_period=0,
     )
-    periods = job_periods(launch.p) if launch.num_jobs else (0,)
+    periods = JOB_PERIODS if launch.num_jobs and takes_turns(launch.p, False) else (0,)
     return list({whole, *_alternatives(whole, launch.blocks, launch.num_tiles, periods)})
 
 
