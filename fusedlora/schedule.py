@@ -112,10 +112,8 @@ def _alternatives(
     idle = -num_tiles % programs  # in the last round
     for tasks in {idle, blocks, cdiv(blocks, 2)}:
         if tasks:
-            for period in job_periods:
-                if period < rounds:
-                    tasked = min(tasks, blocks, programs)
-                    yield dataclasses.replace(whole, num_tasks=tasked, job_period=period)
+            before = dataclasses.replace(whole, num_tasks=min(tasks, blocks, programs))
+            yield from (dataclasses.replace(before, job_period=period) for period in job_periods if period < rounds)
     free = programs - cdiv(num_tiles, rounds)
     for side in {free, max(1, free // 2), cdiv(free, 2) + 1, programs - cdiv(num_tiles, rounds + 1)}:
         if not 0 < side < programs:

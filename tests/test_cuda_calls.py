@@ -220,9 +220,17 @@ def test_configurations(M: int, out: int, depth: int, tiles: bool) -> None:
     assert config.block_n in (128, 256) and config.programs == 132
     pairs = -(-M // 256)
     assert 1 <= config.shrink_clusters <= min(pairs, 66)
-    assert config.parts in (1, 2, 4, 8) and (config.parts == 1 or M >= 1024)
+    parts = {(2048, 4096, 4096): 2, (8192, 4096, 4096): 2, (2048, 64, 64): 4, (8192, 64, 64): 8}
+    assert config.parts == parts.get((M, out, depth), 1)
     if config.block_n == 128:
         assert pairs * -(-out // 256) < 66
+
+
+def test_a_mask_makes_jobs_longer_and_so_more_parts() -> None:
+    def parts(out: int, depth: int) -> int:
+        return cuda_config(Problem(8192, out, depth, 16, 2, False, 90, 132, True)).parts
+
+    assert (parts(4096, 4096), parts(4096, 14336), parts(14336, 4096)) == (4, 2, 1)
 
 
 def test_configurations_of_the_measured_shapes() -> None:

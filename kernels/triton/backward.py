@@ -152,6 +152,27 @@ REDUCE_SIZE = tl.constexpr(512)
 
 
 @triton.jit
+def dx_tile(
+    tile, dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr,
+    num_tiles_m, num_tiles_n, M, N, K, r, stride_ar, seed, threshold,
+    dtype: tl.constexpr, SHRINK: tl.constexpr, DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_K: tl.constexpr, SHRINK_M: tl.constexpr, DELAY: tl.constexpr,
+):  # fmt: skip
+    """Computes and stores one tile of dX. The names are the backward kernel's."""
+    tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
+    row = tile_m * BLOCK_M
+    col = tile_n * BLOCK_N
+    acc = lora_tile(
+        dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
+        row, col, M, K, N, r, stride_ar, 1, seed, threshold,
+        dtype, False, SHRINK, DROPOUT, TERMS, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+    )  # fmt: skip
+    dx_desc.store([row, col], acc.to(dtype))
+
+
+@triton.jit
 def run_job(
     job, first_da, da_jobs, first_db, db_jobs, parts,
     x_stripes, dy_stripes, y_stripes, planes_ptr, s_ptr, da_ptr, db_ptr,
@@ -296,16 +317,12 @@ def backward_kernel(
             if not TURNS:
                 if place < tile_programs:
                     for tile in tl.range(place, num_tiles, tile_programs):
-                        tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
-                        row = tile_m * BLOCK_M
-                        col = tile_n * BLOCK_N
-                        acc = lora_tile(
-                            dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
-                            row, col, M, K, N, r, stride_ar, 1, seed, threshold,
-                            dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
-                            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+                        dx_tile(
+                            tile, dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr,
+                            num_tiles_m, num_tiles_n, M, N, K, r, stride_ar, seed, threshold,
+                            dy_ptr.dtype.element_ty, SHRINK, DROPOUT, TERMS, PRECISION,
+                            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                         )  # fmt: skip
-                        dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
         if NEED_DB:
             if FUSE_DB:
                 db_jobs = tl.cdiv(N * r, REDUCE_SIZE)
@@ -331,16 +348,12 @@ def backward_kernel(
             until_turn = place % job_period if job_period > 0 else last  # tiles
             for tile in tl.range(place if place < tile_programs else last, last + tile_programs, tile_programs):
                 if tile < num_tiles:
-                    tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
-                    row = tile_m * BLOCK_M
-                    col = tile_n * BLOCK_N
-                    acc = lora_tile(
-                        dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
-                        row, col, M, K, N, r, stride_ar, 1, seed, threshold,
-                        dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
-                        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+                    dx_tile(
+                        tile, dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr,
+                        num_tiles_m, num_tiles_n, M, N, K, r, stride_ar, seed, threshold,
+                        dy_ptr.dtype.element_ty, SHRINK, DROPOUT, TERMS, PRECISION,
+                        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, DELAY,
                     )  # fmt: skip
-                    dx_desc.store([row, col], acc.to(dx_ptr.dtype.element_ty))
                 until_turn -= 1
                 free = tile + tile_programs >= num_tiles
                 turn = jobs_left
