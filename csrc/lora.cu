@@ -125,11 +125,18 @@ int run_decode(const Arguments& a) {
   return a.decode_rows == 128 ? launch_decode<T, TILES, 2>(a, c) : launch_decode<T, TILES, 1>(a, c);
 }
 
+// Operands in global memory as the kernel reads them, each null where there is none.
+template <typename T>
+struct Operands {
+  const T *skinny, *wide, *saved_s;
+};
+
+// The bytes of workspace it takes.
 template <typename T, int RANKS, bool BACKWARD>
-int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand, const T*& small_b) {
+int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   constexpr int R = 16 * RANKS;
   Places places{static_cast<char*>(a.workspace)};
-  c = {};
+  c = {}, operands = {};
   c.M = int(a.M), c.r = int(a.r), c.group = int(a.group), c.words = static_cast<int*>(a.words);
   c.cols = int(BACKWARD ? a.K : a.N), c.depth = int(BACKWARD ? a.N : a.K);
   c.mask = {uint32_t(a.seed), uint32_t(uint64_t(a.seed) >> 32), uint32_t(a.bound) * 0x10001u, nullptr};
@@ -140,18 +147,18 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand, c
   shrink.scaling = float(a.scaling);
   [[maybe_unused]] const bool as_is = !is_float && a.r == R;
   if constexpr (!BACKWARD) {
-    skinny_operand = static_cast<const T*>(a.a);
+    operands.skinny = static_cast<const T*>(a.a);
     if (!as_is || a.a_pitch != K || reinterpret_cast<uintptr_t>(a.a) % 16) {
       T* skinny = places.take<T>(int64_t(R) * K);
       c.preparations[c.num_preparations++] = {a.a, skinny, K, 1, a.a_pitch, 1, K, is_float};
       c.prepares_skinny = true;
-      skinny_operand = skinny;
+      operands.skinny = skinny;
     }
-    c.wide = static_cast<const T*>(a.b);
+    operands.wide = static_cast<const T*>(a.b);
     if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
       T* wide = places.take<T>(int64_t(N) * R);
       c.preparations[c.num_preparations++] = {a.b, wide, N, a.b_pitch, 1, R, 1, is_float};
-      c.wide = wide;
+      operands.wide = wide;
     }
     shrink.out = places.take<T>(int64_t(M) * R);
     shrink.saved = static_cast<T*>(a.saved_s);
@@ -160,28 +167,28 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, const T*& skinny_operand, c
   } else {
     const bool needs_t = a.dx || a.da;
     if (needs_t) {
-      skinny_operand = static_cast<const T*>(a.b);
+      operands.skinny = static_cast<const T*>(a.b);
       if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
         T* skinny = places.take<T>(int64_t(R) * N);
         c.preparations[c.num_preparations++] = {a.b, skinny, N, a.b_pitch, 1, R, 1, is_float};
         c.prepares_skinny = true;
-        skinny_operand = skinny;
+        operands.skinny = skinny;
       }
       shrink.out = places.take<T>(int64_t(M) * R);
     }
     if (a.dx) {
       T* wide = places.take<T>(int64_t(K) * R);
       c.preparations[c.num_preparations++] = {a.a, wide, K, 1, a.a_pitch, R, 1, is_float};
-      c.wide = wide;
+      operands.wide = wide;
       c.tiles = true;
     }
     int* arrived = c.words + PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
     if (a.db) {
-      small_b = static_cast<const T*>(a.s);
+      operands.saved_s = static_cast<const T*>(a.s);
       if (a.r != R || reinterpret_cast<uintptr_t>(a.s) % 16) {
         T* small = places.take<T>(int64_t(M) * R);
         c.preparations[c.num_preparations++] = {a.s, small, M, a.r, 1, R, 1, false};
-        small_b = small;
+        operands.saved_s = small;
       }
       float* partial = a.parts_b > 1 ? places.take<float>(a.parts_b * stripe_count(N) * STRIPE * R) : nullptr;
       c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(a.parts_b)};
@@ -198,8 +205,8 @@ template <typename T, int RANKS, bool BACKWARD>
 int run(const Arguments& a, int64_t* sizes) {
   [[maybe_unused]] constexpr int R = 16 * RANKS;
   Call<T> call;
-  const T *skinny = nullptr, *small_b = nullptr;
-  const int64_t used = prepare_call<T, RANKS, BACKWARD>(a, call, skinny, small_b);
+  Operands<T> operands;
+  const int64_t used = prepare_call<T, RANKS, BACKWARD>(a, call, operands);
   if (sizes) {
     sizes[0] = used;
     sizes[1] = PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
@@ -208,10 +215,10 @@ int run(const Arguments& a, int64_t* sizes) {
   }
   const void* left = BACKWARD ? a.dy : a.x;
   const int64_t left_pitch = BACKWARD ? a.dy_pitch : a.x_pitch;
-  if (skinny) {
+  if (operands.skinny) {
     call.shrink.clusters = int(a.shrink_clusters);
     if (!encode(&call.left, a.is_bf16, left, a.M, call.depth, left_pitch, BLOCK_M) ||
-        !encode(&call.skinny, a.is_bf16, skinny, BACKWARD ? call.depth : R, BACKWARD ? R : call.depth,
+        !encode(&call.skinny, a.is_bf16, operands.skinny, BACKWARD ? call.depth : R, BACKWARD ? R : call.depth,
                 BACKWARD ? R : call.depth, BACKWARD ? BLOCK_K : R, BACKWARD ? R : BLOCK_K)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
@@ -219,6 +226,8 @@ int run(const Arguments& a, int64_t* sizes) {
   if (call.tiles) {
     void* out = BACKWARD ? a.dx : a.y;
     if (!encode(&call.right, a.is_bf16, a.w, a.N, a.K, a.w_pitch, BACKWARD ? 64 : int(a.block_n) / 2) ||
+        !encode(&call.small, a.is_bf16, call.shrink.out, a.M, R, R, BLOCK_M) ||
+        !encode(&call.wide, a.is_bf16, operands.wide, call.cols, R, R, int(a.block_n) / 2) ||
         !encode(&call.out, a.is_bf16, out, a.M, call.cols, call.cols, 64)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
@@ -229,7 +238,7 @@ int run(const Arguments& a, int64_t* sizes) {
       return !p.out || (encode(&p.src, a.is_bf16, src, a.M, p.cols, pitch, rows) &&
                         encode(&p.small, a.is_bf16, small, a.M, R, R, rows, R));
     };
-    if (!maps(call.stripes[0], a.dy, a.dy_pitch, small_b) || !maps(call.stripes[1], a.x, a.x_pitch, call.shrink.out)) {
+    if (!maps(call.stripes[0], a.dy, a.dy_pitch, operands.saved_s) || !maps(call.stripes[1], a.x, a.x_pitch, call.shrink.out)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }

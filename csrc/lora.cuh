@@ -30,14 +30,13 @@ struct Shrink {
 
 template <typename T>
 struct Call {
-  CUtensorMap left, right, skinny, out;
+  CUtensorMap left, right, skinny, small, wide, out;  // small [M, R] is S or T, wide [cols, R]
   // The first is of `skinny`, where that needs one; row blocks wait for that alone.
   Preparation preparations[3];
   int num_preparations;
   bool prepares_skinny;
   Shrink<T> shrink;
   Stripes stripes[2];  // dB's, which need no T, then dA's
-  const T* wide;      // [cols, R]
   const float* gain;  // [cols] or null
   const void* bias;   // [cols] or null
   bool bias_is_float;
@@ -51,11 +50,9 @@ template <int BLOCK_N, int RANKS>
 struct Layout {
   static constexpr int R = 16 * RANKS;
   static constexpr int LEFT = BLOCK_M * BLOCK_K * 2, RIGHT = BLOCK_N * BLOCK_K * 2, STAGE = LEFT + RIGHT;
-  static constexpr int STAGES = BLOCK_N == 256 ? 3 : 5;
-  static constexpr int OUT = BLOCK_M * BLOCK_N * 2;
-  // `wide` waits where the tile before left its output, in rows so far apart that no two threads meet in a bank.
-  static constexpr int WIDE_PITCH = 2 * R + (RANKS > 1 ? 32 : 0);
-  static_assert(WIDE_PITCH * BLOCK_N <= OUT);
+  static constexpr int STAGES = BLOCK_N == 256 ? 4 : 6;
+  // A warpgroup's output leaves by boxes of [64, 64]; while TMA reads one the next is written.
+  static constexpr int OUT_BOX = 64 * 64 * 2, OUT_BOXES = 2, OUT = CONSUMERS / 128 * OUT_BOXES * OUT_BOX;
   // Shrinking takes as many boxes of BLOCK_K columns at a time as a stage holds.
   static constexpr int SKINNY = R * BLOCK_K * 2, BOXES = BLOCK_N == 256 ? 2 : 1;
   static_assert(BOXES * (LEFT + SKINNY) <= STAGE);
@@ -63,7 +60,7 @@ struct Layout {
   static constexpr int JOB_ROWS = BLOCK_N == 256 ? 128 : 64, BOX = JOB_ROWS * 128, JOB_STAGE = JOB_ROWS * (256 + 2 * R);
   static_assert(JOB_STAGE <= STAGE);
   // What ptxas needs to spill nothing, of 64512 for 128 and 256 threads.
-  static constexpr int SIDE_REGISTERS = BLOCK_N == 256 ? 72 : 136, CONSUMER_REGISTERS = BLOCK_N == 256 ? 216 : 184;
+  static constexpr int SIDE_REGISTERS = BLOCK_N == 256 ? 80 : 136, CONSUMER_REGISTERS = BLOCK_N == 256 ? 208 : 184;
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 64;
 };
 
@@ -107,16 +104,6 @@ __device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int 
     meet(1, SIDE_THREADS);
     const bool skinny = c.prepares_skinny && ticket < preparation_tasks(c.preparations[0]);
     if (thread == 0) publish(c.words + (skinny ? SKINNY_PREPARED : PREPARED));
-  }
-}
-
-// Rows row and row + 8 of small [M, 16 · RANKS], as the first operand of mma.sync; a thread's four ranks lie together.
-template <typename T, int RANKS>
-__device__ void load_rows(uint2 (&few)[RANKS][2], const T* small, int row, int M, int t) {
-  for (int q = 0; q < RANKS; q++) {
-    for (int h = 0; h < 2; h++) {
-      few[q][h] = load_fresh_half(small + int64_t(min(row + 8 * h, M - 1)) * 16 * RANKS + 16 * q + 4 * t);
-    }
   }
 }
 
@@ -184,7 +171,7 @@ __device__ void shrink_rows(
       }
     }
   }
-  if constexpr (BACKWARD) fence_all_to_tma();  // dA's jobs read T by TMA
+  fence_all_to_tma();  // by which tiles and dA's jobs read it
   meet(2, CONSUMERS);
   if (warp == 0 && lane == 0 && row < c.M) publish(c.words + PROGRESS + row / BLOCK_M);
 }
@@ -322,7 +309,12 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             tell_cluster(shared_address(const_cast<int*>(begun)), published(c.words + PLACE), told, CLUSTER);
           }
         }
-        bool prepared = false, all = false;
+        bool all = false;
+        bool prepared = other_tasks(c) == 0;
+        const auto wait_for_prepared = [&] {
+          if (!prepared) wait_for(c.words + PREPARED, other_tasks(c));
+          prepared = true;
+        };
         for (int n = 0, done = 0;; n++) {
           if constexpr (BACKWARD) {
             for (; jobs.due(done, n); done++) {
@@ -333,9 +325,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
                 barrier_wait(all_there, 0);
                 all = true;
                 fence_all_to_tma();
-              } else if (!is_da && !prepared) {
-                wait_for(c.words + PREPARED, other_tasks(c));
-                prepared = true;
+              } else if (!is_da) {
+                wait_for_prepared();
                 fence_all_to_tma();
               }
               const int col = index / p.parts * JOB_COLS + rank * 128;
@@ -372,6 +363,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             }
             if (++stage == STAGES) stage = 0, phase ^= 1;
           }
+          // The step of depth r, in rows padded with zeros to those of a stage.
+          wait_for_prepared();
+          if (row < c.M) wait_for(c.words + PROGRESS + row / BLOCK_M, 1);
+          fence_all_to_tma();
+          const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          barrier_expect(barrier, L::STAGE);
+          tma_load(left, &c.small, barrier, 0, row);
+          tma_multicast(right + rank * (L::RIGHT / 2), &c.wide, barrier, 0, col + rank * (BLOCK_N / 2), 3);
+          if (++stage == STAGES) stage = 0, phase ^= 1;
         }
       }
     } else {
@@ -403,13 +404,15 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     const int group = warp / 4 - 1, thread = threadIdx.x - 128, in_group = thread % 128;
     const int g = lane / 4, t = lane % 4;
     int stage = 0, phase = 0;
+    const auto release = [&](int stage) {
+      if (in_group < CLUSTER) barrier_arrive(empty + 8 * stage, in_group);
+    };
     for (int owner = place; owner < c.shrink.clusters; owner = next_owner(owner)) {
       for (int pair_m = owner; pair_m < pairs_m; pair_m += c.shrink.clusters) {
         shrink_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD>(
             c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
       }
     }
-    const int others = other_tasks(c);
     float acc[ACCS];
     int left_before = 0;
     for (int n = 0, done = 0;; n++) {
@@ -428,9 +431,6 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       pair_coordinates(first + n * stride, pairs_m, tiles_n, c.group, pair_m, tile_n);
       const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
       const int own_row = row + 64 * group + 16 * (warp % 4) + g;
-      const int* progress = c.words + PROGRESS + row / BLOCK_M;
-      uint2 few[RANKS][2];
-      bool early = false;
       // Which elements of the tile the dropout keeps, as the products' registers follow one another, four to a hash.
       // They are hashed while the tensor cores work, so many at a step.
       uint32_t kept[ACCS / 32] = {};
@@ -451,6 +451,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           }
         }
         wgmma_commit();
+        wgmma_wait<1>();
+        if (k > 0) release(stage == 0 ? STAGES - 1 : stage - 1);
         if constexpr (DROPOUT && BACKWARD) {
           for (int until = min(hashed + hashes_a_step, ACCS / 4); hashed < until; hashed++) {
             uint32_t words[2];
@@ -458,69 +460,24 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             keep_bits(kept, words, mask.bound);
           }
         }
-        wgmma_wait<1>();
-        if (k > 0 && in_group < CLUSTER) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), in_group);
-        if (k == steps / 2) {
-          // The tile before has been stored: its place takes the skinny operand of this one's columns.
-          if (in_group == 0) tma_wait_read();
-          if (lane == 0) wait_for(c.words + PREPARED, others);
-          __syncwarp();
-          meet(2, CONSUMERS);
-          constexpr int CHUNKS = L::R / 8;
-          for (int i = thread; i < BLOCK_N * CHUNKS; i += CONSUMERS) {
-            const int n = i / CHUNKS, chunk = i % CHUNKS;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(out + n * L::WIDE_PITCH + 16 * chunk),
-                         "l"(c.wide + int64_t(min(col + n, c.cols - 1)) * L::R + 8 * chunk) : "memory");
-          }
-          // So do the rows of `small`, as a rule, and their latency hides behind the products.
-          early = published(progress, lane) > 0;
-          if (early) load_rows<T, RANKS>(few, c.shrink.out, own_row, c.M, t);
-        }
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
-      if (!early) {
-        if (row < c.M && lane == 0) wait_for(progress, 1);
-        __syncwarp();
-        load_rows<T, RANKS>(few, c.shrink.out, own_row, c.M, t);
+      // The step of depth r. The dropout's mask is on its products alone, so there they are formed beside the others below.
+      const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2), right = stages + stage * L::STAGE + L::LEFT;
+      barrier_wait(full + 8 * stage, phase);
+      if constexpr (!(DROPOUT && BACKWARD)) {
+        wgmma_fence();
+#pragma unroll
+        for (int q = 0; q < RANKS; q++) {
+          Wgmma<T, BLOCK_N, 0>::run(acc, matrix_descriptor(left + 32 * q, 16), matrix_descriptor(right + 32 * q, 16), 1);
+        }
+        wgmma_commit();
       }
-      asm volatile("cp.async.wait_all;" ::: "memory");
       wgmma_wait<0>();
 #pragma unroll
       for (int i = 0; i < ACCS; i++) asm volatile("" : "+f"(acc[i])::"memory");
-      if (in_group < CLUSTER) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), in_group);
-      meet(2, CONSUMERS);
-      // Operands of several steps are loaded before the first of them is used.
-      constexpr int BATCH = RANKS == 1 ? 8 : 2;
-#pragma unroll
-      for (int first = 0; first < BLOCK_N / 8; first += BATCH) {
-        uint2 b[BATCH][RANKS];
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-          for (int q = 0; q < RANKS; q++) {
-            b[j][q] = load_shared_half(out + (8 * (first + j) + g) * L::WIDE_PITCH + 32 * q + 8 * t);
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-          const int n = first + j;
-          float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          if constexpr (!(DROPOUT && BACKWARD)) {
-            for (int i = 0; i < 4; i++) d[i] = acc[4 * n + i];
-          }
-#pragma unroll
-          for (int q = 0; q < RANKS; q++) {
-            const uint32_t a[4] = {few[q][0].x, few[q][1].x, few[q][0].y, few[q][1].y};
-            Type<T>::mma(d, a, b[j][q].x, b[j][q].y);
-          }
-          if constexpr (DROPOUT && BACKWARD) {
-            for (int i = 0; i < 4; i++) {
-              if (kept[n / 8] >> (4 * n % 32 + i) & 1) acc[4 * n + i] += d[i];
-            }
-          } else {
-            for (int i = 0; i < 4; i++) acc[4 * n + i] = d[i];
-          }
-        }
-      }
+      release(stage == 0 ? STAGES - 1 : stage - 1);
+      if constexpr (!(DROPOUT && BACKWARD)) release(stage);
       if constexpr (!BACKWARD) {
         if (c.gain) {
 #pragma unroll
@@ -534,24 +491,46 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           }
         }
       }
-      meet(2, CONSUMERS);
-      // 16 bits, in blocks of [64, 64] as the store's swizzle wants them
-      const uint32_t own = out + group * (L::OUT / 2);
+      // 16 bits, swizzled as the store wants them
       const int r = 16 * (warp % 4) + lane % 16;
 #pragma unroll
-      for (int n = 0; n < BLOCK_N / 8; n += 2) {
-        const uint32_t to = own + n / 8 * 8192 + r * 128 + (((n % 8 + lane / 16) ^ (r % 8)) * 16);
-        store_matrices(to, Type<T>::pack(acc[4 * n], acc[4 * n + 1]), Type<T>::pack(acc[4 * n + 2], acc[4 * n + 3]),
-                       Type<T>::pack(acc[4 * n + 4], acc[4 * n + 5]), Type<T>::pack(acc[4 * n + 6], acc[4 * n + 7]));
-      }
-      fence_to_tma();
-      meet(3 + group, 128);
-      if (in_group == 0 && row + 64 * group < c.M) {
-        for (int i = 0; i < BLOCK_N / 64; i++) {
-          if (col + 64 * i < c.cols) tma_store(&c.out, own + 8192 * i, col + 64 * i, row + 64 * group);
+      for (int i = 0; i < BLOCK_N / 64; i++) {
+        float values[32];
+        if constexpr (DROPOUT && BACKWARD) {
+          wgmma_fence();
+#pragma unroll
+          for (int q = 0; q < RANKS; q++) {
+            const uint64_t b = matrix_descriptor(right + 8192 * i + 32 * q, 16);
+            NarrowWgmma<T, 64, 0>::run(values, matrix_descriptor(left + 32 * q, 16), b, q > 0);
+          }
+          wgmma_commit();
+          wgmma_wait<0>();
+#pragma unroll
+          for (int j = 0; j < 32; j++) {
+            asm volatile("" : "+f"(values[j])::"memory");
+            values[j] = acc[32 * i + j] + (kept[i] >> j & 1 ? values[j] : 0.0f);
+          }
+          if (i == BLOCK_N / 64 - 1) release(stage);
+        } else {
+          for (int j = 0; j < 32; j++) values[j] = acc[32 * i + j];
+        }
+        const uint32_t own = out + (group * L::OUT_BOXES + i % L::OUT_BOXES) * L::OUT_BOX;
+        if (in_group == 0) tma_wait_read<L::OUT_BOXES - 1>();
+        meet(3 + group, 128);
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+          const float* from = values + 4 * n;
+          store_matrices(own + r * 128 + (((n + lane / 16) ^ (r % 8)) * 16), Type<T>::pack(from[0], from[1]),
+                         Type<T>::pack(from[2], from[3]), Type<T>::pack(from[4], from[5]), Type<T>::pack(from[6], from[7]));
+        }
+        fence_to_tma();
+        meet(3 + group, 128);
+        if (in_group == 0) {
+          if (row + 64 * group < c.M && col + 64 * i < c.cols) tma_store(&c.out, own, col + 64 * i, row + 64 * group);
+          tma_commit();
         }
       }
-      if (in_group == 0) tma_commit();
+      if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     if (in_group == 0) tma_wait();
   }

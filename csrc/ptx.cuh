@@ -144,8 +144,11 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from,
 
 __device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until the stores have read shared memory.
-__device__ __forceinline__ void tma_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Until all stores but the last PENDING commits have read shared memory.
+template <int PENDING>
+__device__ __forceinline__ void tma_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
 
 __device__ __forceinline__ void tma_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
@@ -195,13 +198,7 @@ __device__ __forceinline__ void wait_for(const int* word, int count) {
   }
 }
 
-// loads of what programs of this launch have published
-
-__device__ __forceinline__ uint2 load_fresh_half(const void* pointer) {
-  uint2 v;
-  asm volatile("ld.global.cg.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer) : "memory");
-  return v;
-}
+// shared memory
 
 __device__ __forceinline__ uint2 load_shared_half(uint32_t address) {
   uint2 v;

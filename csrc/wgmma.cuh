@@ -79,7 +79,7 @@ FUSEDLORA_WGMMA_256(__half, "f16")
 #undef FUSEDLORA_WGMMA_128
 #undef FUSEDLORA_WGMMA_256
 
-// d [64, N] += a [64, 16] · b [16, N]. TRANS: the rows of both in memory run along what is summed over.
+// d [64, N] = a [64, 16] · b [16, N], + d where `accumulate`. TRANS: the rows of both in memory run along what is summed over.
 template <typename T, int N, int TRANS>
 struct NarrowWgmma;
 
@@ -93,23 +93,23 @@ struct NarrowWgmma;
 #define FUSEDLORA_NAMES_32 \
   FUSEDLORA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
-#define FUSEDLORA_WGMMA_NARROW(TYPE, NAME, N, COUNT, A, B, TRANSPOSED)                                                \
+#define FUSEDLORA_WGMMA_NARROW(TYPE, NAME, N, COUNT, A, B, TRANSPOSED, ACCUMULATE)                                    \
 template <int TRANS>                                                                                                  \
-struct NarrowWgmma<TYPE, N, TRANS> {                                                                                         \
-  __device__ static void run(float (&d)[COUNT], uint64_t a, uint64_t b) {                                             \
+struct NarrowWgmma<TYPE, N, TRANS> {                                                                                  \
+  __device__ static void run(float (&d)[COUNT], uint64_t a, uint64_t b, int accumulate = 1) {                         \
     asm volatile(                                                                                                     \
-        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                                               \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, " ACCUMULATE ", 0;\n"                                                  \
         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME                                               \
         " {" FUSEDLORA_NAMES_##COUNT "}, " A ", " B ", add, 1, 1, " TRANSPOSED ", " TRANSPOSED ";\n}"                 \
         : FUSEDLORA_REGISTERS_##COUNT(0)                                                                              \
-        : "l"(a), "l"(b), "n"(TRANS));                                                                                \
+        : "l"(a), "l"(b), "n"(TRANS), "r"(accumulate));                                                               \
   }                                                                                                                   \
 };
 #define FUSEDLORA_WGMMAS_NARROW(TYPE, NAME)             \
-  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 8, 4, "%4", "%5", "%6")    \
-  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 16, 8, "%8", "%9", "%10")   \
-  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 32, 16, "%16", "%17", "%18") \
-  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 64, 32, "%32", "%33", "%34")
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 8, 4, "%4", "%5", "%6", "%7")       \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 16, 8, "%8", "%9", "%10", "%11")    \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 32, 16, "%16", "%17", "%18", "%19") \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 64, 32, "%32", "%33", "%34", "%35")
 
 FUSEDLORA_WGMMAS_NARROW(__nv_bfloat16, "bf16")
 FUSEDLORA_WGMMAS_NARROW(__half, "f16")
