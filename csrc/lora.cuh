@@ -124,48 +124,51 @@ __device__ void shrink_rows(
     const Call<T>& c, const Mask& mask, int row, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
     int lane) {
   using L = Layout<BLOCK_N, RANKS>;
-  constexpr int R = L::R, TILES = R / 8;
-  const int g = lane / 4, t = lane % 4;
-  const int left_row = 16 * warp + lane % 16, right_row = lane / 16 * 8 + lane % 8;
+  constexpr int R = L::R, STEPS = L::BOXES * BLOCK_K / 16;
+  const int g = lane / 4, t = lane % 4, left_row = 16 * warp + lane % 16;
   const uint32_t four = Mask::four(row + 16 * warp + g, t, c.depth / 2);
-  float acc[TILES][4] = {};
+  float acc[R / 2];
   for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
+    const uint32_t lefts = stages + stage * L::STAGE, rights = lefts + L::BOXES * L::LEFT;
+    const auto box = [](int step) { return step / (BLOCK_K / 16); };
+    const auto within = [](int step) { return step % (BLOCK_K / 16); };
+    uint32_t a[DROPOUT ? STEPS : 1][4];
     barrier_wait(full + 8 * stage, phase);
+    if constexpr (DROPOUT) {
 #pragma unroll
-    for (int step = 0; step < L::BOXES * BLOCK_K / 16; step++) {
-      const int box = step / (BLOCK_K / 16), i = step % (BLOCK_K / 16);
-      const uint32_t left = stages + stage * L::STAGE + box * L::LEFT;
-      const uint32_t right = stages + stage * L::STAGE + L::BOXES * L::LEFT + box * L::SKINNY;
-      uint32_t a[4], b[4];
-      load_matrices(a, left + left_row * 128 + (((2 * i + lane / 16) ^ (left_row % 8)) * 16));
-      if constexpr (DROPOUT) {
-        for (int j = 0; j < 4; j += 2) mask.template keep<T>(a[j], a[j + 1], four + (k + 16 * step + 4 * j) / 2);
-      }
-#pragma unroll
-      for (int n = 0; n < TILES; n += 2) {
-        if constexpr (BACKWARD) {
-          // rows of the depth, 2 · R bytes wide, swizzled as TMA does it at that width
-          const uint32_t at = right + (16 * i + lane % 16) * (2 * R) + (n + lane / 16) * 16;
-          load_matrices_transposed(b, at ^ (at / 128 % (R / 8) * 16));
-        } else {
-          load_matrices(b, right + (8 * n + right_row) * 128 + (((2 * i + lane / 8 % 2) ^ (lane % 8)) * 16));
-        }
-        Type<T>::mma(acc[n], a, b[0], b[1]);
-        Type<T>::mma(acc[n + 1], a, b[2], b[3]);
+      for (int step = 0; step < STEPS; step++) {
+        const uint32_t chunk = (2 * within(step) + lane / 16) ^ (left_row % 8);
+        load_matrices(a[step], lefts + box(step) * L::LEFT + left_row * 128 + chunk * 16);
+        for (int j = 0; j < 4; j += 2) mask.template keep<T>(a[step][j], a[step][j + 1], four + (k + 16 * step + 4 * j) / 2);
       }
     }
-    __syncwarp();
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      const uint32_t left = lefts + box(step) * L::LEFT + warp / 4 * (L::LEFT / 2), right = rights + box(step) * L::SKINNY;
+      const uint64_t b = BACKWARD ? narrow_descriptor<R>(right + 32 * R * within(step))
+                                  : matrix_descriptor(right + 32 * within(step), 16);
+      if constexpr (DROPOUT) {
+        NarrowWgmma<T, R, 0, BACKWARD>::run(acc, a[step], b, k + step > 0);
+      } else {
+        NarrowWgmma<T, R, 0, BACKWARD>::run(acc, matrix_descriptor(left + 32 * within(step), 16), b, k + step > 0);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
     meet(3 + warp / 4, 128);
     if (warp % 4 == 0 && lane < CLUSTER) barrier_arrive(empty + 8 * stage, lane);
     if (++stage == L::STAGES) stage = 0, phase ^= 1;
   }
 #pragma unroll
-  for (int n = 0; n < TILES; n++) {
+  for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
+#pragma unroll
+  for (int n = 0; n < R / 8; n++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int m = row + 16 * warp + g + 8 * (i / 2), k = 8 * n + 2 * t + i % 2;
       if (m < c.M) {
-        const T value = Type<T>::from(acc[n][i] * c.shrink.scaling);
+        const T value = Type<T>::from(acc[4 * n + i] * c.shrink.scaling);
         c.shrink.out[int64_t(m) * R + k] = value;
         if (c.shrink.saved && k < c.r) c.shrink.saved[int64_t(m) * c.r + k] = value;
       }
@@ -199,7 +202,7 @@ __device__ __forceinline__ void stripe_job(
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < L::JOB_ROWS / 16; i++) {
-      NarrowWgmma<T, L::R, 1>::run(acc, matrix_descriptor(src + 2048 * i, 16), narrow_descriptor<L::R>(small + 32 * L::R * i));
+      NarrowWgmma<T, L::R, 1, 1>::run(acc, matrix_descriptor(src + 2048 * i, 16), narrow_descriptor<L::R>(small + 32 * L::R * i));
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -501,7 +504,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
 #pragma unroll
           for (int q = 0; q < RANKS; q++) {
             const uint64_t b = matrix_descriptor(right + 8192 * i + 32 * q, 16);
-            NarrowWgmma<T, 64, 0>::run(values, matrix_descriptor(left + 32 * q, 16), b, q > 0);
+            NarrowWgmma<T, 64, 0, 0>::run(values, matrix_descriptor(left + 32 * q, 16), b, q > 0);
           }
           wgmma_commit();
           wgmma_wait<0>();
