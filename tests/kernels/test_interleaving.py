@@ -17,6 +17,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton.language as tl
 from triton.runtime import interpreter
 
 from fusedlora.config import BackwardConfig, DecodeConfig, ForwardConfig
@@ -122,8 +123,9 @@ class InterleavedLauncher(launch.Launcher):
             turns.switch()
             return real_rmw(*args)
 
-        # The language is patched once for all threads, and each executor is told of the whole grid.
-        scope = interpreter._patch_lang(self.kernel.fn)
+        # The language is patched once for all threads, also as the functions in triton's own modules see it, and each
+        # executor is told of the whole grid.
+        scopes = [interpreter._patch_lang(fn) for fn in (self.kernel.fn, tl.sum.fn)]
         try:
             with (
                 mock.patch.object(interpreter, "_patch_lang", lambda fn: mock.Mock()),
@@ -137,7 +139,8 @@ class InterleavedLauncher(launch.Launcher):
                 builder.grid_dim = (self.num_programs, 1, 1)
                 turns.run()
         finally:
-            scope.restore()
+            for scope in reversed(scopes):
+                scope.restore()
 
 
 def interleaved(resident: int, seed: int) -> type[InterleavedLauncher]:

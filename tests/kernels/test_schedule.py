@@ -61,7 +61,7 @@ class Launch:
     fuse_db: bool = False
 
     def __post_init__(self) -> None:
-        self.ticket = self.job = self.streaming = 0
+        self.ticket = self.job = self.streaming = self.published = 0
         self.words: Counter[str] = Counter()
         self.finished: Counter[tuple[str, int]] = Counter()
         self.blocks = cdiv(self.p.M, self.config.SHRINK_M)
@@ -78,8 +78,12 @@ class Launch:
         self.ticket += 1
         return self.ticket - 1
 
-    def publish(self, word: str, kind: str, index: int) -> None:
+    def add_to(self, word: str) -> None:
         self.words[word] += 1
+        self.published += 1
+
+    def publish(self, word: str, kind: str, index: int) -> None:
+        self.add_to(word)
         self.finished[kind, index] += 1
 
     def row(self, tile: int) -> int:
@@ -114,7 +118,7 @@ class Launch:
             for block in range(begin, end, workers):
                 yield shrink_us(self.p, self.config, workers)
                 self.publish(self.progress_of(block * self.config.SHRINK_M)[0], "block", block)
-            self.words[DONE] += 1
+            self.add_to(DONE)
             task = self.claim() - conversions
         place = task - s.num_tasks - s.side_programs
         tiles = range(place, self.num_tiles, s.tile_programs) if place < s.tile_programs else range(0)
@@ -167,7 +171,7 @@ def play(launch: Launch, resident: int, seed: int = 0, jitter: float = 0.0) -> f
     waiting_to_start = launch.schedule.num_programs
     running: list[tuple[float, float, Iterator[float | Wait]]] = []
     blocked: list[tuple[Iterator[float | Wait], Wait]] = []
-    now = 0.0
+    now, looked = 0.0, 0
 
     def ready(wait: Wait) -> bool:
         return launch.words[wait[0]] >= wait[1]
@@ -176,15 +180,20 @@ def play(launch: Launch, resident: int, seed: int = 0, jitter: float = 0.0) -> f
         while waiting_to_start and len(running) + len(blocked) < resident:
             heapq.heappush(running, (now, order.random(), launch.program()))
             waiting_to_start -= 1
-        for program, wait in blocked:
-            if ready(wait):
-                heapq.heappush(running, (now, order.random(), program))
-        blocked = [item for item in blocked if not ready(item[1])]
+        if blocked and launch.published != looked:
+            for program, wait in blocked:
+                if ready(wait):
+                    heapq.heappush(running, (now, order.random(), program))
+            blocked = [item for item in blocked if not ready(item[1])]
+            looked = launch.published
         assert running, f"{len(blocked)} programs wait, {waiting_to_start} have not started: nobody can go on"
         now, _, program = heapq.heappop(running)
         step = next(program, None)
         if isinstance(step, tuple):
-            blocked.append((program, step))
+            if ready(step):
+                heapq.heappush(running, (now, order.random(), program))
+            else:
+                blocked.append((program, step))
         elif step is not None:
             heapq.heappush(running, (now + step * order.uniform(1 - jitter, 1 + jitter), order.random(), program))
     return now
