@@ -107,58 +107,65 @@ __device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int 
   }
 }
 
-// Shifts four bits in at the top: whether the halves of `hash` reach those of `bound`.
-template <int WORDS>
-__device__ __forceinline__ void keep_bits(uint32_t (&kept)[WORDS], const uint32_t (&hash)[2], uint32_t bound) {
-  uint32_t bits = 0;
-  for (int h = 0; h < 2; h++) {
-    bits |= ((hash[h] & 0xFFFF) >= (bound & 0xFFFF) ? 1 << 2 * h : 0) | (hash[h] >> 16 >= bound >> 16 ? 2 << 2 * h : 0);
-  }
-#pragma unroll
-  for (int i = 0; i < WORDS; i++) kept[i] = __funnelshift_r(kept[i], i + 1 < WORDS ? kept[i + 1] : bits, 4);
-}
-
 // Consumers: out [128, R] = scaling · left · skinnyᵀ for the row block from `row` on, published.
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
 __device__ void shrink_rows(
     const Call<T>& c, const Mask& mask, int row, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
     int lane) {
   using L = Layout<BLOCK_N, RANKS>;
-  constexpr int R = L::R, STEPS = L::BOXES * BLOCK_K / 16;
-  const int g = lane / 4, t = lane % 4, left_row = 16 * warp + lane % 16;
+  constexpr int R = L::R, STEPS = BLOCK_K / 16;
+  const int g = lane / 4, t = lane % 4, group = warp / 4, thread = warp % 4 * 32 + lane;
   const uint32_t four = Mask::four(row + 16 * warp + g, t, c.depth / 2);
-  float acc[R / 2];
+  float acc[R / 2] = {};
+  const auto release = [&](int stage) {
+    if (thread < CLUSTER) barrier_arrive(empty + 8 * stage, thread);
+  };
+  int before = 0;
   for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
     const uint32_t lefts = stages + stage * L::STAGE, rights = lefts + L::BOXES * L::LEFT;
-    const auto box = [](int step) { return step / (BLOCK_K / 16); };
-    const auto within = [](int step) { return step % (BLOCK_K / 16); };
-    uint32_t a[DROPOUT ? STEPS : 1][4];
     barrier_wait(full + 8 * stage, phase);
-    if constexpr (DROPOUT) {
 #pragma unroll
-      for (int step = 0; step < STEPS; step++) {
-        const uint32_t chunk = (2 * within(step) + lane / 16) ^ (left_row % 8);
-        load_matrices(a[step], lefts + box(step) * L::LEFT + left_row * 128 + chunk * 16);
-        for (int j = 0; j < 4; j += 2) mask.template keep<T>(a[step][j], a[step][j + 1], four + (k + 16 * step + 4 * j) / 2);
-      }
-    }
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      const uint32_t left = lefts + box(step) * L::LEFT + warp / 4 * (L::LEFT / 2), right = rights + box(step) * L::SKINNY;
-      const uint64_t b = BACKWARD ? narrow_descriptor<R>(right + 32 * R * within(step))
-                                  : matrix_descriptor(right + 32 * within(step), 16);
+    for (int box = 0; box < L::BOXES; box++) {
+      const uint32_t left = lefts + box * L::LEFT + group * (L::LEFT / 2), right = rights + box * L::SKINNY;
       if constexpr (DROPOUT) {
-        NarrowWgmma<T, R, 0, BACKWARD>::run(acc, a[step], b, k + step > 0);
+        // The mask is put on registers, which wgmma would keep until it is done.
+        static_assert(!BACKWARD);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+          uint32_t a[4], b[4];
+          load_matrices(a, left + (16 * (warp % 4) + lane % 16) * 128 + (((2 * i + lane / 16) ^ (lane % 8)) * 16));
+          for (int j = 0; j < 4; j += 2) mask.keep<T>(a[j], a[j + 1], four + (k + box * BLOCK_K + 16 * i + 4 * j) / 2);
+#pragma unroll
+          for (int n = 0; n < R; n += 16) {
+            const int b_row = n + lane / 16 * 8 + lane % 8;
+            load_matrices(b, right + b_row * 128 + (((2 * i + lane / 8 % 2) ^ (lane % 8)) * 16));
+            for (int h = 0; h < 2; h++) {
+              Type<T>::mma(*reinterpret_cast<float(*)[4]>(acc + n / 2 + 4 * h), a, b[2 * h], b[2 * h + 1]);
+            }
+          }
+        }
       } else {
-        NarrowWgmma<T, R, 0, BACKWARD>::run(acc, matrix_descriptor(left + 32 * within(step), 16), b, k + step > 0);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+          const uint64_t b = BACKWARD ? narrow_descriptor<R>(right + 32 * R * i) : matrix_descriptor(right + 32 * i, 16);
+          NarrowWgmma<T, R, 0, BACKWARD>::run(acc, matrix_descriptor(left + 32 * i, 16), b);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (box == 0 && k > 0) release(before);
       }
     }
-    wgmma_commit();
-    wgmma_wait<0>();
-    meet(3 + warp / 4, 128);
-    if (warp % 4 == 0 && lane < CLUSTER) barrier_arrive(empty + 8 * stage, lane);
+    before = stage;
+    if (DROPOUT) {
+      meet(3 + group, 128);  // other warps' loads
+      release(before);
+    }
     if (++stage == L::STAGES) stage = 0, phase ^= 1;
+  }
+  if (!DROPOUT) {
+    wgmma_wait<0>();
+    release(before);
   }
 #pragma unroll
   for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
@@ -191,10 +198,16 @@ __device__ __forceinline__ void stripe_job(
 #pragma unroll 1
   for (int m = part * rows; m < end; m += L::JOB_ROWS) {
     const uint32_t small = stages + stage * L::STAGE + 2 * L::BOX, src = stages + stage * L::STAGE + group * L::BOX;
+    BoxMask box;
+    if (DROPOUT && masked) box.hash(mask, m, stripe * STRIPE, p.cols, thread);
     barrier_wait(full + 8 * stage, phase);
     if constexpr (DROPOUT) {
       if (masked) {
-        mask_box<T, L::JOB_ROWS>(mask, src, m, stripe * STRIPE, p.cols, thread);
+        box.put<T>(mask, src, thread);
+        if constexpr (L::JOB_ROWS == 128) {
+          box.hash(mask, m + 64, stripe * STRIPE, p.cols, thread);
+          box.put<T>(mask, src + L::BOX / 2, thread);
+        }
         fence_to_tma();  // and so to wgmma
         meet(3 + group, 128);
       }
@@ -416,7 +429,6 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
       }
     }
-    float acc[ACCS];
     int left_before = 0;
     for (int n = 0, done = 0;; n++) {
       if constexpr (BACKWARD) {
@@ -434,11 +446,19 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       pair_coordinates(first + n * stride, pairs_m, tiles_n, c.group, pair_m, tile_n);
       const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
       const int own_row = row + 64 * group + 16 * (warp % 4) + g;
-      // Which elements of the tile the dropout keeps, as the products' registers follow one another, four to a hash.
-      // They are hashed while the tensor cores work, so many at a step.
-      uint32_t kept[ACCS / 32] = {};
-      int hashed = 0;
-      const int hashes_a_step = (ACCS / 4 + steps - 1) / steps;
+      float acc[ACCS];
+      uint32_t kept[ACCS / 32];  // of the products' registers, those that the dropout keeps
+      if constexpr (DROPOUT && BACKWARD) {
+        for (int i = 0; i < ACCS; i++) acc[i] = 0.0f;  // or its registers are kept for it during jobs, which want them
+        const uint32_t four = Mask::four(own_row, col / 2 + t, c.cols / 2);
+#pragma unroll
+        for (int i = 0; i < ACCS / 32; i++) {
+          kept[i] = 0;
+#pragma unroll
+          for (int n = 0; n < 8; n++) kept[i] = kept[i] >> 2 | mask.bits(four + 32 * i + 4 * n);
+          asm volatile("" : "+r"(kept[i])::"memory");
+        }
+      }
       for (int k = 0; k < steps; k++) {
         const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2);
         const uint32_t right = stages + stage * L::STAGE + L::LEFT;
@@ -456,13 +476,6 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         wgmma_commit();
         wgmma_wait<1>();
         if (k > 0) release(stage == 0 ? STAGES - 1 : stage - 1);
-        if constexpr (DROPOUT && BACKWARD) {
-          for (int until = min(hashed + hashes_a_step, ACCS / 4); hashed < until; hashed++) {
-            uint32_t words[2];
-            mask.hash(words, Mask::four(own_row, (col + 8 * hashed) / 2 + t, c.cols / 2));
-            keep_bits(kept, words, mask.bound);
-          }
-        }
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
       // The step of depth r. The dropout's mask is on its products alone, so there they are formed beside the others below.
@@ -511,7 +524,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
 #pragma unroll
           for (int j = 0; j < 32; j++) {
             asm volatile("" : "+f"(values[j])::"memory");
-            values[j] = acc[32 * i + j] + (kept[i] >> j & 1 ? values[j] : 0.0f);
+            values[j] = acc[32 * i + j] + (kept[i] >> Mask::bit(j / 4, j % 4) & 1 ? values[j] : 0.0f);
           }
           if (i == BLOCK_N / 64 - 1) release(stage);
         } else {

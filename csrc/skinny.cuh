@@ -35,13 +35,30 @@ struct Mask {
     words[1] = (words[0] ^ __byte_perm(h, 0, 0x1032)) & 0x7FFF7FFFu;
   }
 
+  // The elements of a four, two of each row, as far as its hash keeps them.
+  template <typename T>
+  __device__ void keep(uint32_t& upper, uint32_t& lower, const uint32_t (&words)[2]) const {
+    upper = Type<T>::keep(upper, words[0], bound);
+    lower = Type<T>::keep(lower, words[1], bound);
+  }
+
+  // The same as bits of a word into which bits() goes for eight fours, shifted right by two before each: where the bit
+  // of element e of four number n is, e = 0, 1 in the upper row and 2, 3 in the lower one.
+  __device__ static constexpr int bit(int n, int e) { return (e % 2 ? 31 : 15) - e / 2 - 2 * (7 - n); }
+
   // The elements of a four, two of each row, as far as they are kept.
   template <typename T>
   __device__ void keep(uint32_t& upper, uint32_t& lower, uint32_t four) const {
     uint32_t words[2];
     hash(words, four);
-    upper = Type<T>::keep(upper, words[0], bound);
-    lower = Type<T>::keep(lower, words[1], bound);
+    keep<T>(upper, lower, words);
+  }
+
+  __device__ uint32_t bits(uint32_t four) const {
+    uint32_t words[2];
+    hash(words, four);
+    const uint32_t TOP = 0x80008000u;  // no half borrows from the other
+    return (((words[0] | TOP) - bound) & TOP) | (((words[1] | TOP) - bound) >> 1 & TOP >> 1);
   }
 };
 
@@ -126,23 +143,37 @@ __device__ void put(const Stripes& p, int k, int col, float value) {
   }
 }
 
-// Puts the mask on [ROWS, 64] elements in shared memory, of row `row` and column `col` on, swizzled as TMA leaves them.
-template <typename T, int ROWS>
-__device__ __forceinline__ void mask_box(const Mask& mask, uint32_t box, int row, int col, int cols, int thread) {
-  const int chunk = thread % 8, upper = thread / 8 % 8;
+// The mask of a warpgroup's [64, 64] elements in shared memory, of row `row` and column `col` on, swizzled as TMA leaves
+// them. It may be hashed before they are there.
+struct BoxMask {
+  uint32_t words[2][4][2];
+
+  __device__ __forceinline__ void hash(const Mask& mask, int row, int col, int cols, int thread) {
+    const int upper = thread / 64 * 16 + thread / 8 % 8;
+    const uint32_t four = Mask::four(row + upper, (col + 8 * (thread % 8)) / 2, cols / 2);
 #pragma unroll
-  for (int m = thread / 64 * 16; m < ROWS; m += 32) {
-    const uint32_t at = box + (m + upper) * 128 + (chunk ^ upper) * 16;
-    uint4 a = load_shared(at), b = load_shared(at + 1024);
-    const uint32_t four = Mask::four(row + m + upper, (col + 8 * chunk) / 2, cols / 2);
-    mask.keep<T>(a.x, b.x, four);
-    mask.keep<T>(a.y, b.y, four + 1);
-    mask.keep<T>(a.z, b.z, four + 2);
-    mask.keep<T>(a.w, b.w, four + 3);
-    store_shared(at, a);
-    store_shared(at + 1024, b);
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) mask.hash(words[i][j], four + i * 16 * (cols / 2) + j);
+    }
   }
-}
+
+  template <typename T>
+  __device__ __forceinline__ void put(const Mask& mask, uint32_t box, int thread) const {
+    const int chunk = thread % 8, upper = thread / 8 % 8;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t at = box + (thread / 64 * 16 + 32 * i + upper) * 128 + (chunk ^ upper) * 16;
+      uint4 a = load_shared(at), b = load_shared(at + 1024);
+      mask.keep<T>(a.x, b.x, words[i][0]);
+      mask.keep<T>(a.y, b.y, words[i][1]);
+      mask.keep<T>(a.z, b.z, words[i][2]);
+      mask.keep<T>(a.w, b.w, words[i][3]);
+      store_shared(at, a);
+      store_shared(at + 1024, b);
+    }
+  }
+};
 
 // What a warpgroup has summed of 64 columns, acc [64, R] as wgmma has it, goes to `out` ...
 template <typename T, int R>
