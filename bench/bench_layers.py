@@ -1,5 +1,6 @@
 """What a row calls: the frozen linear, PEFT's arithmetic written out, peft's module, torch.compile of it, and ours."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -185,14 +186,33 @@ def fusedlora(adapter: str, *, lora_dropout: float = 0.0, use_dora: bool = False
             parameters = (a, b, module.lora_magnitude_vector)
         kept = Kept()
         if lora_dropout:
-            module.register_forward_hook(lambda module, args, y: _note(kept, y, case))
+            _note(module, kept, case)
         return Built(module, parameters, kept)
 
     return build
 
 
-def _note(kept: Kept, y: Tensor, case: Case) -> None:
-    """Keep the seed, or on a CPU the mask, that y's backward will read: the only int64 or bool tensor saved for it."""
-    if kept.wanted:
-        (drawn,) = (t for t in y.grad_fn.saved_tensors if t is not None and not t.is_floating_point())
-        kept.read = lambda: dropout.as_mask(drawn, case.M, case.K, DROPOUT, y.device)
+def _note(module: FusedLoRALinear, kept: Kept, case: Case) -> None:
+    """While wanted, keep what a call's backward will read of its dropout, the seed, or on a CPU the mask: the only int64
+    or bool tensor saved for it."""
+    saved: list[Tensor] = []
+    hooks = contextlib.ExitStack()
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    def before(module: nn.Module, args: tuple[Tensor]) -> None:
+        saved.clear()
+        if kept.wanted:
+            hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+
+    def after(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        hooks.close()
+        if kept.wanted:
+            (drawn,) = (t for t in saved if not t.is_floating_point())
+            kept.read = lambda: dropout.as_mask(drawn, case.M, case.K, DROPOUT, y.device)
+            saved.clear()
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)

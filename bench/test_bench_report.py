@@ -108,7 +108,7 @@ def test_option_is_not_taken_for_an_abbreviation(order, tmp_path):
     words += ["-k", "training and fp32 and 384to384 and frozen", "--benchmark-json", str(tmp_path / "out.json")]
     command = [sys.executable, "-m", "pytest", *words, "--bench-out", str(tmp_path), "-p", "no:cacheprovider"]
     done = subprocess.run(
-        command, cwd=here.parent, capture_output=True, text=True, timeout=300, env=_without_gpu(), check=False
+        command, cwd=here.parent, capture_output=True, text=True, timeout=300, env=_by_itself(), check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "training: frozen 1.000" in done.stdout, "progress is printed past the capture"
@@ -120,7 +120,9 @@ def test_option_is_not_taken_for_an_abbreviation(order, tmp_path):
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["contender"] == "frozen"
 
 
-def _without_gpu() -> dict[str, str]:
+def _by_itself() -> dict[str, str]:
+    """No GPU, and no worker of pytest-xdist, in which pytest-benchmark switches itself off."""
     import os
 
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
