@@ -193,8 +193,8 @@ def fusedlora(adapter: str, *, lora_dropout: float = 0.0, use_dora: bool = False
 
 
 def _note(module: FusedLoRALinear, kept: Kept, case: Case) -> None:
-    """While wanted, keep what a call's backward will read of its dropout, the seed, or on a CPU the mask: the only int64
-    or bool tensor saved for it."""
+    """While wanted, keep what a call's backward will read of its dropout, the seed, or on a CPU the mask: the only one
+    of int64 or bool that is saved for it."""
     saved: list[Tensor] = []
     hooks = contextlib.ExitStack()
 
