@@ -5,8 +5,9 @@
 //
 // Two consumer warpgroups multiply tiles of 128 rows, fed by one TMA thread; two blocks of a cluster take two row
 // blocks beside the same columns and share what they load of `right`. Some clusters, as a rule those that have a tile
-// less than the others, first multiply row blocks by the skinny matrix, which gives S or T. The three other warps of
-// the first warpgroup, the side warps, form dB and dA beside the tiles, which leave memory idle.
+// less than the others, first multiply row blocks by the skinny matrix, which gives S or T; between tiles, which leave
+// memory idle, clusters take jobs of dB and dA. The three other warps of the first warpgroup, the side warps, make
+// operands ready and add up what jobs leave.
 #pragma once
 #include "skinny.cuh"
 #include "wgmma.cuh"
