@@ -9,6 +9,7 @@ from bench_contenders import assert_backend
 from bench_model import ModelRow, Run, Size, decoder, with_adapters
 from bench_model_check import Reference
 from bench_rows import Effort, Failure
+from torch import nn
 from torch._dynamo.utils import counters
 
 from fusedlora.timing import Spread, WallTimer, interleave, peak_memory, ratios, spread
@@ -16,6 +17,15 @@ from fusedlora.timing import Spread, WallTimer, interleave, peak_memory, ratios,
 STEPS = {"step": "forward + backward", "optimizer": "forward + backward + clipping + AdamW (the frozen model: none)"}
 # Each row is a model of its own to torch.compile: with its default limit the ninth would silently run eagerly.
 RECOMPILE_LIMIT = 512
+
+
+def require_fused(model: nn.Module, backend: str) -> None:
+    """Every layer, and none by the reference unless that is the backend."""
+    from fusedlora.integrations.peft import report
+
+    told = report(model)
+    if told.share() != 1.0 or (backend != "reference" and told.share("reference") > 0.0):
+        raise AssertionError(f"not every layer is fused:\n{told}")
 
 
 @dataclass
@@ -87,7 +97,7 @@ class EndToEnd:
             # `fuse` takes "auto", which may take either kind of kernels, or one forward and the other backward.
             kernels = self.backend if self.backend == "reference" else ("triton", "cuda")
             errors = assert_backend(kernels, lambda: reference.check(run))
-            self._require_fused(run)
+            require_fused(run.model, self.backend)
         else:
             errors = reference.check(run)
         graphs = counters["stats"]["unique_graphs"] - graphs
@@ -99,14 +109,6 @@ class EndToEnd:
             result.graphs = graphs if row.compiled else None
         self.say(f"  {row.name}: checked")
         return run
-
-    def _require_fused(self, run: Run) -> None:
-        """Every layer, and none by the reference on a GPU."""
-        from fusedlora.integrations.peft import report
-
-        told = report(run.model)
-        if told.share() != 1.0 or (self.backend != "reference" and told.share("reference") > 0.0):
-            raise AssertionError(f"not every layer is fused:\n{told}")
 
     def _time(self, step: str, runs: dict[str, Run], found: dict[tuple[str, str], Result]) -> None:
         def timer(run: Run) -> WallTimer:

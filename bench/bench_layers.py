@@ -207,12 +207,12 @@ def _note(module: FusedLoRALinear, kept: Kept, case: Case) -> None:
         if kept.wanted:
             hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
 
-    def after(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+    def after(module: nn.Module, args: tuple[Tensor], y: Tensor | None) -> None:
         hooks.close()
-        if kept.wanted:
+        if kept.wanted and y is not None:
             (drawn,) = (t for t in saved if not t.is_floating_point())
             kept.read = lambda: dropout.as_mask(drawn, case.M, case.K, DROPOUT, y.device)
             saved.clear()
 
     module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    module.register_forward_hook(after, always_call=True)  # y is None where the call failed

@@ -255,3 +255,17 @@ def test_sets_that_fit_the_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     with pytest.raises(bench_measure.DoesNotFit, match=r"M=8192 .* needs about \d GiB, 0 GiB are free"):
         lab._sets(case, 3)
+
+
+def test_a_call_that_fails_leaves_no_hooks():
+    case = Case(8, 64, 32, 4, "fp32")
+    (layer,) = make_layers(case, torch.device("cpu"), 1)
+    built = layers.fusedlora("same", lora_dropout=0.1)(layer, case)
+    built.kept.wanted = True
+    with pytest.raises(ValueError, match="in_features"):
+        built.call(layer.x[:, :-1])
+    # refused while hooks are there
+    with torch.autograd.graph.disable_saved_tensors_hooks("none are left"):
+        pass
+    built.call(layer.x)
+    assert built.kept.read().shape == (8, 64)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from bench_end_to_end import require_fused
 from bench_record import hand_over, recorded
 
 from fusedlora.demo_text import stdlib_docstrings
@@ -110,15 +111,14 @@ def draw(curves: dict[str, Curve], path: Path) -> bool:
 def test_loss_curve(benchmark, plan):
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    from fusedlora.integrations.peft import fuse, report
+    from fusedlora.integrations.peft import fuse
 
     shape = SMOKE if not plan.measure else FULL_ON_GPU if plan.on_gpu else FULL
     data = batches(shape.steps).to(plan.device)
     stock = adapted(shape, plan.device)
     fused = fuse(copy.deepcopy(stock))
     curves = {"peft": train(stock, data), "peft, fuse()": train(fused, data)}
-    told = report(fused)
-    assert told.share() == 1.0 and (plan.backend == "reference" or told.share("reference") == 0.0), told
+    require_fused(fused, plan.backend)
 
     ours, theirs = (torch.tensor(curves[name].losses) for name in ("peft, fuse()", "peft"))
     apart = (ours - theirs).abs().max().item()

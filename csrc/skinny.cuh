@@ -42,10 +42,6 @@ struct Mask {
     lower = Type<T>::keep(lower, words[1], bound);
   }
 
-  // The same as bits of a word into which bits() goes for eight fours, shifted right by two before each: where the bit
-  // of element e of four number n is, e = 0, 1 in the upper row and 2, 3 in the lower one.
-  __device__ static constexpr int bit(int n, int e) { return (e % 2 ? 31 : 15) - e / 2 - 2 * (7 - n); }
-
   // The elements of a four, two of each row, as far as they are kept.
   template <typename T>
   __device__ void keep(uint32_t& upper, uint32_t& lower, uint32_t four) const {
@@ -53,6 +49,10 @@ struct Mask {
     hash(words, four);
     keep<T>(upper, lower, words);
   }
+
+  // The same as bits of a word into which bits() goes for eight fours, shifted right by two before each: where the bit
+  // of element e of four number n is, e = 0, 1 in the upper row and 2, 3 in the lower one.
+  __device__ static constexpr int bit(int n, int e) { return (e % 2 ? 31 : 15) - e / 2 - 2 * (7 - n); }
 
   __device__ uint32_t bits(uint32_t four) const {
     uint32_t words[2];
