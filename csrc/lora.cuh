@@ -61,7 +61,8 @@ struct Layout {
   static constexpr int JOB_ROWS = BLOCK_N == 256 ? 128 : 64, BOX = JOB_ROWS * 128, JOB_STAGE = JOB_ROWS * (256 + 2 * R);
   static_assert(JOB_STAGE <= STAGE);
   // What ptxas needs to spill nothing, of 64512 for 128 and 256 threads.
-  static constexpr int SIDE_REGISTERS = BLOCK_N == 256 ? 80 : 136, CONSUMER_REGISTERS = BLOCK_N == 256 ? 208 : 184;
+  static constexpr int WIDE_SIDE = RANKS == 4 ? 72 : 80, SIDE_REGISTERS = BLOCK_N == 256 ? WIDE_SIDE : 136;
+  static constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 64;
 };
 
@@ -116,7 +117,7 @@ __device__ void shrink_rows(
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int R = L::R, STEPS = BLOCK_K / 16;
   const int g = lane / 4, t = lane % 4, group = warp / 4, thread = warp % 4 * 32 + lane;
-  const uint32_t four = Mask::four(row + 16 * warp + g, t, c.depth / 2);
+  const uint32_t eight = Mask::eight(row + 16 * warp + g, 2 * t, c.depth);
   float acc[R / 2] = {};
   const auto release = [&](int stage) {
     if (thread < CLUSTER) barrier_arrive(empty + 8 * stage, thread);
@@ -135,7 +136,9 @@ __device__ void shrink_rows(
         for (int i = 0; i < STEPS; i++) {
           uint32_t a[4], b[4];
           load_matrices(a, left + (16 * (warp % 4) + lane % 16) * 128 + (((2 * i + lane / 16) ^ (lane % 8)) * 16));
-          for (int j = 0; j < 4; j += 2) mask.keep<T>(a[j], a[j + 1], four + (k + box * BLOCK_K + 16 * i + 4 * j) / 2);
+          uint32_t words[4];
+          mask.hash(words, eight + (k + box * BLOCK_K) / 4 + 4 * i);
+          for (int j = 0; j < 4; j++) a[j] = mask.keep<T>(a[j], words[j]);
 #pragma unroll
           for (int n = 0; n < R; n += 16) {
             const int b_row = n + lane / 16 * 8 + lane % 8;
@@ -451,12 +454,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       uint32_t kept[ACCS / 32];  // of the products' registers, those that the dropout keeps
       if constexpr (DROPOUT && BACKWARD) {
         for (int i = 0; i < ACCS; i++) acc[i] = 0.0f;  // or its registers are kept for it during jobs, which want them
-        const uint32_t four = Mask::four(own_row, col / 2 + t, c.cols / 2);
+        const uint32_t eight = Mask::eight(own_row, col + 2 * t, c.cols);
 #pragma unroll
         for (int i = 0; i < ACCS / 32; i++) {
-          kept[i] = 0;
-#pragma unroll
-          for (int n = 0; n < 8; n++) kept[i] = kept[i] >> 2 | mask.bits(four + 32 * i + 4 * n);
+          kept[i] = mask.bits<T>(eight + 16 * i);
           asm volatile("" : "+r"(kept[i])::"memory");
         }
       }
@@ -482,15 +483,28 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       // The step of depth r. The dropout's mask is on its products alone, so there they are formed beside the others below.
       const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2), right = stages + stage * L::STAGE + L::LEFT;
       barrier_wait(full + 8 * stage, phase);
-      if constexpr (!(DROPOUT && BACKWARD)) {
+      float product[32];  // of 64 columns, under the dropout
+      const auto form_product = [&](int i) {
+        wgmma_fence();
+#pragma unroll
+        for (int q = 0; q < RANKS; q++) {
+          const uint64_t b = matrix_descriptor(right + 8192 * i + 32 * q, 16);
+          NarrowWgmma<T, 64, 0, 0>::run(product, matrix_descriptor(left + 32 * q, 16), b, q > 0);
+        }
+        wgmma_commit();
+      };
+      if constexpr (DROPOUT && BACKWARD) {
+        form_product(0);
+        wgmma_wait<1>();
+      } else {
         wgmma_fence();
 #pragma unroll
         for (int q = 0; q < RANKS; q++) {
           Wgmma<T, BLOCK_N, 0>::run(acc, matrix_descriptor(left + 32 * q, 16), matrix_descriptor(right + 32 * q, 16), 1);
         }
         wgmma_commit();
+        wgmma_wait<0>();
       }
-      wgmma_wait<0>();
 #pragma unroll
       for (int i = 0; i < ACCS; i++) asm volatile("" : "+f"(acc[i])::"memory");
       release(stage == 0 ? STAGES - 1 : stage - 1);
@@ -512,31 +526,26 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       const int r = 16 * (warp % 4) + lane % 16;
 #pragma unroll
       for (int i = 0; i < BLOCK_N / 64; i++) {
-        float values[32];
         if constexpr (DROPOUT && BACKWARD) {
-          wgmma_fence();
-#pragma unroll
-          for (int q = 0; q < RANKS; q++) {
-            const uint64_t b = matrix_descriptor(right + 8192 * i + 32 * q, 16);
-            NarrowWgmma<T, 64, 0, 0>::run(values, matrix_descriptor(left + 32 * q, 16), b, q > 0);
-          }
-          wgmma_commit();
           wgmma_wait<0>();
 #pragma unroll
           for (int j = 0; j < 32; j++) {
-            asm volatile("" : "+f"(values[j])::"memory");
-            values[j] = acc[32 * i + j] + (kept[i] >> Mask::bit(j / 4, j % 4) & 1 ? values[j] : 0.0f);
+            asm volatile("" : "+f"(product[j])::"memory");
+            if (kept[i] >> Mask::bit(j / 4, j % 4) & 1) acc[32 * i + j] += product[j];
           }
-          if (i == BLOCK_N / 64 - 1) release(stage);
-        } else {
-          for (int j = 0; j < 32; j++) values[j] = acc[32 * i + j];
+          // The next one is formed while these leave.
+          if (i < BLOCK_N / 64 - 1) {
+            form_product(i + 1);
+          } else {
+            release(stage);
+          }
         }
         const uint32_t own = out + (group * L::OUT_BOXES + i % L::OUT_BOXES) * L::OUT_BOX;
         if (in_group == 0) tma_wait_read<L::OUT_BOXES - 1>();
         meet(3 + group, 128);
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {
-          const float* from = values + 4 * n;
+          const float* from = acc + 32 * i + 4 * n;
           store_matrices(own + r * 128 + (((n + lane / 16) ^ (r % 8)) * 16), Type<T>::pack(from[0], from[1]),
                          Type<T>::pack(from[2], from[3]), Type<T>::pack(from[4], from[5]), Type<T>::pack(from[6], from[7]));
         }

@@ -249,12 +249,11 @@ struct Type;
                    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                   \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                   \
     }                                                                                                                 \
-    /* The elements of a pair whose bits of `hash` reach those of `bound`; the others become zero. */                 \
-    __device__ static uint32_t keep(uint32_t pair, uint32_t hash, uint32_t bound) {                                   \
+    /* All bits of each half of `word`, a number of 15 bits, that is at least that of `bound`. As long as bounds are  \
+       below 0x7C00, what they are as floating-point numbers compares in the same way; NaNs, unordered, are larger. */\
+    __device__ static uint32_t reaches(uint32_t word, uint32_t bound) {                                               \
       uint32_t out;                                                                                                   \
-      asm("{\n.reg .b32 one;\nset.geu." NAME "x2." NAME "x2 one, %2, %3;\nmul.rn." NAME "x2 %0, %1, one;\n}"          \
-          : "=r"(out)                                                                                                 \
-          : "r"(pair), "r"(hash), "r"(bound));                                                                        \
+      asm("set.geu.u32." NAME "x2 %0, %1, %2;" : "=r"(out) : "r"(word), "r"(bound));                                  \
       return out;                                                                                                     \
     }                                                                                                                 \
   };
@@ -263,6 +262,25 @@ FUSEDLORA_TYPE(__nv_bfloat16, "bf16", __float2bfloat16_rn)
 FUSEDLORA_TYPE(__half, "f16", __float2half_rn)
 
 #undef FUSEDLORA_TYPE
+
+// A logic function of three, named by what it makes of 0xF0, 0xCC and 0xAA.
+template <int FUNCTION>
+__device__ __forceinline__ uint32_t logic(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(out) : "r"(a), "r"(b), "r"(c), "n"(FUNCTION));
+  return out;
+}
+
+// The same of the halves of a product, which the compiler would not leave at one multiplication, and a third.
+template <int FUNCTION>
+__device__ __forceinline__ uint32_t fold(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out;
+  asm("{\n.reg .b64 product;\n.reg .b32 low, high;\n"
+      "mul.wide.u32 product, %1, %2;\nmov.b64 {low, high}, product;\nlop3.b32 %0, low, high, %3, %4;\n}"
+      : "=r"(out)
+      : "r"(a), "r"(b), "r"(c), "n"(FUNCTION));
+  return out;
+}
 
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

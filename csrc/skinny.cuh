@@ -7,7 +7,8 @@ namespace fusedlora {
 
 constexpr int SIDE_WARPS = 3;
 constexpr int SIDE_THREADS = 32 * SIDE_WARPS;
-// The dropout's mask: see fusedlora/dropout.py, whose hash this is. Rows m and m + 8 of two columns share one.
+// The dropout's mask: see fusedlora/dropout.py, whose hash this is. Rows m and m + 8 of columns k, k + 1, k + 8 and k + 9
+// share one.
 struct Mask {
   uint32_t low, high, bound;  // the seed's halves; the threshold in both halves of a word
   const uint64_t* seed;       // where the seed is read from, or null
@@ -19,46 +20,41 @@ struct Mask {
     return mask;
   }
 
-  // The number of the four elements that `row` and a pair of columns are in.
-  __device__ static uint32_t four(uint32_t row, uint32_t pair, uint32_t pairs) {
-    return (row / 16 * 8 + row % 8) * pairs + pair;
+  // The number of the eight elements that `row` and `col` of [.., cols] are in; that of column col + 16 is 4 more.
+  __device__ static uint32_t eight(uint32_t row, uint32_t col, uint32_t cols) {
+    return ((row / 16 * 8 + row % 8) * ((cols + 15) / 16) + col / 16) * 4 + col % 8 / 2;
   }
 
-  // Of the upper row and of the lower one.
-  __device__ void hash(uint32_t (&words)[2], uint32_t four) const {
-    uint64_t z = uint64_t(four + low) * 0x9E3779B9u;
-    uint32_t h = uint32_t(z) ^ uint32_t(z >> 32) ^ high;
-    z = uint64_t(h) * 0xBB67AE85u;
-    h = uint32_t(z) ^ uint32_t(z >> 32);
-    z = uint64_t(h) * 0xD2511F53u;
-    words[0] = (uint32_t(z) ^ uint32_t(z >> 32)) & 0x7FFF7FFFu;
-    words[1] = (words[0] ^ __byte_perm(h, 0, 0x1032)) & 0x7FFF7FFFu;
+  // A word for two columns each: of the upper row and the lower one, then of the same rows eight columns on.
+  __device__ void hash(uint32_t (&words)[4], uint32_t eight) const {
+    constexpr int XOR_XOR = 0xF0 ^ 0xCC ^ 0xAA, XOR_AND = (0xF0 ^ 0xCC) & 0xAA;
+    const uint32_t BITS = 0x7FFF7FFFu, h = fold<XOR_XOR>(fold<XOR_XOR>(eight + low, 0x9E3779B9u, high), 0xBB67AE85u, 0);
+    words[0] = fold<XOR_AND>(h, 0xD2511F53u, BITS);
+    words[1] = logic<XOR_AND>(words[0], __byte_perm(h, 0, 0x1032), BITS);
+    words[2] = fold<XOR_AND>(h, 0xA54FF53Bu, BITS);
+    words[3] = logic<XOR_AND>(words[2], __byte_perm(h, 0, 0x0321), BITS);
   }
 
-  // The elements of a four, two of each row, as far as its hash keeps them.
+  // The pair of elements that a word is of, as far as it keeps them.
   template <typename T>
-  __device__ void keep(uint32_t& upper, uint32_t& lower, const uint32_t (&words)[2]) const {
-    upper = Type<T>::keep(upper, words[0], bound);
-    lower = Type<T>::keep(lower, words[1], bound);
+  __device__ uint32_t keep(uint32_t pair, uint32_t word) const {
+    return pair & Type<T>::reaches(word, bound);
   }
 
-  // The elements of a four, two of each row, as far as they are kept.
+  // What is kept of four eights as bits, `numbers` apart by 4: that of column 2 t + 8 j + e % 2, e / 2 its row, at bit(j, e).
+  __device__ static constexpr int bit(int j, int e) { return 2 * j + e / 2 + e % 2 * 16; }
+
   template <typename T>
-  __device__ void keep(uint32_t& upper, uint32_t& lower, uint32_t four) const {
-    uint32_t words[2];
-    hash(words, four);
-    keep<T>(upper, lower, words);
-  }
-
-  // The same as bits of a word into which bits() goes for eight fours, shifted right by two before each: where the bit
-  // of element e of four number n is, e = 0, 1 in the upper row and 2, 3 in the lower one.
-  __device__ static constexpr int bit(int n, int e) { return (e % 2 ? 31 : 15) - e / 2 - 2 * (7 - n); }
-
-  __device__ uint32_t bits(uint32_t four) const {
-    uint32_t words[2];
-    hash(words, four);
-    const uint32_t TOP = 0x80008000u;  // no half borrows from the other
-    return (((words[0] | TOP) - bound) & TOP) | (((words[1] | TOP) - bound) >> 1 & TOP >> 1);
+  __device__ uint32_t bits(uint32_t eight) const {
+    uint32_t kept = 0;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      uint32_t words[4];
+      hash(words, eight + 4 * n);
+#pragma unroll
+      for (int i = 0; i < 4; i++) kept |= Type<T>::reaches(words[i], bound) & 0x00010001u << (4 * n + i);
+    }
+    return kept;
   }
 };
 
@@ -146,31 +142,26 @@ __device__ void put(const Stripes& p, int k, int col, float value) {
 // The mask of a warpgroup's [64, 64] elements in shared memory, of row `row` and column `col` on, swizzled as TMA leaves
 // them. It may be hashed before they are there.
 struct BoxMask {
-  uint32_t words[2][4][2];
+  uint32_t words[4][4];
 
   __device__ __forceinline__ void hash(const Mask& mask, int row, int col, int cols, int thread) {
-    const int upper = thread / 64 * 16 + thread / 8 % 8;
-    const uint32_t four = Mask::four(row + upper, (col + 8 * (thread % 8)) / 2, cols / 2);
+    const uint32_t eight = Mask::eight(row + thread / 32 * 16 + thread / 4 % 8, col + 16 * (thread % 4), cols);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) mask.hash(words[i][j], four + i * 16 * (cols / 2) + j);
-    }
+    for (int t = 0; t < 4; t++) mask.hash(words[t], eight + t);
   }
 
   template <typename T>
   __device__ __forceinline__ void put(const Mask& mask, uint32_t box, int thread) const {
-    const int chunk = thread % 8, upper = thread / 8 % 8;
+    const int upper = thread / 4 % 8, chunk = thread % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const uint32_t at = box + (thread / 64 * 16 + 32 * i + upper) * 128 + (chunk ^ upper) * 16;
-      uint4 a = load_shared(at), b = load_shared(at + 1024);
-      mask.keep<T>(a.x, b.x, words[i][0]);
-      mask.keep<T>(a.y, b.y, words[i][1]);
-      mask.keep<T>(a.z, b.z, words[i][2]);
-      mask.keep<T>(a.w, b.w, words[i][3]);
+    for (int i = 0; i < 4; i++) {
+      const uint32_t at = box + (thread / 32 * 16 + i % 2 * 8 + upper) * 128 + ((chunk + i / 2) ^ upper) * 16;
+      uint4 a = load_shared(at);
+      a.x = mask.keep<T>(a.x, words[0][i]);
+      a.y = mask.keep<T>(a.y, words[1][i]);
+      a.z = mask.keep<T>(a.z, words[2][i]);
+      a.w = mask.keep<T>(a.w, words[3][i]);
       store_shared(at, a);
-      store_shared(at + 1024, b);
     }
   }
 };

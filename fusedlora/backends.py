@@ -15,6 +15,7 @@ from .config import MAX_RANK, MAX_RANK_FLOAT32
 from .cuda_config import MAX_RANK as MAX_RANK_CUDA
 from .cuda_config import prefers_cuda
 from .doctor import doctor_passed
+from .dropout import MAX_P
 
 
 class Call(NamedTuple):
@@ -178,7 +179,7 @@ def _triton_why_not(call: Call) -> str | None:
 def _shapes_why_not(call: Call, max_rank: int) -> str | None:
     """What any kernels that read through tensor maps have against the tensors."""
     if call.dropout == "mask":
-        return "dropout comes as a mask, the kernels make theirs from a seed"
+        return f"dropout comes as a mask, as it does above a rate of {MAX_P}: the kernels make theirs from a seed"
     size = call.dtype.itemsize
     for name, columns in (("in_features", call.K), ("out_features", call.N)):
         if columns * size % 16:

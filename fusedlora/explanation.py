@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends, dora, tuning
 from .arguments import admit
-from .dropout import drawn_on_device
+from .dropout import MAX_P, drawn_on_device
 from .linear import FusedLoRALinear
 from .memory import device_memory, row_major, skinny_rows
 
@@ -92,7 +92,7 @@ def explain(
         return Explanation(chosen, reasons, None, tuple(copies))
     mask = None
     if training and dropout_p > 0.0:
-        seeded = x.device.type == "cuda" or backend == "triton"
+        seeded = dropout_p <= MAX_P and (x.device.type == "cuda" or backend == "triton")
         where = x.device if drawn_on_device(x) else None
         mask = torch.empty(0, dtype=torch.int64 if seeded else torch.bool, device=where)
     call = backends.describe_call(backend, x, weight, lora_A, lora_B, mask, scale, adapter_dtype)

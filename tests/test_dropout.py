@@ -26,18 +26,19 @@ def seeds(count: int) -> list[int]:
 @pytest.mark.parametrize("M", [1, 16, 37, 43])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9999])
 def test_the_definition_in_python_integers(p: float, M: int) -> None:
-    seed, K = 2**62 + 0xFEDCBA9876543, 24
+    seed, K = 2**62 + 0xFEDCBA9876543, 40
     low, high, wrap = seed % 2**32, seed >> 32, 2**32
     got = mask_of(seed, M, K, p)
     assert got.shape == (M, K)
     for m, k in itertools.product(range(M), range(K)):
-        z = (((m // 16 * 8 + m % 8) * K + k) // 2 + low) % wrap * 0x9E3779B9
+        z = (((m // 16 * 8 + m % 8) * 3 + k // 16) * 4 + k % 8 // 2 + low) % wrap * 0x9E3779B9
         z = ((z ^ z >> 32) % wrap ^ high) * 0xBB67AE85
         h = (z ^ z >> 32) % wrap
-        z = h * 0xD2511F53
+        factor, turn = (0xD2511F53, 16) if k % 16 < 8 else (0xA54FF53B, 8)
+        z = h * factor
         word = (z ^ z >> 32) % wrap
         if m % 16 >= 8:
-            word ^= h >> 16 | h % 2**16 << 16
+            word ^= h >> turn | h % 2**turn << 32 - turn
         assert got[m, k].item() == ((word >> k % 2 * 16) % 2**15 >= round(p * 2**15))
 
 
@@ -110,31 +111,32 @@ def test_runs_of_eight_have_every_pattern() -> None:
 
 
 def of_one_hash(mask: torch.Tensor) -> torch.Tensor:
-    """[count, 4] of a mask [M, K], M % 16 = 0: the elements that share a hash, rows m and m + 8 of two columns."""
+    """[count, 8] of a mask [M, K], both multiples of 16: the elements that share a hash."""
     M, K = mask.shape
-    return mask.view(M // 16, 2, 8, K // 2, 2).permute(0, 2, 3, 1, 4).reshape(-1, 4)
+    return mask.view(M // 16, 2, 8, K // 16, 2, 4, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(-1, 8)
 
 
 @pytest.mark.parametrize("p", [0.02, 0.1, 0.3, 0.5])
-def test_the_four_of_one_hash_are_independent(p: float) -> None:
+def test_the_eight_of_one_hash_are_independent(p: float) -> None:
     for seed in seeds(2):
-        four = of_one_hash(mask_of(seed, 2048, 1024, p))
-        signs = four.double() - (1 - p)
+        eight = of_one_hash(mask_of(seed, 2048, 1024, p))
+        signs = (eight.double() - (1 - p)) / math.sqrt(p * (1 - p))
         for size in range(1, 5):
-            for chosen in itertools.combinations(range(4), size):
-                product = signs[:, chosen].prod(1) / (p * (1 - p)) ** (size / 2)
-                assert abs(product.mean().item() * math.sqrt(len(four))) < 5, chosen
+            for chosen in itertools.combinations(range(8), size):
+                assert abs(signs[:, chosen].prod(1).mean().item() * math.sqrt(len(eight))) < 5, chosen
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_fours_have_every_outcome(p: float) -> None:
+def test_eights_have_every_outcome(p: float) -> None:
     for seed in seeds(2):
-        four = of_one_hash(mask_of(seed, 2048, 1024, p))
-        outcomes = (four.int() * 2 ** torch.arange(4)).sum(1).bincount(minlength=16).double()
-        kept = torch.tensor([number.bit_count() for number in range(16)])
-        expected = len(four) * (1 - p) ** kept * p ** (4 - kept)
-        chi2 = ((outcomes - expected) ** 2 / expected).sum().item()
-        assert chi2 < 15 + 6 * math.sqrt(30)
+        eight = of_one_hash(mask_of(seed, 2048, 1024, p))
+        outcomes = (eight.int() * 2 ** torch.arange(8)).sum(1).bincount(minlength=256).double()
+        kept = torch.tensor([number.bit_count() for number in range(256)])
+        expected = len(eight) * (1 - p) ** kept * p ** (8 - kept)
+        often = expected > 5  # χ² says nothing of what hardly ever comes
+        chi2 = ((outcomes - expected) ** 2 / expected)[often].sum().item()
+        count = int(often.sum())
+        assert chi2 < count + 6 * math.sqrt(2 * count)
 
 
 def test_a_seed_is_on_the_cpu_whatever_the_default_device_is() -> None:
