@@ -2,10 +2,10 @@
 #pragma once
 #include <stdint.h>
 
-// Null: not there, or not wanted. Pitches: elements from a row to the next. has_seed: 0, 1, or 2 where `seed` is the
-// address of the seed.
+// Null: not there, or not wanted. Pitches: elements from a row to the next. terms: 1, or 3 where the adapters, fp32, and S
+// keep their precision (see skinny.cuh). has_seed: 0, 1, or 2 where `seed` is the address of the seed.
 typedef struct {
-  int64_t is_bf16, param_is_float, bias_is_float, block_n, group, programs, shrink_clusters, parts_a, parts_b;
+  int64_t is_bf16, param_is_float, bias_is_float, terms, block_n, group, programs, shrink_clusters, parts_a, parts_b;
   int64_t decode_rows, decode_split, decode_early;  // of the decode kernel; zero: the tile kernel
   int64_t M, N, K, r;
   int64_t x_pitch, dy_pitch, w_pitch, a_pitch, b_pitch;

@@ -1,7 +1,8 @@
 // The C interface: workspaces' layout, tensor maps and the launch. No torch header is needed.
 //
 // Compiled as it is this file gives everything. To compile it in parallel, it gives with -DFUSEDLORA_UNIT_RANKS=1, 2 or
-// 4 and -DFUSEDLORA_UNIT_BACKWARD=0 or 1 the kernels of so many 16 ranks and that direction, with
+// 4 and -DFUSEDLORA_UNIT_BACKWARD=0 or 1 the kernels of so many 16 ranks and that direction, also with
+// -DFUSEDLORA_UNIT_TERMS=3 (of 4) those for adapters of three terms, with
 // -DFUSEDLORA_UNIT_DECODE=0 or 1 those of decoding in fp16 or bf16, with -DFUSEDLORA_UNITS what lies above them.
 #include <atomic>
 #include <cstdio>
@@ -93,10 +94,10 @@ int launch_clusters(void (*kernel)(C), std::atomic<uint64_t>& allowed, int bytes
   return status == cudaSuccess ? 0 : fail("cudaLaunchKernelEx", status);
 }
 
-template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
 int launch(const Arguments& a, const Call<T>& call) {
   static std::atomic<uint64_t> allowed{0};
-  return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT>, allowed, Layout<BLOCK_N, RANKS>::TOTAL,
+  return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT, TERMS>, allowed, Layout<BLOCK_N, RANKS>::TOTAL,
                          a.programs, THREADS, CLUSTER, false, a.stream, call);
 }
 
@@ -132,7 +133,7 @@ struct Operands {
 };
 
 // The bytes of workspace it takes.
-template <typename T, int RANKS, bool BACKWARD>
+template <typename T, int RANKS, bool BACKWARD, int TERMS>
 int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   constexpr int R = 16 * RANKS;
   Places places{static_cast<char*>(a.workspace)};
@@ -145,23 +146,23 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   const int N = int(a.N), K = int(a.K), M = int(a.M);
   Shrink<T>& shrink = c.shrink;
   shrink.scaling = float(a.scaling);
-  [[maybe_unused]] const bool as_is = !is_float && a.r == R;
+  [[maybe_unused]] const bool as_is = TERMS == 1 && !is_float && a.r == R;
   if constexpr (!BACKWARD) {
     operands.skinny = static_cast<const T*>(a.a);
     if (!as_is || a.a_pitch != K || reinterpret_cast<uintptr_t>(a.a) % 16) {
       T* skinny = places.take<T>(int64_t(R) * K);
-      c.preparations[c.num_preparations++] = {a.a, skinny, K, 1, a.a_pitch, 1, K, is_float};
+      c.preparations[c.num_preparations++] = {a.a, skinny, K, 1, a.a_pitch, 1, K, is_float, EACH_TERM};
       c.prepares_skinny = true;
       operands.skinny = skinny;
     }
     operands.wide = static_cast<const T*>(a.b);
     if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
       T* wide = places.take<T>(int64_t(N) * R);
-      c.preparations[c.num_preparations++] = {a.b, wide, N, a.b_pitch, 1, R, 1, is_float};
+      c.preparations[c.num_preparations++] = {a.b, wide, N, a.b_pitch, 1, R, 1, is_float, WIDE_TERMS};
       operands.wide = wide;
     }
     shrink.out = places.take<T>(int64_t(M) * R);
-    shrink.saved = static_cast<T*>(a.saved_s);
+    shrink.saved = a.saved_s;
     c.gain = static_cast<const float*>(a.gain), c.bias = a.bias, c.bias_is_float = a.bias_is_float;
     c.tiles = true;
   } else {
@@ -170,7 +171,7 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
       operands.skinny = static_cast<const T*>(a.b);
       if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
         T* skinny = places.take<T>(int64_t(R) * N);
-        c.preparations[c.num_preparations++] = {a.b, skinny, N, a.b_pitch, 1, R, 1, is_float};
+        c.preparations[c.num_preparations++] = {a.b, skinny, N, a.b_pitch, 1, R, 1, is_float, EACH_TERM};
         c.prepares_skinny = true;
         operands.skinny = skinny;
       }
@@ -178,16 +179,16 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
     }
     if (a.dx) {
       T* wide = places.take<T>(int64_t(K) * R);
-      c.preparations[c.num_preparations++] = {a.a, wide, K, 1, a.a_pitch, R, 1, is_float};
+      c.preparations[c.num_preparations++] = {a.a, wide, K, 1, a.a_pitch, R, 1, is_float, WIDE_TERMS};
       operands.wide = wide;
       c.tiles = true;
     }
     int* arrived = c.words + PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
     if (a.db) {
       operands.saved_s = static_cast<const T*>(a.s);
-      if (a.r != R || reinterpret_cast<uintptr_t>(a.s) % 16) {
+      if (TERMS > 1 || a.r != R || reinterpret_cast<uintptr_t>(a.s) % 16) {
         T* small = places.take<T>(int64_t(M) * R);
-        c.preparations[c.num_preparations++] = {a.s, small, M, a.r, 1, R, 1, false};
+        c.preparations[c.num_preparations++] = {a.s, small, M, a.r, 1, R, 1, TERMS > 1, EACH_TERM};
         operands.saved_s = small;
       }
       float* partial = a.parts_b > 1 ? places.take<float>(a.parts_b * stripe_count(N) * STRIPE * R) : nullptr;
@@ -201,12 +202,12 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   return places.used;
 }
 
-template <typename T, int RANKS, bool BACKWARD>
+template <typename T, int RANKS, bool BACKWARD, int TERMS>
 int run(const Arguments& a, int64_t* sizes) {
   [[maybe_unused]] constexpr int R = 16 * RANKS;
   Call<T> call;
   Operands<T> operands;
-  const int64_t used = prepare_call<T, RANKS, BACKWARD>(a, call, operands);
+  const int64_t used = prepare_call<T, RANKS, BACKWARD, TERMS>(a, call, operands);
   if (sizes) {
     sizes[0] = used;
     sizes[1] = PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
@@ -244,17 +245,19 @@ int run(const Arguments& a, int64_t* sizes) {
   }
   const bool masked = a.has_seed != 0;
   if (a.block_n == 256) {
-    return masked ? launch<T, 256, RANKS, BACKWARD, true>(a, call) : launch<T, 256, RANKS, BACKWARD, false>(a, call);
+    return masked ? launch<T, 256, RANKS, BACKWARD, true, TERMS>(a, call) : launch<T, 256, RANKS, BACKWARD, false, TERMS>(a, call);
   }
-  return masked ? launch<T, 128, RANKS, BACKWARD, true>(a, call) : launch<T, 128, RANKS, BACKWARD, false>(a, call);
+  return masked ? launch<T, 128, RANKS, BACKWARD, true, TERMS>(a, call) : launch<T, 128, RANKS, BACKWARD, false, TERMS>(a, call);
 }
 
 }  // namespace
 
-template <int RANKS, bool BACKWARD>
+template <int RANKS, bool BACKWARD, int TERMS>
 int by_type(const Arguments& a, int64_t* sizes) {
-  if (!a.is_bf16) return run<__half, RANKS, BACKWARD>(a, sizes);
-  return run<__nv_bfloat16, RANKS, BACKWARD>(a, sizes);
+  if constexpr (TERMS == 1) {
+    if (!a.is_bf16) return run<__half, RANKS, BACKWARD, 1>(a, sizes);
+  }
+  return run<__nv_bfloat16, RANKS, BACKWARD, TERMS>(a, sizes);
 }
 
 // A, in x's dtype, is one that a tensor map reads.
@@ -271,18 +274,23 @@ template int decode<std::conditional_t<FUSEDLORA_UNIT_DECODE, __nv_bfloat16, __h
 
 #elif defined(FUSEDLORA_UNIT_RANKS)
 
-template int by_type<FUSEDLORA_UNIT_RANKS, FUSEDLORA_UNIT_BACKWARD>(const Arguments&, int64_t*);
+#ifndef FUSEDLORA_UNIT_TERMS
+#define FUSEDLORA_UNIT_TERMS 1
+#endif
+template int by_type<FUSEDLORA_UNIT_RANKS, FUSEDLORA_UNIT_BACKWARD, FUSEDLORA_UNIT_TERMS>(const Arguments&, int64_t*);
 }  // namespace fusedlora
 
 #else
 
 #ifdef FUSEDLORA_UNITS
-extern template int by_type<1, false>(const Arguments&, int64_t*);
-extern template int by_type<2, false>(const Arguments&, int64_t*);
-extern template int by_type<4, false>(const Arguments&, int64_t*);
-extern template int by_type<1, true>(const Arguments&, int64_t*);
-extern template int by_type<2, true>(const Arguments&, int64_t*);
-extern template int by_type<4, true>(const Arguments&, int64_t*);
+extern template int by_type<1, false, 1>(const Arguments&, int64_t*);
+extern template int by_type<2, false, 1>(const Arguments&, int64_t*);
+extern template int by_type<4, false, 1>(const Arguments&, int64_t*);
+extern template int by_type<4, false, 3>(const Arguments&, int64_t*);
+extern template int by_type<1, true, 1>(const Arguments&, int64_t*);
+extern template int by_type<2, true, 1>(const Arguments&, int64_t*);
+extern template int by_type<4, true, 1>(const Arguments&, int64_t*);
+extern template int by_type<4, true, 3>(const Arguments&, int64_t*);
 extern template int decode<__half>(const Arguments&);
 extern template int decode<__nv_bfloat16>(const Arguments&);
 #endif
@@ -290,9 +298,13 @@ thread_local char problem[256] = "";
 
 template <bool BACKWARD>
 int by_rank(const Arguments& a, int64_t* sizes) {
-  if (a.r <= 16) return by_type<1, BACKWARD>(a, sizes);
-  if (a.r <= 32) return by_type<2, BACKWARD>(a, sizes);
-  if (a.r <= 64) return by_type<4, BACKWARD>(a, sizes);
+  if (a.terms == 3) {
+    const bool taken = a.r <= 16 && a.is_bf16 && a.param_is_float;
+    return taken ? by_type<4, BACKWARD, 3>(a, sizes) : fail("three terms", -5);
+  }
+  if (a.r <= 16) return by_type<1, BACKWARD, 1>(a, sizes);
+  if (a.r <= 32) return by_type<2, BACKWARD, 1>(a, sizes);
+  if (a.r <= 64) return by_type<4, BACKWARD, 1>(a, sizes);
   return fail("r", -3);
 }
 

@@ -23,8 +23,8 @@ enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
 // out [M, R] = scaling · left · skinnyᵀ; skinny is [R, depth] in the forward, in the backward B as it lies, [depth, R].
 template <typename T>
 struct Shrink {
-  T* out;    // [M, R], or null
-  T* saved;  // [M, r], or null
+  T* out;       // [M, R], or null
+  void* saved;  // [M, r], of T or, with terms, fp32; or null
   float scaling;
   int clusters;  // how many take part, those of the first places; each does what one that has not begun would leave
 };
@@ -89,7 +89,7 @@ __device__ int other_tasks(const Call<T>& c) {
 }
 
 // Side warps: what others read is made ready.
-template <typename T, int RANKS>
+template <typename T, int RANKS, int TERMS>
 __device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int lane) {
   const int thread = warp * 32 + lane, tickets = skinny_tasks(c) + other_tasks(c);
   while (tickets > 0) {
@@ -100,7 +100,7 @@ __device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int 
     if (ticket >= tickets) return;
     for (int i = 0, task = ticket; i < c.num_preparations; i++) {
       const int count = preparation_tasks(c.preparations[i]);
-      if (task >= 0 && task < count) prepare<T, RANKS>(c.preparations[i], task, c.r, thread);
+      if (task >= 0 && task < count) prepare<T, RANKS, TERMS>(c.preparations[i], task, c.r, thread);
       task -= count;
     }
     meet(1, SIDE_THREADS);
@@ -110,7 +110,7 @@ __device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int 
 }
 
 // Consumers: out [128, R] = scaling · left · skinnyᵀ for the row block from `row` on, published.
-template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
 __device__ void shrink_rows(
     const Call<T>& c, const Mask& mask, int row, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
     int lane) {
@@ -118,7 +118,7 @@ __device__ void shrink_rows(
   constexpr int R = L::R, STEPS = BLOCK_K / 16;
   const int g = lane / 4, t = lane % 4, group = warp / 4, thread = warp % 4 * 32 + lane;
   const uint32_t eight = Mask::eight(row + 16 * warp + g, 2 * t, c.depth);
-  float acc[R / 2] = {};
+  float acc[R / 2] = {}, total[8] = {};  // with terms acc is of a stage
   const auto release = [&](int stage) {
     if (thread < CLUSTER) barrier_arrive(empty + 8 * stage, thread);
   };
@@ -153,35 +153,58 @@ __device__ void shrink_rows(
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
           const uint64_t b = BACKWARD ? narrow_descriptor<R>(right + 32 * R * i) : matrix_descriptor(right + 32 * i, 16);
-          NarrowWgmma<T, R, 0, BACKWARD>::run(acc, matrix_descriptor(left + 32 * i, 16), b);
+          NarrowWgmma<T, R, 0, BACKWARD>::run(acc, matrix_descriptor(left + 32 * i, 16), b, TERMS == 1 || box + i > 0);
         }
         wgmma_commit();
-        wgmma_wait<1>();
-        if (box == 0 && k > 0) release(before);
+        if (TERMS == 1) wgmma_wait<1>();
+        if (TERMS == 1 && box == 0 && k > 0) release(before);
       }
     }
     before = stage;
+    if constexpr (TERMS > 1) {
+      if (!DROPOUT) {
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
+        release(before);
+      }
+      add_terms<R>(total, acc);
+      if (DROPOUT) {
+        for (int i = 0; i < R / 2; i++) acc[i] = 0.0f;
+      }
+    }
     if (DROPOUT) {
       meet(3 + group, 128);  // other warps' loads
       release(before);
     }
     if (++stage == L::STAGES) stage = 0, phase ^= 1;
   }
-  if (!DROPOUT) {
-    wgmma_wait<0>();
-    release(before);
+  if (TERMS == 1) {
+    if (!DROPOUT) {
+      wgmma_wait<0>();
+      release(before);
+    }
+#pragma unroll
+    for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
   }
 #pragma unroll
-  for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
-#pragma unroll
-  for (int n = 0; n < R / 8; n++) {
+  for (int n = 0; n < SUM_RANKS<R, TERMS> / 8; n++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int m = row + 16 * warp + g + 8 * (i / 2), k = 8 * n + 2 * t + i % 2;
-      if (m < c.M) {
+      if (m >= c.M) continue;
+      T* out = c.shrink.out + int64_t(m) * R + k;
+      const int64_t at = int64_t(m) * c.r + k;
+      const bool saves = c.shrink.saved && k < c.r;
+      if constexpr (TERMS == 1) {
         const T value = Type<T>::from(acc[4 * n + i] * c.shrink.scaling);
-        c.shrink.out[int64_t(m) * R + k] = value;
-        if (c.shrink.saved && k < c.r) c.shrink.saved[int64_t(m) * c.r + k] = value;
+        *out = value;
+        if (saves) static_cast<T*>(c.shrink.saved)[at] = value;
+      } else {
+        const float value = regained(total[4 * n + i], L::BOXES * BLOCK_K) * c.shrink.scaling;
+#pragma unroll
+        for (int j = 0; j < 4; j++) out[16 * j] = term<T>(value, SMALL_TERMS >> 4 * j & 15);
+        if (saves) static_cast<float*>(c.shrink.saved)[at] = value;
       }
     }
   }
@@ -192,12 +215,13 @@ __device__ void shrink_rows(
 
 // A warpgroup: the sums of `stripe` over the rows of `part`. Parts are left for a side warp, which `told` tells of them
 // once it has taken what was left before.
-template <typename T, int BLOCK_N, int RANKS, bool DROPOUT>
+template <typename T, int BLOCK_N, int RANKS, bool DROPOUT, int TERMS>
 __device__ __forceinline__ void stripe_job(
     const Call<T>& c, const Stripes& p, const Mask& mask, bool masked, int stripe, int part, uint32_t stages, uint32_t full,
     uint32_t empty, int& stage, int& phase, int group, int thread, uint32_t told, int& before) {
   using L = Layout<BLOCK_N, RANKS>;
-  float acc[L::R / 2] = {};
+  constexpr int SUMS = SUM_RANKS<L::R, TERMS>;
+  float acc[L::R / 2] = {}, total[8] = {};  // with terms acc is of a stage
   const int rows = part_rows<L::JOB_ROWS>(c.M, p.parts), end = min((part + 1) * rows, c.M);
 #pragma unroll 1
   for (int m = part * rows; m < end; m += L::JOB_ROWS) {
@@ -219,20 +243,34 @@ __device__ __forceinline__ void stripe_job(
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < L::JOB_ROWS / 16; i++) {
-      NarrowWgmma<T, L::R, 1, 1>::run(acc, matrix_descriptor(src + 2048 * i, 16), narrow_descriptor<L::R>(small + 32 * L::R * i));
+      const uint64_t b = narrow_descriptor<L::R>(small + 32 * L::R * i);
+      NarrowWgmma<T, L::R, 1, 1>::run(acc, matrix_descriptor(src + 2048 * i, 16), b, TERMS == 1 || i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
+    if constexpr (TERMS > 1) {
+#pragma unroll
+      for (int i = 0; i < L::R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
+      add_terms<L::R>(total, acc);
+    }
     if (thread < CLUSTER) barrier_arrive(empty + 8 * stage, thread);
     if (++stage == L::STAGES) stage = 0, phase ^= 1;
   }
+  float sums[SUMS / 2];
 #pragma unroll
-  for (int i = 0; i < L::R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
+  for (int i = 0; i < SUMS / 2; i++) {
+    if constexpr (TERMS == 1) {
+      asm volatile("" : "+f"(acc[i])::"memory");
+      sums[i] = acc[i];
+    } else {
+      sums[i] = regained(total[i], L::JOB_ROWS);
+    }
+  }
   if (p.parts == 1) {
-    put_sums<T, L::R>(p, acc, stripe, c.r, thread);
+    put_sums<T, SUMS>(p, sums, stripe, c.r, thread);
     return;
   }
-  leave_sums<L::R>(p, acc, stripe, part, thread);
+  leave_sums<SUMS>(p, sums, stripe, part, thread);
   meet(3 + group, 128);
   if (thread == 0) {
     if (before > 0) barrier_wait(told + 16, (before - 1) % 2);
@@ -241,7 +279,7 @@ __device__ __forceinline__ void stripe_job(
   before++;
 }
 
-template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT>
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
 __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant__ Call<T> c) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int STAGES = L::STAGES, ACCS = BLOCK_N / 2;
@@ -396,7 +434,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         }
       }
     } else {
-      prepare_all<T, RANKS>(c, next, warp - 1, lane);
+      prepare_all<T, RANKS, TERMS>(c, next, warp - 1, lane);
       if constexpr (BACKWARD) {
         if (warp == 3) {
           if (c.stripes[1].out) {
@@ -414,7 +452,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             barrier_wait(sums_left + 8 * group, seen++ % 2);
             if (lane == 0) barrier_arrive(sums_taken + 8 * group);
             const int stripe = jobs.index(n) / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
-            add_parts<T, L::R>(p, stripe, c.r, lane);
+            add_parts<T, SUM_RANKS<L::R, TERMS>>(p, stripe, c.r, lane);
           }
         }
       }
@@ -429,7 +467,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     };
     for (int owner = place; owner < c.shrink.clusters; owner = next_owner(owner)) {
       for (int pair_m = owner; pair_m < pairs_m; pair_m += c.shrink.clusters) {
-        shrink_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD>(
+        shrink_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD, TERMS>(
             c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
       }
     }
@@ -440,7 +478,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           const bool is_da = jobs.is_da(done);
           const Stripes& p = c.stripes[is_da];
           const int stripe = jobs.index(done) / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
-          stripe_job<T, BLOCK_N, RANKS, DROPOUT>(
+          stripe_job<T, BLOCK_N, RANKS, DROPOUT, TERMS>(
               c, p, mask, is_da, stripe, jobs.index(done) % p.parts, stages, full, empty, stage, phase, group, in_group,
               sums_left + 8 * group, left_before);
         }

@@ -58,15 +58,50 @@ struct Mask {
   }
 };
 
+// Adapters that keep fp32's precision are taken as sums of three 16-bit terms. Their operands have 64 columns for up to 16
+// ranks, in groups of 16: which term each group is of, the first group's in the lowest four bits, 0 for none. The rows of
+// S or T beside those of `wide` then give first · first + second · first + first · second; what they leave out is below
+// fp32's precision of the products of 16-bit numbers that they are added to.
+constexpr uint32_t EACH_TERM = 0x0321, SMALL_TERMS = 0x1321, WIDE_TERMS = 0x2011;
+
+// The ranks of sums over operands of R columns.
+template <int R, int TERMS>
+constexpr int SUM_RANKS = TERMS == 1 ? R : 16;
+
+// Term number n, from 1 on, of a number; zero for n = 0.
+template <typename T>
+__device__ T term(float value, int n) {
+  T found = T(0.0f);
+  for (; n > 0; n--) {
+    found = Type<T>::from(value);
+    value -= float(found);
+  }
+  return found;
+}
+
+// Adds a step's sums over three terms, as wgmma holds them, to those of all. Tensor cores truncate where they add, which
+// over many steps costs more than the terms gain: hence a step at a time, and an ordinary, rounding addition.
+template <int R>
+__device__ __forceinline__ void add_terms(float (&total)[8], const float (&step)[R / 2]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) total[i] += step[16 + i] + step[8 + i] + step[i];
+}
+
+// A total of steps `depth` deep without what truncation within them took, on average: kernels/triton/common.py measured it.
+__device__ __forceinline__ float regained(float total, int depth) {
+  return fmaf(total, 2e-8f + 6.25e-10f * depth, total);
+}
+
 // A skinny operand as the kernels read it: 16-bit, its rank padded with zeros, made from a parameter of any dtype, any
 // rank and any alignment. Element (i, k) of the parameter, i along its long side, k < r, lies at i · long_in + k ·
-// rank_in, and goes to i · long_out + k · rank_out.
+// rank_in, and goes to i · long_out + k · rank_out; with terms, k is that within each group.
 struct Preparation {
   const void* from;
   void* to;
   int length;
   int64_t long_in, rank_in, long_out, rank_out;
   bool is_float;
+  uint32_t groups;  // of which terms
 };
 
 // A thread takes one i.
@@ -76,7 +111,7 @@ __host__ __device__ inline int preparation_tasks(const Preparation& p) {
   return (p.length + PREPARE_LENGTH - 1) / PREPARE_LENGTH;
 }
 
-template <typename T, typename From, int RANKS>
+template <typename T, typename From, int RANKS, int TERMS>
 __device__ void prepare_from(const Preparation& p, int task, int r, int thread) {
   const int64_t i = int64_t(task) * PREPARE_LENGTH + thread;
   if (i >= p.length) return;
@@ -85,8 +120,9 @@ __device__ void prepare_from(const Preparation& p, int task, int r, int thread) 
     alignas(16) T values[16];
 #pragma unroll
     for (int k = 0; k < 16; k++) {
-      const From* from = static_cast<const From*>(p.from) + i * p.long_in + (first + k) * p.rank_in;
-      values[k] = first + k < r ? Type<T>::from(float(*from)) : T(0.0f);
+      const int rank = TERMS == 1 ? first + k : k;
+      const From* from = static_cast<const From*>(p.from) + i * p.long_in + rank * p.rank_in;
+      values[k] = rank < r ? term<T>(float(*from), TERMS == 1 ? 1 : p.groups >> first / 4 & 15) : T(0.0f);
     }
     T* to = static_cast<T*>(p.to) + i * p.long_out + first * p.rank_out;
     if (p.rank_out == 1) {
@@ -98,12 +134,12 @@ __device__ void prepare_from(const Preparation& p, int task, int r, int thread) 
   }
 }
 
-template <typename T, int RANKS>
+template <typename T, int RANKS, int TERMS>
 __device__ void prepare(const Preparation& p, int task, int r, int thread) {
-  if (p.is_float) {
-    prepare_from<T, float, RANKS>(p, task, r, thread);
+  if (TERMS > 1 || p.is_float) {
+    prepare_from<T, float, RANKS, TERMS>(p, task, r, thread);
   } else {
-    prepare_from<T, T, RANKS>(p, task, r, thread);
+    prepare_from<T, T, RANKS, 1>(p, task, r, thread);
   }
 }
 

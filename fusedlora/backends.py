@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cuda, reference
 from .config import MAX_RANK, MAX_RANK_FLOAT32
 from .cuda_config import MAX_RANK as MAX_RANK_CUDA
-from .cuda_config import prefers_cuda
+from .cuda_config import MAX_RANK_PRECISE, prefers_cuda
 from .doctor import doctor_passed
 from .dropout import MAX_P
 
@@ -203,15 +203,19 @@ def _cuda_why_not(call: Call) -> str | None:
     capability = _capability(call.device)
     if capability != (9, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
-    about = (call.direction, call.rows, call.N, call.K, call.r, call.dropout != "", call.param_dtype is not call.dtype)
+    precise, converts = call.adapter_dtype is not call.dtype, call.param_dtype is not call.dtype
+    about = (call.direction, call.rows, call.N, call.K, call.r, call.dropout != "", converts, precise)
     if not (call.named or prefers_cuda(*about)):
         return "these kernels have not been measured faster here"
     if (missing := cuda.missing()) is not None:
         return missing
     if call.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype is {call.dtype}, the kernels take bfloat16 and float16"
-    if call.adapter_dtype is not call.dtype:
-        return f"lora_A is {call.param_dtype} outside autocast, the kernels multiply adapters in x's {call.dtype}"
+    if precise and (call.dtype is not torch.bfloat16 or call.r > MAX_RANK_PRECISE):
+        return (
+            f"lora_A is {call.param_dtype} outside autocast and r is {call.r}: the kernels keep such adapters' precision "
+            f"over bfloat16 up to r = {MAX_RANK_PRECISE}, x is {call.dtype}"
+        )
     if call.scale:
         return "scaling is a tensor, which is read on the device: the kernels take a number"
     return _shapes_why_not(call, MAX_RANK_CUDA)

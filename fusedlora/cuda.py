@@ -23,7 +23,7 @@ from .recipe import SOURCES, Recipe, address
 
 # The struct's members: those that a plan fixes, then those of each call. test_cuda_build.py compares them with C's.
 SETTINGS = (
-    *("is_bf16", "param_is_float", "bias_is_float", "block_n", "group", "programs", "shrink_clusters"),
+    *("is_bf16", "param_is_float", "bias_is_float", "terms", "block_n", "group", "programs", "shrink_clusters"),
     *("parts_a", "parts_b", "decode_rows", "decode_split", "decode_early"),
     *("M", "N", "K", "r", "x_pitch", "dy_pitch", "w_pitch", "a_pitch", "b_pitch"),
 )
@@ -150,15 +150,17 @@ def _plan(
     direction: str,
     device: torch.device,
     sizes: tuple[int, int, int, int],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None],
     pitches: tuple[int, int, int, int, int],
     there: tuple[int, ...],
     drops: bool,
     config: CudaConfig | None,
 ) -> Any:
-    """there: for each pointer up to db 0 where there is none, else its address modulo 16, or 16."""
+    """dtypes: of x, the adapter's products, its parameters and the bias. there: for each pointer up to db 0 where there is
+    none, else its address modulo 16, or 16.
+    """
     M, N, K, r = sizes
-    dtype, param_dtype, bias_dtype = dtypes
+    dtype, adapter_dtype, param_dtype, bias_dtype = dtypes
     forward = direction == "forward"
     if config is None:
         out, depth = (N, K) if forward else (K, N)
@@ -168,6 +170,7 @@ def _plan(
         "is_bf16": dtype is torch.bfloat16,
         "param_is_float": param_dtype is torch.float32,
         "bias_is_float": bias_dtype is torch.float32,
+        "terms": 1 if adapter_dtype is dtype else 3,
         "block_n": config.block_n,
         "group": config.group,
         "programs": config.programs,
@@ -210,10 +213,10 @@ def forward_plan(
     """The launch for these tensors, x [M, K] as `row_major` and lora_A and lora_B as `skinny_rows` give them.
 
     It serves all tensors that have their shapes, strides, dtypes and device, and addresses aligned to 16 bytes alike.
-    scale is none and adapter_dtype x's dtype: nothing else is taken.
+    scale is none: nothing else is taken.
     """
     sizes = (x.shape[0], *weight.shape, lora_A.shape[0])
-    dtypes = (x.dtype, lora_A.dtype, None if bias is None else bias.dtype)
+    dtypes = (x.dtype, adapter_dtype, lora_A.dtype, None if bias is None else bias.dtype)
     pitches = (_pitch(x), 0, _pitch(weight), _pitch(lora_A), _pitch(lora_B))
     # y and S come from torch's allocator
     there = (*_there(x, None, weight, lora_A, lora_B, bias, gain, None), 16, 16 if save_s else 0, 0, 0, 0)
@@ -241,25 +244,26 @@ def lora_forward(
     Args:
         x: [M, K], bf16 or fp16. Copied where a tensor map can't read it (see `memory.row_major`).
         weight: [N, K] of x's dtype, rows readable by a tensor map.
-        lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 64; fp32 is rounded to x's dtype first.
+        lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 64; fp32 is rounded to adapter_dtype first.
         bias: [N] of x's dtype or fp32, or None.
         scaling: multiplies S in fp32, before its one rounding.
         gain: [N] fp32, multiplies y before the bias; None is 1.
         seed: [1] int64 on the CPU or x's device: of the dropout mask on the adapter's x; None is no dropout.
         dropout_p: its rate.
-        adapter_dtype: x's dtype, which S and the adapter's products have.
+        adapter_dtype: what S and the adapter's products have: x's dtype, or fp32 over bf16, with parameters in fp32 and
+            r ≤ 16, whose products are then formed of three bf16 terms.
         save_s: whether S is wanted back.
         config: tiles and counts; None takes the table's.
 
     Returns:
-        y [M, N] and S [M, r] (None unless `save_s`), of x's dtype.
+        y [M, N] of x's dtype and S [M, r] of adapter_dtype (None unless `save_s`).
 
     Raises:
         RuntimeError: the driver or the library refused the launch.
     """
     M, N, r = x.shape[0], weight.shape[0], lora_A.shape[0]
     y = x.new_empty(M, N)
-    s = x.new_empty(M, r) if save_s else None
+    s = x.new_empty(M, r, dtype=adapter_dtype) if save_s else None
     if M > 0:
         x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
         bias = None if bias is None else bias.contiguous()
@@ -286,12 +290,12 @@ def backward_plan(
     """The launch for these tensors, dy [M, N] and x as `row_major`, lora_A and lora_B as `skinny_rows` give them.
 
     It serves all tensors that have their shapes, strides, dtypes and device, and addresses aligned to 16 bytes alike.
-    scale is none and adapter_dtype dy's dtype: nothing else is taken.
+    scale is none: nothing else is taken.
     """
     sizes = (*dy.shape, weight.shape[1], lora_A.shape[0])
     pitches = (_pitch(x), _pitch(dy), _pitch(weight), _pitch(lora_A), _pitch(lora_B))
     there = (*_there(x, dy, weight, lora_A, lora_B, None, None, s), 0, 0, *(16 * need for need in needs))
-    dtypes = (dy.dtype, lora_A.dtype, None)
+    dtypes = (dy.dtype, adapter_dtype, lora_A.dtype, None)
     plan: BackwardPlan = _plan("backward", dy.device, sizes, dtypes, pitches, there, seed is not None, config)
     return plan
 

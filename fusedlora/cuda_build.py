@@ -29,11 +29,15 @@ FLAGS = (
     *("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-cudart", "static"),
     *("-Xptxas", "-v"),  # the log then tells of registers and spills
 )
-# What lora.cu is compiled as, side by side: the kernels of a direction and so many 16 ranks, those of
-# decoding, and what lies above them.
+# What lora.cu is compiled as, side by side: the kernels of a direction and so many 16 ranks, and so many terms of an
+# adapter's numbers, those of decoding, and what lies above them.
 UNITS = {
-    f"{direction}_r{16 * ranks}": (f"-DFUSEDLORA_UNIT_RANKS={ranks}", f"-DFUSEDLORA_UNIT_BACKWARD={backward}")
-    for ranks in (4, 2, 1)  # the longest first
+    f"{direction}_r{16 * ranks}_{terms}": (
+        f"-DFUSEDLORA_UNIT_RANKS={ranks}",
+        f"-DFUSEDLORA_UNIT_BACKWARD={backward}",
+        f"-DFUSEDLORA_UNIT_TERMS={terms}",
+    )
+    for ranks, terms in ((4, 1), (4, 3), (2, 1), (1, 1))  # the longest first
     for backward, direction in ((1, "backward"), (0, "forward"))
 } | {
     "decode_bf16": ("-DFUSEDLORA_UNIT_DECODE=1",),

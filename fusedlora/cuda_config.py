@@ -9,6 +9,7 @@ from typing import NamedTuple
 from .config import Problem
 
 MAX_RANK = 64
+MAX_RANK_PRECISE = 16  # of adapters that keep fp32's precision
 MAX_DECODE = 64
 # Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
 DECODE_UP_TO = 64
@@ -45,11 +46,12 @@ class Calls(NamedTuple):
     r: tuple[int, int] = (1, MAX_RANK)
     dropout: tuple[bool, ...] = (False, True)
     converts: tuple[bool, ...] = (False, True)  # whether the adapter's parameters are fp32
+    precise: tuple[bool, ...] = (False,)  # whether they keep that precision: outside autocast
 
-    def hold(self, rows: int, N: int, K: int, r: int, dropout: bool, converts: bool) -> bool:
+    def hold(self, rows: int, N: int, K: int, r: int, dropout: bool, converts: bool, precise: bool) -> bool:
         bounds = zip((self.rows, self.N, self.K, self.r), (rows, N, K, r))
         within = all(low <= value <= high for (low, high), value in bounds)
-        return within and dropout in self.dropout and converts in self.converts
+        return within and dropout in self.dropout and converts in self.converts and precise in self.precise
 
 
 # Where these kernels have been measured faster than Triton's (pytest bench/ --benchmark shows both), on an H200.
@@ -74,13 +76,15 @@ FASTER: dict[str, tuple[Calls, ...]] = {
 }
 
 
-def prefers_cuda(direction: str, rows: int, N: int, K: int, r: int, dropout: bool, converts: bool) -> bool:
+def prefers_cuda(
+    direction: str, rows: int, N: int, K: int, r: int, dropout: bool, converts: bool, precise: bool
+) -> bool:
     """Whether "auto" takes these kernels for "forward" or "backward" calls that they take: where FASTER has them.
 
     `rows` is M rounded up to a power of two. A forward may be theirs and its backward Triton's, or the other way round:
     S and the dropout's seed mean the same to both.
     """
-    return any(calls.hold(rows, N, K, r, dropout, converts) for calls in FASTER[direction])
+    return any(calls.hold(rows, N, K, r, dropout, converts, precise) for calls in FASTER[direction])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -39,15 +39,17 @@ class Case:
     r: int
     dtype: torch.dtype = BF16
     fp32_adapters: bool = False
+    precise: bool = False  # outside autocast
     bias: bool = False
     dropout_p: float = 0.0
 
     def __str__(self) -> str:
         words = [f"{self.M}x{self.K}x{self.N}r{self.r}", str(self.dtype).removeprefix("torch.")]
-        return "-".join([*words, *(name for name in ("fp32_adapters", "bias", "dropout_p") if getattr(self, name))])
+        flags = ("fp32_adapters", "precise", "bias", "dropout_p")
+        return "-".join([*words, *(name for name in flags if getattr(self, name))])
 
     def inputs(self) -> Inputs:
-        adapter_dtype = FP32 if self.fp32_adapters else self.dtype
+        adapter_dtype = FP32 if self.fp32_adapters or self.precise else self.dtype
         i = make_inputs(
             self.M, self.K, self.N, self.r, self.dtype, adapter_dtype, "cuda", bias=self.bias, scaling=1.5, seed=self.M
         )
@@ -72,6 +74,9 @@ CASES = [
     Case(520, 512, 520, 40, dropout_p=0.1, fp32_adapters=True),
     Case(5000, 512, 768, 16, dropout_p=0.1),
     Case(5000, 768, 512, 64),
+    Case(1000, 1024, 1544, 16, precise=True),
+    Case(700, 512, 520, 5, precise=True, bias=True),
+    Case(5000, 4096, 768, 12, precise=True, dropout_p=0.1),
 ]
 WIDE = CudaConfig(block_n=256, group=4, programs=132, shrink_clusters=66, parts=1)
 CONFIGS = {
@@ -83,9 +88,10 @@ CONFIGS = {
 }
 
 
-def launch_both(i: Inputs, config: CudaConfig | None = None) -> dict[str, torch.Tensor]:
+def launch_both(i: Inputs, config: CudaConfig | None = None, *, precise: bool = False) -> dict[str, torch.Tensor]:
     """y, dx, dA, dB; every buffer that the launchers allocate starts as NaN."""
-    common: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": i.x.dtype, "config": config}
+    adapter_dtype = FP32 if precise else i.x.dtype
+    common: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": adapter_dtype, "config": config}
     if i.dropout_p:
         common |= {"seed": SEED, "dropout_p": i.dropout_p}
     with poisoned_memory():
@@ -97,7 +103,7 @@ def launch_both(i: Inputs, config: CudaConfig | None = None) -> dict[str, torch.
 
 
 def eager_answers(case: Case, i: Inputs) -> dict[str, torch.Tensor]:
-    """What the eager path gives in the same dtypes; fp32 adapters run under autocast."""
+    """What the eager path gives in the same dtypes; fp32 adapters run under autocast, unless they are precise."""
 
     def linear(*tensors: torch.Tensor, **settings: Any) -> torch.Tensor:
         with torch.autocast("cuda", dtype=case.dtype, enabled=case.fp32_adapters):
@@ -110,7 +116,7 @@ def eager_answers(case: Case, i: Inputs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errors_are_not_above_the_eager_path(case: Case, config: CudaConfig | None) -> None:
     i = case.inputs()
-    ours, answers = launch_both(i, config), exact(i)
+    ours, answers = launch_both(i, config, precise=case.precise), exact(i)
     assert ours["dA"].dtype == i.lora_A.dtype and ours["dB"].dtype == i.lora_B.dtype
     ratios = error_ratios(ours, eager_answers(case, i), answers)
     for name, ratio in ratios.items():
@@ -119,15 +125,15 @@ def test_errors_are_not_above_the_eager_path(case: Case, config: CudaConfig | No
         assert ratio <= LUCK or lucky, ratios
 
 
-@pytest.mark.parametrize("case", [CASES[5], CASES[6], CASES[9], CASES[12]], ids=str)
+@pytest.mark.parametrize("case", [CASES[5], CASES[6], CASES[9], CASES[12], CASES[16]], ids=str)
 def test_the_bits_do_not_depend_on_who_computes_what(case: Case) -> None:
     """Nor on the run, for one number of parts."""
     i = case.inputs()
-    expected = launch_both(i, WIDE)
+    expected = launch_both(i, WIDE, precise=case.precise)
     for programs, clusters in ((132, 66), (132, 1), (132, 7), (130, 65), (64, 3), (2, 1)):
         config = dataclasses.replace(WIDE, programs=programs, shrink_clusters=clusters)
         for _ in range(3):
-            got = launch_both(i, config)
+            got = launch_both(i, config, precise=case.precise)
             assert all(torch.equal(got[name], expected[name]) for name in expected), (programs, clusters)
 
 

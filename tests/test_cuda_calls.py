@@ -249,6 +249,7 @@ TAKEN = {
     "bf16": {},
     "fp16": {"dtype": FP16, "adapter_dtype": FP16, "param_dtype": FP16},
     "fp32 adapters under autocast": {"param_dtype": FP32},
+    "fp32 adapters": {"adapter_dtype": FP32, "param_dtype": FP32},
     "r=1": {"r": 1},
     "r=64": {"r": MAX_RANK},
     "no dropout": {"dropout": ""},
@@ -258,7 +259,11 @@ TAKEN = {
 REFUSED = {
     "cpu": ({"device": torch.device("cpu")}, "x is on cpu, the kernels run on cuda"),
     "fp32": ({"dtype": FP32, "adapter_dtype": FP32}, "dtype is torch.float32, the kernels take bfloat16 and float16"),
-    "fp32 adapters": ({"adapter_dtype": FP32, "param_dtype": FP32}, "lora_A is torch.float32 outside autocast"),
+    "fp32 adapters, r = 17": (
+        {"adapter_dtype": FP32, "param_dtype": FP32, "r": 17},
+        "lora_A is torch.float32 outside autocast and r is 17",
+    ),
+    "fp32 adapters beside fp16": ({"dtype": FP16, "adapter_dtype": FP32, "param_dtype": FP32}, "x is torch.float16"),
     "rank": ({"r": MAX_RANK + 1}, "r is 65, the kernels take up to 64 in torch.bfloat16"),
     "scale": ({"scale": True}, "scaling is a tensor, which is read on the device"),
     "a mask": ({"dropout": "mask"}, "dropout comes as a mask"),
