@@ -20,6 +20,7 @@ from fusedlora.cuda_config import FASTER, Calls
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CASE = Case(512, 4096, 4096, 16)
+WIDER = Case(8192, 4096, 4096, 32)  # with fp32 adapters outside autocast, too wide for backend cuda
 
 
 @pytest.fixture
@@ -72,7 +73,8 @@ def test_a_row_of_auto_where_it_takes_both(hopper, monkeypatch):
 
 
 def test_rows_that_the_cuda_kernels_refuse(hopper, monkeypatch):
-    rows = rows_of()
+    assert "fusedlora_cuda_fp32" in rows_of()
+    rows = rows_of(WIDER)
     assert "fusedlora_cuda_fp32" not in rows
     assert rows["fusedlora_fp32"].without_twin.startswith("lora_A is torch.float32 outside autocast")
     monkeypatch.setattr(cuda, "missing", lambda: "its kernels have not been built")
@@ -98,7 +100,8 @@ def test_the_report_says_what_auto_takes(hopper, monkeypatch):
     rows, other = rows_of(), Case(64, 4096, 4096, 16)
     for direction in FASTER:
         monkeypatch.setitem(FASTER, direction, ())
-    lines = bench_report.choice(measured(rows, "fusedlora", "fusedlora_cuda", "fusedlora_fp32"))
+    names = ("fusedlora", "fusedlora_cuda", "fusedlora_fp32")
+    lines = bench_report.choice(measured(rows_of(WIDER), *names, case=WIDER))
     assert lines[0] == 'backend="auto" takes triton: everywhere'
     assert lines[1].startswith("no row of backend cuda beside fusedlora_fp32: lora_A is torch.float32 outside autocast")
     monkeypatch.setitem(FASTER, "forward", (Calls(rows=(1, 64)),))

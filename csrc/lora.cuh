@@ -115,12 +115,23 @@ __device__ void shrink_rows(
     const Call<T>& c, const Mask& mask, int row, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
     int lane) {
   using L = Layout<BLOCK_N, RANKS>;
-  constexpr int R = L::R, STEPS = BLOCK_K / 16;
+  constexpr int R = L::R, STEPS = BLOCK_K / 16, SLOTS = TERMS > 1 ? L::BOXES : 1;
+  // The mask is put on registers, which wgmma keeps until it is done: while it has one half of a box the other is made.
+  // For few ranks mma.sync, which does not keep them, is faster.
+  constexpr bool SYNC = DROPOUT && RANKS < 4;
+  constexpr int PORTIONS = DROPOUT && !SYNC ? 2 : 1, PORTION_STEPS = STEPS / PORTIONS;
   const int g = lane / 4, t = lane % 4, group = warp / 4, thread = warp % 4 * 32 + lane;
   const uint32_t eight = Mask::eight(row + 16 * warp + g, 2 * t, c.depth);
-  float acc[R / 2] = {}, total[8] = {};  // with terms acc is of a stage
+  float acc[SLOTS][R / 2] = {}, total[8] = {};  // with terms a slot is of a box, and total of those before
+  [[maybe_unused]] uint32_t a[PORTIONS][PORTION_STEPS][4];
   const auto release = [&](int stage) {
+    if (DROPOUT) meet(3 + group, 128);  // other warps' loads
     if (thread < CLUSTER) barrier_arrive(empty + 8 * stage, thread);
+  };
+  const auto take = [&](int slot) {
+#pragma unroll
+    for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[slot][i])::"memory");
+    if constexpr (TERMS > 1) add_terms<R>(total, acc[slot]);
   };
   int before = 0;
   for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
@@ -129,63 +140,68 @@ __device__ void shrink_rows(
 #pragma unroll
     for (int box = 0; box < L::BOXES; box++) {
       const uint32_t left = lefts + box * L::LEFT + group * (L::LEFT / 2), right = rights + box * L::SKINNY;
-      if constexpr (DROPOUT) {
-        // The mask is put on registers, which wgmma would keep until it is done.
-        static_assert(!BACKWARD);
+      const int slot = box % SLOTS;
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-          uint32_t a[4], b[4];
-          load_matrices(a, left + (16 * (warp % 4) + lane % 16) * 128 + (((2 * i + lane / 16) ^ (lane % 8)) * 16));
-          uint32_t words[4];
-          mask.hash(words, eight + (k + box * BLOCK_K) / 4 + 4 * i);
-          for (int j = 0; j < 4; j++) a[j] = mask.keep<T>(a[j], words[j]);
+      for (int q = 0; q < PORTIONS; q++) {
+        if constexpr (DROPOUT) {
+          static_assert(!BACKWARD);
+          if (!SYNC) wgmma_wait<1>();  // that of this half of the box before
 #pragma unroll
-          for (int n = 0; n < R; n += 16) {
-            const int b_row = n + lane / 16 * 8 + lane % 8;
-            load_matrices(b, right + b_row * 128 + (((2 * i + lane / 8 % 2) ^ (lane % 8)) * 16));
-            for (int h = 0; h < 2; h++) {
-              Type<T>::mma(*reinterpret_cast<float(*)[4]>(acc + n / 2 + 4 * h), a, b[2 * h], b[2 * h + 1]);
-            }
+          for (int n = 0; n < PORTION_STEPS; n++) {
+            const int i = q * PORTION_STEPS + n;
+            uint32_t words[4];
+            mask.hash(words, eight + (k + box * BLOCK_K) / 4 + 4 * i);
+            load_matrices(a[q][n], left + (16 * (warp % 4) + lane % 16) * 128 + (((2 * i + lane / 16) ^ (lane % 8)) * 16));
+#pragma unroll
+            for (int j = 0; j < 4; j++) a[q][n][j] = mask.keep<T>(a[q][n][j], words[j]);
           }
         }
-      } else {
-        wgmma_fence();
+        if constexpr (SYNC) {
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-          const uint64_t b = BACKWARD ? narrow_descriptor<R>(right + 32 * R * i) : matrix_descriptor(right + 32 * i, 16);
-          NarrowWgmma<T, R, 0, BACKWARD>::run(acc, matrix_descriptor(left + 32 * i, 16), b, TERMS == 1 || box + i > 0);
+          for (int i = 0; i < STEPS; i++) {
+#pragma unroll
+            for (int n = 0; n < R; n += 16) {
+              uint32_t b[4];
+              load_matrices(b, right + (n + lane / 16 * 8 + lane % 8) * 128 + (((2 * i + lane / 8 % 2) ^ (lane % 8)) * 16));
+              for (int h = 0; h < 2; h++) {
+                Type<T>::mma(*reinterpret_cast<float(*)[4]>(acc[0] + n / 2 + 4 * h), a[0][i], b[2 * h], b[2 * h + 1]);
+              }
+            }
+          }
+        } else {
+          wgmma_fence();
+#pragma unroll
+          for (int n = 0; n < PORTION_STEPS; n++) {
+            const int i = q * PORTION_STEPS + n, accumulate = TERMS == 1 || i > 0;
+            const uint64_t b = BACKWARD ? narrow_descriptor<R>(right + 32 * R * i) : matrix_descriptor(right + 32 * i, 16);
+            if constexpr (DROPOUT) {
+              NarrowWgmma<T, R, 0, 0>::run(acc[slot], a[q][n], b, accumulate);
+            } else {
+              NarrowWgmma<T, R, 0, BACKWARD>::run(acc[slot], matrix_descriptor(left + 32 * i, 16), b, accumulate);
+            }
+          }
+          wgmma_commit();
         }
-        wgmma_commit();
-        if (TERMS == 1) wgmma_wait<1>();
-        if (TERMS == 1 && box == 0 && k > 0) release(before);
       }
+      if (TERMS == 1 && !DROPOUT) wgmma_wait<1>();
+      if (TERMS == 1 && !SYNC && box == 0 && k > 0) release(before);  // all of that is done
     }
-    before = stage;
     if constexpr (TERMS > 1) {
-      if (!DROPOUT) {
-        wgmma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
-        release(before);
+      if (SLOTS > 1) {
+        wgmma_wait<PORTIONS>();
+        take(0);
       }
-      add_terms<R>(total, acc);
-      if (DROPOUT) {
-        for (int i = 0; i < R / 2; i++) acc[i] = 0.0f;
-      }
+      wgmma_wait<0>();
+      take(SLOTS - 1);
     }
-    if (DROPOUT) {
-      meet(3 + group, 128);  // other warps' loads
-      release(before);
-    }
+    if (TERMS > 1 || SYNC) release(stage);
+    before = stage;
     if (++stage == L::STAGES) stage = 0, phase ^= 1;
   }
-  if (TERMS == 1) {
-    if (!DROPOUT) {
-      wgmma_wait<0>();
-      release(before);
-    }
-#pragma unroll
-    for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
+  if constexpr (TERMS == 1) {
+    wgmma_wait<0>();
+    if (!SYNC) release(before);
+    take(0);
   }
 #pragma unroll
   for (int n = 0; n < SUM_RANKS<R, TERMS> / 8; n++) {
@@ -197,11 +213,11 @@ __device__ void shrink_rows(
       const int64_t at = int64_t(m) * c.r + k;
       const bool saves = c.shrink.saved && k < c.r;
       if constexpr (TERMS == 1) {
-        const T value = Type<T>::from(acc[4 * n + i] * c.shrink.scaling);
+        const T value = Type<T>::from(acc[0][4 * n + i] * c.shrink.scaling);
         *out = value;
         if (saves) static_cast<T*>(c.shrink.saved)[at] = value;
       } else {
-        const float value = regained(total[4 * n + i], L::BOXES * BLOCK_K) * c.shrink.scaling;
+        const float value = regained(total[4 * n + i], BLOCK_K) * c.shrink.scaling;
 #pragma unroll
         for (int j = 0; j < 4; j++) out[16 * j] = term<T>(value, SMALL_TERMS >> 4 * j & 15);
         if (saves) static_cast<float*>(c.shrink.saved)[at] = value;

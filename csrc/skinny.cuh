@@ -115,15 +115,19 @@ template <typename T, typename From, int RANKS, int TERMS>
 __device__ void prepare_from(const Preparation& p, int task, int r, int thread) {
   const int64_t i = int64_t(task) * PREPARE_LENGTH + thread;
   if (i >= p.length) return;
+  float read[16];
 #pragma unroll 1  // these threads have few registers
   for (int first = 0; first < 16 * RANKS; first += 16) {
+    if (TERMS == 1 || first == 0) {  // once, since loads wait long beside wgmma
+#pragma unroll
+      for (int k = 0; k < 16; k++) {
+        const From* from = static_cast<const From*>(p.from) + i * p.long_in + (first + k) * p.rank_in;
+        read[k] = first + k < r ? float(*from) : 0.0f;
+      }
+    }
     alignas(16) T values[16];
 #pragma unroll
-    for (int k = 0; k < 16; k++) {
-      const int rank = TERMS == 1 ? first + k : k;
-      const From* from = static_cast<const From*>(p.from) + i * p.long_in + rank * p.rank_in;
-      values[k] = rank < r ? term<T>(float(*from), TERMS == 1 ? 1 : p.groups >> first / 4 & 15) : T(0.0f);
-    }
+    for (int k = 0; k < 16; k++) values[k] = term<T>(read[k], TERMS == 1 ? 1 : p.groups >> first / 4 & 15);
     T* to = static_cast<T*>(p.to) + i * p.long_out + first * p.rank_out;
     if (p.rank_out == 1) {
       for (int h = 0; h < 2; h++) reinterpret_cast<uint4*>(to)[h] = reinterpret_cast<const uint4*>(values)[h];

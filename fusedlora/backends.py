@@ -213,7 +213,7 @@ def _cuda_why_not(call: Call) -> str | None:
         return f"dtype is {call.dtype}, the kernels take bfloat16 and float16"
     if precise and (call.dtype is not torch.bfloat16 or call.r > MAX_RANK_PRECISE):
         return (
-            f"lora_A is {call.param_dtype} outside autocast and r is {call.r}: the kernels keep such adapters' precision "
+            f"lora_A is {call.param_dtype} outside autocast and r is {call.r}: the kernels keep that precision "
             f"over bfloat16 up to r = {MAX_RANK_PRECISE}, x is {call.dtype}"
         )
     if call.scale:

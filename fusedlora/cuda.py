@@ -156,8 +156,8 @@ def _plan(
     drops: bool,
     config: CudaConfig | None,
 ) -> Any:
-    """dtypes: of x, the adapter's products, its parameters and the bias. there: for each pointer up to db 0 where there is
-    none, else its address modulo 16, or 16.
+    """dtypes: of x, the adapter's products, its parameters and the bias. there: for each pointer up to db 0 where there
+    is none, else its address modulo 16, or 16.
     """
     M, N, K, r = sizes
     dtype, adapter_dtype, param_dtype, bias_dtype = dtypes

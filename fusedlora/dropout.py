@@ -1,9 +1,9 @@
 """The dropout masks of the adapter's input: drawn as a tensor on a CPU, made from a seed on a GPU.
 
-A seeded mask is a function of the seed and of the element's place alone, so that the kernels make it where they need it
-and store nothing. Eight elements of x [M, K] share a chain of products: rows m and m + 8, m % 16 < 8, of columns k, k + 1,
-k + 8 and k + 9, k even and k % 16 < 8, which tensor cores take from one thread. With i = ((⌊m / 16⌋ · 8 + m % 8) ·
-⌈K / 16⌉ + ⌊k / 16⌋) · 4 + k % 16 / 2,
+A seeded mask is a function of the seed and of the element's place alone, so that the kernels make it where they need
+it and store nothing. Eight elements of x [M, K] share a chain of products: rows m and m + 8, m % 16 < 8, of columns k,
+k + 1, k + 8 and k + 9, k even and k % 16 < 8, which tensor cores take from one thread. With i = ((⌊m / 16⌋ · 8 +
+m % 8) · ⌈K / 16⌉ + ⌊k / 16⌋) · 4 + k % 16 / 2,
 
     h = fold((fold((i + low) · C0) ^ high) · C1)        fold(z) = (z ^ z >> 32) mod 2³²
     columns k, k + 1:        row m: u = fold(h · C2)    row m + 8: u ^ (h turned by 16 bits)

@@ -320,7 +320,8 @@ def test_no_library(monkeypatch, tmp_path) -> None:
 def test_auto_takes_them_only_where_measured(hopper, monkeypatch, recwarn) -> None:
     call = GOOD._replace(named=False)
     assert set(FASTER) == {"forward", "backward"}
-    assert not prefers_cuda("forward", 10**9, call.N, call.K, call.r, True, False), "of no such rows is anything known"
+    about = (10**9, call.N, call.K, call.r, True, False, False)
+    assert not prefers_cuda("forward", *about), "of no such rows is anything known"
     asked = []
     monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about))
     assert backends.select("auto", call) is backends.TRITON
@@ -329,7 +330,7 @@ def test_auto_takes_them_only_where_measured(hopper, monkeypatch, recwarn) -> No
     monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about) or True)
     monkeypatch.setattr(backends, "_chosen", {})
     assert backends.select("auto", call._replace(rows=512)) is backends.CUDA
-    assert asked == [(direction, 512, 64, 128, 16, True, False) for direction in ("forward", "backward")]
+    assert asked == [(direction, 512, 64, 128, 16, True, False, False) for direction in ("forward", "backward")]
     assert backends.select("auto", call._replace(scale=True)) is backends.TRITON
     assert not recwarn.list, "nobody is told of a choice between kernels"
 
@@ -338,10 +339,12 @@ def test_the_table_of_what_is_faster(monkeypatch) -> None:
     few = Calls(rows=(1, 64), K=(64, 4096), r=(1, 16), dropout=(False,), converts=(False,))
     monkeypatch.setitem(FASTER, "forward", (few, Calls(rows=(8192, 8192))))
     monkeypatch.setitem(FASTER, "backward", ())
-    assert prefers_cuda("forward", 64, 64, 4096, 16, False, False)
+    assert prefers_cuda("forward", 64, 64, 4096, 16, False, False, False)
+    assert not prefers_cuda("forward", 8192, 64, 4096, 16, False, True, True), "another speed, to be named by itself"
     near_by = {"rows": 128, "K": 4104, "r": 17, "dropout": True, "converts": True}
     for changed in near_by.items():
-        about = {"rows": 64, "N": 64, "K": 4096, "r": 16, "dropout": False, "converts": False} | dict([changed])
+        about = {"rows": 64, "N": 64, "K": 4096, "r": 16, "dropout": False, "converts": False, "precise": False}
+        about |= dict([changed])
         assert not prefers_cuda("forward", **about), changed
         assert prefers_cuda("forward", **about | {"rows": 8192})
         assert not prefers_cuda("backward", **about | {"rows": 8192})
