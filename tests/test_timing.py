@@ -38,9 +38,13 @@ def test_interleave_order_and_warmup():
 
         return take
 
-    taken = timing.interleave({"a": timer("a"), "b": timer("b")}, rounds=2, warmup=1)
-    assert order == ["a", "b"] * 3
-    assert taken == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    names = "abcd"
+    taken = timing.interleave({name: timer(name) for name in names}, rounds=20, warmup=1)
+    rounds = [order[i : i + 4] for i in range(0, 84, 4)]
+    assert all(sorted(one) == list(names) for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 8, "rounds have different orders"
+    for name in names:
+        assert taken[name] == [float(4 * i + rounds[i].index(name) + 1) for i in range(1, 21)]
 
 
 def test_interleave_wants_rounds():

@@ -66,8 +66,8 @@ VARIANTS = {
     "dB-only": (8192, 16, BF16, BF16, BF16, {"need": (False, False, True)}),
     "no-dx": (8192, 16, BF16, BF16, BF16, {"need": (False, True, True)}),
 }
-# Bytes that may spill outside the main loop, where fp32 terms or a mask beside a wide rank leave no choice. Never on the
-# plain path.
+# Bytes that may spill outside the main loop, where fp32 terms or a mask beside a wide rank leave no choice. Never on
+# the plain path.
 SPILLS_ALLOWED = {"fp32-adapters-r256": 64, "fp32-r16": 128, "fp32-r64": 256}
 SPILLS_ALLOWED |= {"dropout-r64": 72, "dropout-fp32-adapters-r64": 16, "dropout-fp32-adapters-r128": 64}
 
