@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from triton import compile as triton_compile
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fusedlora.kernels import backward, decode, dora, dora_gain, forward
@@ -124,20 +123,20 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
 
 
 def inspect_launch(launch: Launch, capability: int) -> Report:
-    """Compiles for an NVIDIA GPU and assembles the PTX once more with `-v` to learn what Triton doesn't tell."""
-    compiled = compile_launch(launch, GPUTarget("cuda", capability, 32))
-    architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(compiled.asm["ptx"])
-        ptx.flush()
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", ptx.name, "-o", "/dev/null"]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = run.stdout + run.stderr
+    """Compiles for an NVIDIA GPU, anew in order to learn what Triton's own ptxas says of the binary that would run."""
+    said = io.StringIO()
+    with (
+        mock.patch.object(knobs.compilation, "always_compile", True),
+        mock.patch.object(knobs.nvidia, "dump_ptxas_log", True),
+        contextlib.redirect_stdout(said),
+    ):
+        compiled = compile_launch(launch, GPUTarget("cuda", capability, 32))
+    log = said.getvalue()
     return Report(
         shared=compiled.metadata.shared,
-        registers=max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
-        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
-        warnings=tuple(sorted(set(re.findall(r"C7[45]\d\d", said)))),
+        registers=max(int(n) for n in re.findall(r"Used (\d+) registers", log)),
+        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)),
+        warnings=tuple(sorted(set(re.findall(r"C7[45]\d\d", log)))),
         ptx=compiled.asm["ptx"],
     )
 

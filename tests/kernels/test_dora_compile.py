@@ -82,7 +82,7 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         report = inspect_launch(launch, capability)
         assert report.registers > 16, "an empty kernel"
         assert report.shared <= SHARED_MEMORY[capability] // (2 if capability == 90 else 1)
-        assert report.spills <= (0 if capability == 90 else 16)
+        assert report.spills <= (4 if capability == 90 else 16)
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
         if launch is gain:
