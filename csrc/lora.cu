@@ -1,8 +1,8 @@
 // The C interface: workspaces' layout, tensor maps and the launch. No torch header is needed.
 //
 // Compiled as it is this file gives everything. To compile it in parallel, it gives with -DFUSEDLORA_UNIT_RANKS=1, 2 or
-// 4 and -DFUSEDLORA_UNIT_BACKWARD=0 or 1 the kernels of so many 16 ranks and that direction, also with
-// -DFUSEDLORA_UNIT_TERMS=3 (of 4) those for adapters of three terms, with
+// 4, -DFUSEDLORA_UNIT_BACKWARD=0 or 1 and -DFUSEDLORA_UNIT_TERMS=1, or 3 beside 4, the kernels of so many 16 ranks, that
+// direction and so many terms, with
 // -DFUSEDLORA_UNIT_DECODE=0 or 1 those of decoding in fp16 or bf16, with -DFUSEDLORA_UNITS what lies above them.
 #include <atomic>
 #include <cstdio>
@@ -136,6 +136,7 @@ struct Operands {
 template <typename T, int RANKS, bool BACKWARD, int TERMS>
 int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   constexpr int R = 16 * RANKS;
+  [[maybe_unused]] constexpr int SUMS = SUM_RANKS<R, TERMS>;
   Places places{static_cast<char*>(a.workspace)};
   c = {}, operands = {};
   c.M = int(a.M), c.r = int(a.r), c.group = int(a.group), c.words = static_cast<int*>(a.words);
@@ -191,11 +192,11 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
         c.preparations[c.num_preparations++] = {a.s, small, M, a.r, 1, R, 1, TERMS > 1, EACH_TERM};
         operands.saved_s = small;
       }
-      float* partial = a.parts_b > 1 ? places.take<float>(a.parts_b * stripe_count(N) * STRIPE * R) : nullptr;
+      float* partial = a.parts_b > 1 ? places.take<float>(a.parts_b * stripe_count(N) * STRIPE * SUMS) : nullptr;
       c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(a.parts_b)};
     }
     if (a.da) {
-      float* partial = a.parts_a > 1 ? places.take<float>(a.parts_a * stripe_count(K) * STRIPE * R) : nullptr;
+      float* partial = a.parts_a > 1 ? places.take<float>(a.parts_a * stripe_count(K) * STRIPE * SUMS) : nullptr;
       c.stripes[1] = {{}, {}, partial, arrived + stripe_count(N), a.da, 1, a.K, is_float, K, int(a.parts_a)};
     }
   }
@@ -274,9 +275,6 @@ template int decode<std::conditional_t<FUSEDLORA_UNIT_DECODE, __nv_bfloat16, __h
 
 #elif defined(FUSEDLORA_UNIT_RANKS)
 
-#ifndef FUSEDLORA_UNIT_TERMS
-#define FUSEDLORA_UNIT_TERMS 1
-#endif
 template int by_type<FUSEDLORA_UNIT_RANKS, FUSEDLORA_UNIT_BACKWARD, FUSEDLORA_UNIT_TERMS>(const Arguments&, int64_t*);
 }  // namespace fusedlora
 

@@ -21,6 +21,7 @@ constexpr int CONSUMERS = 256, THREADS = 128 + CONSUMERS;
 enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
 
 // out [M, R] = scaling · left · skinnyᵀ; skinny is [R, depth] in the forward, in the backward B as it lies, [depth, R].
+// With terms, what those of skinny give together, as SMALL_TERMS has it.
 template <typename T>
 struct Shrink {
   T* out;       // [M, R], or null
@@ -175,7 +176,7 @@ __device__ void shrink_rows(
             const int i = q * PORTION_STEPS + n, accumulate = TERMS == 1 || i > 0;
             const uint64_t b = BACKWARD ? narrow_descriptor<R>(right + 32 * R * i) : matrix_descriptor(right + 32 * i, 16);
             if constexpr (DROPOUT) {
-              NarrowWgmma<T, R, 0, 0>::run(acc[slot], a[q][n], b, accumulate);
+              RegisterWgmma<T>::run(acc[slot], a[q][n], b, accumulate);
             } else {
               NarrowWgmma<T, R, 0, BACKWARD>::run(acc[slot], matrix_descriptor(left + 32 * i, 16), b, accumulate);
             }

@@ -41,7 +41,7 @@ struct Mask {
     return pair & Type<T>::reaches(word, bound);
   }
 
-  // What is kept of four eights as bits, `numbers` apart by 4: that of column 2 t + 8 j + e % 2, e / 2 its row, at bit(j, e).
+  // What is kept of four eights, their numbers 4 apart, as bits: that of column 8 j + e % 2 and row e / 2 at bit(j, e).
   __device__ static constexpr int bit(int j, int e) { return 2 * j + e / 2 + e % 2 * 16; }
 
   template <typename T>

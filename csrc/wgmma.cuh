@@ -93,7 +93,7 @@ struct NarrowWgmma;
 #define FUSEDLORA_NAMES_32 \
   FUSEDLORA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
-#define FUSEDLORA_WGMMA_NARROW(TYPE, NAME, N, COUNT, A, B, TRANSPOSED_A, TRANSPOSED_B, ACCUMULATE, TRANSPOSED, LAST)   \
+#define FUSEDLORA_WGMMA_NARROW(TYPE, NAME, N, COUNT, A, B, TRANSPOSED_A, TRANSPOSED_B, ACCUMULATE)                     \
 template <int TRANS_A, int TRANS_B>                                                                                   \
 struct NarrowWgmma<TYPE, N, TRANS_A, TRANS_B> {                                                                       \
   __device__ static void run(float (&d)[COUNT], uint64_t a, uint64_t b, int accumulate = 1) {                         \
@@ -104,26 +104,37 @@ struct NarrowWgmma<TYPE, N, TRANS_A, TRANS_B> {                                 
         : FUSEDLORA_REGISTERS_##COUNT(0)                                                                              \
         : "l"(a), "l"(b), "n"(TRANS_A), "n"(TRANS_B), "r"(accumulate));                                               \
   }                                                                                                                   \
-  /* a in registers, as mma.sync has it; they must stay until this is done. */                                        \
-  __device__ static void run(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, int accumulate) {                 \
-    asm volatile(                                                                                                     \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %" LAST ", 0;\n"                                                       \
-        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME                                               \
-        " {" FUSEDLORA_NAMES_##COUNT "}, {" A ", " B ", " TRANSPOSED_A ", " TRANSPOSED_B "}, " ACCUMULATE             \
-        ", add, 1, 1, %" TRANSPOSED ";\n}"                                                                            \
-        : FUSEDLORA_REGISTERS_##COUNT(0)                                                                              \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TRANS_B), "r"(accumulate));                         \
-  }                                                                                                                   \
 };
 #define FUSEDLORA_WGMMAS_NARROW(TYPE, NAME)                                      \
-  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 8, 4, "%4", "%5", "%6", "%7", "%8", "9", "10")         \
-  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 16, 8, "%8", "%9", "%10", "%11", "%12", "13", "14")     \
-  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 32, 16, "%16", "%17", "%18", "%19", "%20", "21", "22")  \
-  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 64, 32, "%32", "%33", "%34", "%35", "%36", "37", "38")
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 8, 4, "%4", "%5", "%6", "%7", "%8")         \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 16, 8, "%8", "%9", "%10", "%11", "%12")     \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 32, 16, "%16", "%17", "%18", "%19", "%20")  \
+  FUSEDLORA_WGMMA_NARROW(TYPE, NAME, 64, 32, "%32", "%33", "%34", "%35", "%36")
 
 FUSEDLORA_WGMMAS_NARROW(__nv_bfloat16, "bf16")
 FUSEDLORA_WGMMAS_NARROW(__half, "f16")
 
+// d [64, 64] with a in registers, as mma.sync has it; b's rows run along its columns. The registers stay until this is done.
+template <typename T>
+struct RegisterWgmma;
+
+#define FUSEDLORA_WGMMA_REGISTERS(TYPE, NAME)                                                                          \
+template <>                                                                                                           \
+struct RegisterWgmma<TYPE> {                                                                                          \
+  __device__ static void run(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {                    \
+    asm volatile(                                                                                                     \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                              \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                                                   \
+        " {" FUSEDLORA_NAMES_32 "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"                                      \
+        : FUSEDLORA_REGISTERS_32(0)                                                                                   \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                       \
+  }                                                                                                                   \
+};
+
+FUSEDLORA_WGMMA_REGISTERS(__nv_bfloat16, "bf16")
+FUSEDLORA_WGMMA_REGISTERS(__half, "f16")
+
+#undef FUSEDLORA_WGMMA_REGISTERS
 #undef FUSEDLORA_WGMMAS_NARROW
 #undef FUSEDLORA_WGMMA_NARROW
 

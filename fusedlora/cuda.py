@@ -246,7 +246,7 @@ def lora_forward(
         weight: [N, K] of x's dtype, rows readable by a tensor map.
         lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 64; fp32 is rounded to adapter_dtype first.
         bias: [N] of x's dtype or fp32, or None.
-        scaling: multiplies S in fp32, before its one rounding.
+        scaling: multiplies S in fp32, before it is rounded.
         gain: [N] fp32, multiplies y before the bias; None is 1.
         seed: [1] int64 on the CPU or x's device: of the dropout mask on the adapter's x; None is no dropout.
         dropout_p: its rate.

@@ -110,7 +110,11 @@ def _backward(
     given = (dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B)
     call = describe_call(backend, dy, weight, lora_A, lora_B, None, scale, adapter_dtype, "backward")
     (r, K), M = lora_A.shape, dy.shape[0]
-    if by_weight(M, K, r, dy.dtype, adapter_dtype) and select(backend, call).name == "triton":
+    taker = select(backend, call)
+    # Beside fp32 adapters nobody has measured what the CUDA kernels need here, two launches and passes over dy and y.
+    if backend == "auto" and adapter_dtype != dy.dtype and backends.TRITON.why_not(call) is None:
+        taker = backends.TRITON
+    if by_weight(M, K, r, dy.dtype, adapter_dtype) and taker.name == "triton":
         from fusedlora.kernels import dora
 
         backends.last_used = backends.last_backward = "triton"

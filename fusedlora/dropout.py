@@ -46,17 +46,21 @@ def draw(x: Tensor, dropout_p: float, backend: str) -> Tensor:
     where every replay must draw anew. Elsewhere, unless the kernels are asked for by name, a bool mask [M, K] for x
     flattened, True with probability 1 - dropout_p: that is faster there than the hash. Above MAX_P it is a mask always.
     """
-    seeded = dropout_p <= MAX_P
-    if x.device.type == "cuda" and seeded:
+    if seeded(x, dropout_p, backend):
+        if x.device.type != "cuda":
+            return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
         if drawn_on_device(x):
             return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
         return torch.tensor([_next_seed(x.device)], device="cpu")  # whatever the default device is
-    if backend == "triton" and seeded:
-        return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
     shape = (x.numel() // x.shape[-1], x.shape[-1])
     if x.device.type == "cpu":  # half the time of bernoulli_ there, for a passing float32 of the mask's shape
         return torch.rand(shape, dtype=torch.float32) >= dropout_p
     return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
+
+
+def seeded(x: Tensor, dropout_p: float, backend: str) -> bool:
+    """Whether `draw` gives a seed, not a mask."""
+    return dropout_p <= MAX_P and (x.device.type == "cuda" or backend == "triton")
 
 
 def drawn_on_device(x: Tensor) -> bool:
@@ -86,10 +90,15 @@ def launch_dropout(
     """The kernels' scaling, seed and threshold: what dropout keeps is scaled up along with S and T.
 
     A seed on the CPU goes along as a number; being 2⁶² or more it is always typed alike.
+
+    Raises:
+        ValueError: a rate above MAX_P, with a seed.
     """
     scaling = float(scaling)  # a launch is typed for a float
     if seed is None:
         return scaling, None, None
+    if dropout_p > MAX_P:
+        raise ValueError(f"dropout_p is {dropout_p}, with a seed it must be at most {MAX_P}")
     number = seed if seed.is_cuda else int(seed.item())
     return scaling / (1.0 - dropout_p), number, threshold(dropout_p)
 
@@ -103,7 +112,7 @@ def as_mask(drawn: Tensor, M: int, K: int, dropout_p: float, device: torch.devic
     bound = threshold(dropout_p)
     across = (K + 15) // 16
     mask = torch.empty(((M + 15) // 16, 2, 8, across, 2, 4, 2), dtype=torch.bool, device=device)
-    runs = max(_CHUNK // max(32 * across, 1), 1)  # of 16 rows
+    runs = max(_CHUNK // (32 * across), 1)  # of 16 rows
     for first in range(0, len(mask), runs):
         part = mask[first : first + runs]
         h = torch.arange(32 * across * first, 32 * across * (first + len(part)), device=device).view(-1, 8, across, 4)

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends, dora, tuning
+from . import backends, dora, dropout, tuning
 from .arguments import admit
-from .dropout import MAX_P, drawn_on_device
 from .linear import FusedLoRALinear
 from .memory import device_memory, row_major, skinny_rows
 
@@ -92,9 +91,8 @@ def explain(
         return Explanation(chosen, reasons, None, tuple(copies))
     mask = None
     if training and dropout_p > 0.0:
-        seeded = dropout_p <= MAX_P and (x.device.type == "cuda" or backend == "triton")
-        where = x.device if drawn_on_device(x) else None
-        mask = torch.empty(0, dtype=torch.int64 if seeded else torch.bool, device=where)
+        kind = torch.int64 if dropout.seeded(x, dropout_p, backend) else torch.bool
+        mask = torch.empty(0, dtype=kind, device=x.device if dropout.drawn_on_device(x) else None)
     call = backends.describe_call(backend, x, weight, lora_A, lora_B, mask, scale, adapter_dtype)
     taker, reasons = _taker(backend, call)
     backward, reasons_backward = _taker(backend, call._replace(direction="backward"))
@@ -108,7 +106,7 @@ def explain(
         (up, up_config, _), (down, _, down_config) = configs[taker], configs[backward]
         config = f"forward: {up}, {up_config}; backward: {down}, {down_config}"
     if "cuda" in configs:
-        copies += _cuda_copies(flat, lora_A, lora_B)
+        copies += _cuda_copies(flat, lora_A, lora_B, call)
     if "triton" in configs:
         copies += _triton_copies(flat, lora_A, lora_B, call)
     if taker == "reference":
@@ -163,10 +161,12 @@ def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     return "one launch", str(cuda_config(up)), str(cuda_config(down))
 
 
-def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
+def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
     copies = _layout_copies(x, lora_A, lora_B)
-    if lora_A.dtype != x.dtype:
-        copies.append(f"lora_A and lora_B in {x.dtype}, written by the launch itself")
+    if call.adapter_dtype != call.dtype:
+        copies.append(f"lora_A and lora_B as three {call.dtype} terms, and S in backward, written by the launch itself")
+    elif call.param_dtype != call.dtype:
+        copies.append(f"lora_A and lora_B in {call.dtype}, written by the launch itself")
     return copies
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import node, ops
 from .arguments import check
 from .backends import describe_call, select
-from .dropout import MAX_P
+from .dropout import seeded
 
 # what matmul itself uses: the result is no view, so that callers may write into it
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -123,9 +123,10 @@ def _make(
 ) -> Plan:
     adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
     # which kernels take float32 depends on a setting that may change at any time
-    if for_kernels and x.numel() > 0 and x.dtype is not torch.float32 and not (drops and dropout_p > MAX_P):
-        seed = torch.empty(0, dtype=torch.int64) if drops else None
-        call = describe_call(backend, x, weight, lora_A, lora_B, seed, scale, adapter_dtype)
+    if for_kernels and x.numel() > 0 and x.dtype is not torch.float32:
+        kind = torch.int64 if seeded(x, dropout_p, backend) else torch.bool
+        drawn = torch.empty(0, dtype=kind) if drops else None
+        call = describe_call(backend, x, weight, lora_A, lora_B, drawn, scale, adapter_dtype)
         takers = select(backend, call), select(backend, call._replace(direction="backward"))
         if all(taker.launchers is not None for taker in takers):
             from .packed import PackedPlan

@@ -179,13 +179,15 @@ def refuse(shapes: Sequence[Shape], device: Any) -> None:
     import torch
 
     from . import backends
+    from .dropout import MAX_P
     from .tune_check import DTYPES
 
     for shape in shapes:
         x, adapter = DTYPES[shape.dtype], DTYPES[shape.adapter]
+        noise = "" if shape.dropout == 0.0 else "seed" if shape.dropout <= MAX_P else "mask"
         call = backends.Call(
             True, device, x, adapter, adapter, shape.out_features, shape.in_features, shape.r,
-            "seed" if shape.dropout else "", (shape.in_features, 1, 0), "high" if x is torch.float32 else "",
+            noise, (shape.in_features, 1, 0), "high" if x is torch.float32 else "",
         )  # fmt: skip
         reason = backends.TRITON.why_not(call)
         if reason is None and (shape.M < 1 or not 0.0 <= shape.dropout < 1.0):

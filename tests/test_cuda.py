@@ -77,6 +77,10 @@ CASES = [
     Case(1000, 1024, 1544, 16, precise=True),
     Case(700, 512, 520, 5, precise=True, bias=True),
     Case(5000, 4096, 768, 12, precise=True, dropout_p=0.1),
+    Case(520, 520, 512, 16, dropout_p=0.1),
+    Case(1000, 1032, 520, 64, dropout_p=0.1),
+    Case(700, 520, 520, 5, precise=True, dropout_p=0.1),
+    Case(520, 512, 520, 5, FP16, dropout_p=dropout.MAX_P),
 ]
 WIDE = CudaConfig(block_n=256, group=4, programs=132, shrink_clusters=66, parts=1)
 CONFIGS = {
@@ -208,12 +212,12 @@ def test_decoding_is_replayed_by_a_graph() -> None:
 
 
 @pytest.mark.parametrize("need", range(1, 8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
-@pytest.mark.parametrize("M, dropout_p", [(300, 0.0), (300, 0.3), (5000, 0.0)])
-def test_only_the_needed_gradients(need: int, M: int, dropout_p: float) -> None:
-    i = Case(M, 512, 520, 16, dropout_p=dropout_p).inputs()
-    whole = launch_both(i)
+@pytest.mark.parametrize("M, dropout_p, precise", [(300, 0.0, 0), (300, 0.3, 0), (5000, 0.0, 0), (300, 0.0, 1)])
+def test_only_the_needed_gradients(need: int, M: int, dropout_p: float, precise: int) -> None:
+    i = Case(M, 512, 520, 16, dropout_p=dropout_p, precise=bool(precise)).inputs()
+    whole = launch_both(i, precise=bool(precise))
     wanted = dict(zip(("dx", "dA", "dB"), (bool(need & 1), bool(need & 2), bool(need & 4))))
-    settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": BF16}
+    settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": FP32 if precise else BF16}
     if dropout_p:
         settings |= {"seed": SEED, "dropout_p": dropout_p}
     _, s = cuda.lora_forward(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, **settings)
@@ -278,8 +282,9 @@ def test_named_calls_take_it_and_repeat() -> None:
     assert told.backend == "cuda" and "block_n" in str(told)
 
 
-def test_dora_goes_through_it() -> None:
-    i = make_inputs(300, 512, 520, 16, BF16, device="cuda")
+@pytest.mark.parametrize("adapter_dtype", [BF16, FP32], ids=str)
+def test_dora_goes_through_it(adapter_dtype: torch.dtype) -> None:
+    i = make_inputs(300, 512, 520, 16, BF16, adapter_dtype, device="cuda")
     magnitude = torch.linalg.vector_norm(i.weight.float(), dim=1).to(BF16).requires_grad_()
     answers = {}
     for backend in ("cuda", "triton"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusedlora import __main__ as cli
-from fusedlora import cuda, cuda_build, node_build
+from fusedlora import cuda, cuda_build, dropout, node_build
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux")
 needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
@@ -183,6 +183,13 @@ def test_the_packed_arguments_are_the_structs(tmp_path: Path) -> None:
     kinds = [*"q" * len(cuda.SETTINGS), *"Q" * len(cuda.POINTERS), *"dqqq"]
     assert told[:-2] == [f"{name} {8 * i} {kind}" for i, (name, kind) in enumerate(zip(names, kinds, strict=True))]
     assert told[-2] == f"size {8 * len(names)}"
+
+
+def test_the_masks_of_both_languages_have_the_same_factors() -> None:
+    text = (cuda_build.sources_dir() / "skinny.cuh").read_text()
+    body = text[text.index("void hash(uint32_t") : text.index("uint32_t keep(")]
+    factors = [int(number, 16) for number in re.findall(r"0x(\w{8})u", body)]
+    assert [f for f in factors if f != 0x7FFF7FFF] == [dropout.C0, dropout.C1, dropout.C2, dropout.C3]
 
 
 def told_by(program: str, folder: Path) -> list[str]:

@@ -103,6 +103,25 @@ def test_forward(recorder: Recorder, dtype, adapter_dtype, save_s: bool) -> None
     assert {name: call[name] for name in expected} == expected and call["direction"] == "forward"
 
 
+def test_fp32_adapters_go_as_three_terms_outside_autocast_and_as_one_inside(recorder: Recorder) -> None:
+    i = make_inputs(5, 64, 72, 3, BF16, FP32)
+    for adapter_dtype, terms in ((FP32, 3), (BF16, 1), (FP32, 3)):
+        _, s = forward(i, adapter_dtype=adapter_dtype)
+        assert s is not None and s.dtype is adapter_dtype
+        backward(i, s, adapter_dtype=adapter_dtype)
+        assert [(call["terms"], call["param_is_float"]) for call in recorder.launches[-2:]] == [(terms, 1)] * 2
+
+
+def test_above_the_highest_rate_of_dropout_the_kernels_refuse(hopper) -> None:
+    i = make_inputs(5, 64, 72, 3, BF16)
+    kinds = {}
+    for p in (dropout.MAX_P, 0.97):
+        drawn = dropout.draw(i.x, p, "triton")
+        call = backends.describe_call("cuda", i.x, i.weight, i.lora_A, i.lora_B, drawn, None, BF16)
+        kinds[p] = backends.CUDA.why_not(call._replace(device=torch.device("cuda", 0), weight_layout=(64, 1, 0)))
+    assert kinds[dropout.MAX_P] is None and "it does above a rate of 0.96" in (kinds[0.97] or "taken")
+
+
 @pytest.mark.parametrize("need", range(1, 8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
 def test_backward(recorder: Recorder, need: int) -> None:
     i = make_inputs(5, 64, 72, 3, BF16, FP32)

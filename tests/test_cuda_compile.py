@@ -38,15 +38,16 @@ def kernel_of(symbol: str) -> tuple[str, str, tuple[int, ...]]:
 
 
 def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
-    # block_n, ranks, backward, dropout
-    tiles = itertools.product((128, 256), (1, 2, 4), (0, 1), (0, 1))
+    # block_n, ranks, backward, dropout, terms
+    tiles = itertools.product((128, 256), (1, 2, 4), (0, 1), (0, 1), (1,))
+    precise = itertools.product((128, 256), (4,), (0, 1), (0, 1), (3,))
     # 8 rows of x, 64 rows of W
     decode = itertools.product((1, 2, 4, 8), (1, 2))
     kernels = [("lora_kernel", *tiles), ("decode_kernel", *decode)]
     dtypes = ("__nv_bfloat16", "__half")
     return {
         (name, dtype, arguments) for name, *all_arguments in kernels for arguments in all_arguments for dtype in dtypes
-    }
+    } | {("lora_kernel", "__nv_bfloat16", arguments) for arguments in precise}
 
 
 def spills_allowed(kernel: tuple[str, str, tuple[int, ...]]) -> tuple[int, int]:
@@ -102,6 +103,18 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     down = cuda.backward_plan(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, needs=(True, True, True), **settings)
     assert down.work_size == (1000 + 512) * 16 * 2, "T, and A with its ranks side by side"
     assert down.num_words >= 8 + 8 + 768 // 64 + 512 // 64
+    wide = make_inputs(1000, 512, 768, 16, torch.bfloat16, torch.float32)
+    precise = {"seed": None, "adapter_dtype": torch.float32}
+    up = cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **precise)
+    assert up.work_size == (512 + 768 + 1000) * 64 * 2, "A, B and S, each in four groups of 16"
+    parts = {"needs": (True, True, True), "config": CudaConfig(256, 4, 132, 2, parts=4)}
+    tensors = (wide.dy, wide.x, wide.weight, wide.lora_A, wide.lora_B, s.float())
+    down = cuda.backward_plan(*tensors, **parts, **precise)
+    assert down.work_size == (768 + 1000 + 512 + 1000) * 64 * 2 + 4 * (768 + 512) * 16 * 4, "and sums of 16 ranks"
+    for r, dtype in ((16, torch.float16), (17, torch.bfloat16)):
+        other = make_inputs(1000, 512, 768, r, dtype, torch.float32)
+        with pytest.raises(RuntimeError, match="three terms: error -5"):
+            cuda.forward_plan(other.x, other.weight, other.lora_A, other.lora_B, None, save_s=True, **precise)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: cuTensorMapEncodeTiled"):
             cuda.lora_forward(

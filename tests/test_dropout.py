@@ -139,6 +139,24 @@ def test_eights_have_every_outcome(p: float) -> None:
         assert chi2 < count + 6 * math.sqrt(2 * count)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_up_to_the_highest_rate_numbers_compare_as_their_bits(dtype: torch.dtype) -> None:
+    """What the kernels rely on: 15 bits as a 16-bit floating-point number, NaNs the largest."""
+    words = torch.arange(2**15).to(torch.int16)
+    for p in (0.0, 1e-4, 0.1, 0.5, dropout.MAX_P):
+        bound = torch.tensor(dropout.threshold(p), dtype=torch.int16)
+        assert torch.equal(~(words.view(dtype) < bound.view(dtype)), words >= bound)
+
+
+def test_above_the_highest_rate_there_is_a_mask_and_no_kernel() -> None:
+    i = make_inputs(6, 16, 24, 4)
+    assert dropout.draw(i.x, dropout.MAX_P, "triton").dtype is torch.int64
+    drawn = dropout.draw(i.x, 0.97, "triton")
+    assert drawn.dtype is torch.bool and drawn.shape == (6, 16)
+    with pytest.raises(ValueError, match="dropout_p is 0.97, with a seed it must be at most 0.96"):
+        dropout.launch_dropout(torch.tensor([2**62]), 0.97, 1.0)
+
+
 def test_a_seed_is_on_the_cpu_whatever_the_default_device_is() -> None:
     x = torch.zeros(2, 8)
     with torch.device("meta"):

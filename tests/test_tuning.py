@@ -269,7 +269,13 @@ class TestCommand:
             tune.shapes_of(path, [1], [1], {})
 
     @pytest.mark.parametrize(
-        "change, reason", [({"r": 300}, "r is 300"), ({"in_features": 4100}, "in_features 4100"), ({"M": 0}, "M is 0")]
+        "change, reason",
+        [
+            ({"r": 300}, "r is 300"),
+            ({"in_features": 4100}, "in_features 4100"),
+            ({"M": 0}, "M is 0"),
+            ({"dropout": 0.97}, "above a rate of 0.96"),
+        ],
     )
     def test_what_the_kernels_do_not_take(self, change: dict, reason: str, monkeypatch) -> None:
         from fusedlora import backends
