@@ -13,7 +13,7 @@ from torch import Tensor
 from . import node, ops
 from .arguments import check
 from .backends import describe_call, select
-from .dropout import seeded
+from .dropout import MAX_P
 
 # what matmul itself uses: the result is no view, so that callers may write into it
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -124,7 +124,7 @@ def _make(
     adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
     # which kernels take float32 depends on a setting that may change at any time
     if for_kernels and x.numel() > 0 and x.dtype is not torch.float32:
-        kind = torch.int64 if seeded(x, dropout_p, backend) else torch.bool
+        kind = torch.int64 if dropout_p <= MAX_P else torch.bool
         drawn = torch.empty(0, dtype=kind) if drops else None
         call = describe_call(backend, x, weight, lora_A, lora_B, drawn, scale, adapter_dtype)
         takers = select(backend, call), select(backend, call._replace(direction="backward"))

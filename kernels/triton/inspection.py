@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import io
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -39,11 +41,15 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one compiled launch needs and contains. Sizes in bytes; instruction counts are those in the PTX."""
+    """What one compiled launch needs and contains. Sizes in bytes; instruction counts are those in the PTX.
+
+    loop_spills: instructions for spilled registers inside the innermost loops that multiply on tensor cores.
+    """
 
     shared: int
     registers: int
     spills: int
+    loop_spills: int
     warnings: tuple[str, ...]
     ptx: str
 
@@ -132,13 +138,37 @@ def inspect_launch(launch: Launch, capability: int) -> Report:
     ):
         compiled = compile_launch(launch, GPUTarget("cuda", capability, 32))
     log = said.getvalue()
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
     return Report(
         shared=compiled.metadata.shared,
         registers=max(int(n) for n in re.findall(r"Used (\d+) registers", log)),
-        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)),
+        spills=spills,
+        loop_spills=_loop_spills(compiled.asm["cubin"]) if spills else 0,
         warnings=tuple(sorted(set(re.findall(r"C7[45]\d\d", log)))),
         ptx=compiled.asm["ptx"],
     )
+
+
+def _loop_spills(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = [(int(at, 16), words) for at, words in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/;]*);", text)]
+    jumps = [(int(to[1], 16), at) for at, words in code if (to := re.search(r"\bBRA\b.*0x([0-9a-f]+)", words))]
+    loops = {
+        (first, last): [words for at, words in code if first <= at <= last] for first, last in jumps if first < last
+    }
+    multiplying = [loop for loop, body in loops.items() if any("MMA" in words for words in body)]
+    assert multiplying, "no loop of this kernel multiplies on tensor cores"
+    # what lies around another one may begin in the middle of it
+    innermost = [
+        (first, last)
+        for first, last in multiplying
+        if not any(a <= last and first <= b and b - a < last - first for a, b in multiplying)
+    ]
+    return sum("LDL" in words or "STL" in words for loop in innermost for words in loops[loop])
 
 
 def inspect_amd_launch(launch: Launch, architecture: str = "gfx942") -> AmdReport:
