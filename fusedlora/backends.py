@@ -154,6 +154,11 @@ def _triton_why_not(call: Call) -> str | None:
                 f"triton before 3.9 compiles some of the kernels to empty ones for compute capability "
                 f"{capability[0]}.{capability[1]}"
             )
+        if capability[0] == 10 and call.dropout:
+            return (
+                f"triton compiles some of the kernels with dropout to empty ones for compute capability "
+                f"{capability[0]}.{capability[1]}"
+            )
     elif call.named and (missing := _triton_missing()) is not None:
         return missing
     elif not (kind == "cpu" and call.named and _interpreted()):

@@ -125,6 +125,8 @@ def test_an_empty_kernel_is_not_launched(hopper, monkeypatch) -> None:
     monkeypatch.setattr(backends, "_triton_version", lambda: (3, 9))
     assert backends.TRITON.why_not(GOOD) is None
     assert backends.TRITON.why_not(GOOD._replace(param_dtype=FP32, adapter_dtype=FP32)) is None
+    told = backends.TRITON.why_not(GOOD._replace(dropout="seed")) or "taken"
+    assert "with dropout to empty ones for compute capability 10.0" in told
 
 
 def test_auto_prefers_the_kernels_and_remembers(hopper) -> None:
