@@ -2,8 +2,8 @@
 //
 // Compiled as it is this file gives everything. To compile it in parallel, it gives with -DFUSEDLORA_UNIT_RANKS=1, 2 or
 // 4, -DFUSEDLORA_UNIT_BACKWARD=0 or 1 and -DFUSEDLORA_UNIT_TERMS=1, or 3 beside 4, the kernels of so many 16 ranks, that
-// direction and so many terms, with
-// -DFUSEDLORA_UNIT_DECODE=0 or 1 those of decoding in fp16 or bf16, with -DFUSEDLORA_UNITS what lies above them.
+// direction and so many terms, with -DFUSEDLORA_UNIT_DECODE=0 or 1 those of decoding in fp16 or bf16, with
+// -DFUSEDLORA_UNITS what lies above them.
 #include <atomic>
 #include <cstdio>
 #include <type_traits>
@@ -245,10 +245,11 @@ int run(const Arguments& a, int64_t* sizes) {
     }
   }
   const bool masked = a.has_seed != 0;
+  const auto choose = [&](auto plain, auto with_dropout) { return (masked ? with_dropout : plain)(a, call); };
   if (a.block_n == 256) {
-    return masked ? launch<T, 256, RANKS, BACKWARD, true, TERMS>(a, call) : launch<T, 256, RANKS, BACKWARD, false, TERMS>(a, call);
+    return choose(launch<T, 256, RANKS, BACKWARD, false, TERMS>, launch<T, 256, RANKS, BACKWARD, true, TERMS>);
   }
-  return masked ? launch<T, 128, RANKS, BACKWARD, true, TERMS>(a, call) : launch<T, 128, RANKS, BACKWARD, false, TERMS>(a, call);
+  return choose(launch<T, 128, RANKS, BACKWARD, false, TERMS>, launch<T, 128, RANKS, BACKWARD, true, TERMS>);
 }
 
 }  // namespace

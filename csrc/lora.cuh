@@ -130,8 +130,7 @@ __device__ void shrink_rows(
     if (thread < CLUSTER) barrier_arrive(empty + 8 * stage, thread);
   };
   const auto take = [&](int slot) {
-#pragma unroll
-    for (int i = 0; i < R / 2; i++) asm volatile("" : "+f"(acc[slot][i])::"memory");
+    settle(acc[slot]);
     if constexpr (TERMS > 1) add_terms<R>(total, acc[slot]);
   };
   int before = 0;
@@ -266,22 +265,18 @@ __device__ __forceinline__ void stripe_job(
     wgmma_commit();
     wgmma_wait<0>();
     if constexpr (TERMS > 1) {
-#pragma unroll
-      for (int i = 0; i < L::R / 2; i++) asm volatile("" : "+f"(acc[i])::"memory");
+      settle(acc);
       add_terms<L::R>(total, acc);
     }
     if (thread < CLUSTER) barrier_arrive(empty + 8 * stage, thread);
     if (++stage == L::STAGES) stage = 0, phase ^= 1;
   }
   float sums[SUMS / 2];
-#pragma unroll
-  for (int i = 0; i < SUMS / 2; i++) {
-    if constexpr (TERMS == 1) {
-      asm volatile("" : "+f"(acc[i])::"memory");
-      sums[i] = acc[i];
-    } else {
-      sums[i] = regained(total[i], L::JOB_ROWS);
-    }
+  if constexpr (TERMS == 1) {
+    settle(acc);
+    for (int i = 0; i < SUMS / 2; i++) sums[i] = acc[i];
+  } else {
+    for (int i = 0; i < SUMS / 2; i++) sums[i] = regained(total[i], L::JOB_ROWS);
   }
   if (p.parts == 1) {
     put_sums<T, SUMS>(p, sums, stripe, c.r, thread);
@@ -560,8 +555,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         wgmma_commit();
         wgmma_wait<0>();
       }
-#pragma unroll
-      for (int i = 0; i < ACCS; i++) asm volatile("" : "+f"(acc[i])::"memory");
+      settle(acc);
       release(stage == 0 ? STAGES - 1 : stage - 1);
       if constexpr (!(DROPOUT && BACKWARD)) release(stage);
       if constexpr (!BACKWARD) {
@@ -583,9 +577,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       for (int i = 0; i < BLOCK_N / 64; i++) {
         if constexpr (DROPOUT && BACKWARD) {
           wgmma_wait<0>();
+          settle(product);
 #pragma unroll
           for (int j = 0; j < 32; j++) {
-            asm volatile("" : "+f"(product[j])::"memory");
             if (kept[i] >> Mask::bit(j / 4, j % 4) & 1) acc[32 * i + j] += product[j];
           }
           // The next one is formed while these leave.

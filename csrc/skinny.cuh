@@ -60,8 +60,8 @@ struct Mask {
 
 // Adapters that keep fp32's precision are taken as sums of three 16-bit terms. Their operands have 64 columns for up to 16
 // ranks, in groups of 16: which term each group is of, the first group's in the lowest four bits, 0 for none. The rows of
-// S or T beside those of `wide` then give first · first + second · first + first · second; what they leave out is below
-// fp32's precision of the products of 16-bit numbers that they are added to.
+// S or T beside those of `wide` then give first · first + second · first + first · second, for sums that are rounded to 16
+// bits. What they leave out is 2⁻¹⁷ of the product or less.
 constexpr uint32_t EACH_TERM = 0x0321, SMALL_TERMS = 0x1321, WIDE_TERMS = 0x2011;
 
 // The ranks of sums over operands of R columns.

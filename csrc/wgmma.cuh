@@ -5,6 +5,13 @@
 
 namespace fusedlora {
 
+// Sums of products that have been waited for: nothing reads them before this place.
+template <int N>
+__device__ __forceinline__ void settle(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 template <typename T, int N, int TRANS>
 struct Wgmma;
 

@@ -90,6 +90,17 @@ def by_weight(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.d
     return dtype.itemsize == 2 and K < M and (adapter_dtype == dtype or r <= 128)
 
 
+def _takes_triton(backend: str, call: backends.Call) -> bool:
+    """Whether the backward by weight, which no other kernels have, takes the call.
+
+    Beside fp32 adapters outside autocast "auto" takes it wherever it can: nobody has measured what the CUDA kernels
+    need there, two launches and passes over dy and y.
+    """
+    if backend == "auto" and call.adapter_dtype is not call.dtype:
+        return backends.TRITON.why_not(call) is None
+    return select(backend, call).name == "triton"
+
+
 def _backward(
     dy: Tensor,
     y: Tensor,
@@ -110,11 +121,7 @@ def _backward(
     given = (dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B)
     call = describe_call(backend, dy, weight, lora_A, lora_B, None, scale, adapter_dtype, "backward")
     (r, K), M = lora_A.shape, dy.shape[0]
-    taker = select(backend, call)
-    # Beside fp32 adapters nobody has measured what the CUDA kernels need here, two launches and passes over dy and y.
-    if backend == "auto" and adapter_dtype != dy.dtype and backends.TRITON.why_not(call) is None:
-        taker = backends.TRITON
-    if by_weight(M, K, r, dy.dtype, adapter_dtype) and taker.name == "triton":
+    if by_weight(M, K, r, dy.dtype, adapter_dtype) and _takes_triton(backend, call):
         from fusedlora.kernels import dora
 
         backends.last_used = backends.last_backward = "triton"

@@ -124,7 +124,7 @@ def _make(
     adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
     # which kernels take float32 depends on a setting that may change at any time
     if for_kernels and x.numel() > 0 and x.dtype is not torch.float32:
-        kind = torch.int64 if dropout_p <= MAX_P else torch.bool
+        kind = torch.int64 if dropout_p <= MAX_P else torch.bool  # as `draw` has it where kernels may take the call
         drawn = torch.empty(0, dtype=kind) if drops else None
         call = describe_call(backend, x, weight, lora_A, lora_B, drawn, scale, adapter_dtype)
         takers = select(backend, call), select(backend, call._replace(direction="backward"))

@@ -189,9 +189,10 @@ def refuse(shapes: Sequence[Shape], device: Any) -> None:
             True, device, x, adapter, adapter, shape.out_features, shape.in_features, shape.r,
             noise, (shape.in_features, 1, 0), "high" if x is torch.float32 else "",
         )  # fmt: skip
-        reason = backends.TRITON.why_not(call)
-        if reason is None and (shape.M < 1 or not 0.0 <= shape.dropout < 1.0):
-            reason = f"M is {shape.M}, dropout is {shape.dropout}; they must be at least 1, and in [0, 1)"
+        if shape.M < 1 or not 0.0 <= shape.dropout < 1.0:
+            reason: str | None = f"M is {shape.M}, dropout is {shape.dropout}; they must be at least 1, and in [0, 1)"
+        else:
+            reason = backends.TRITON.why_not(call)
         if reason is not None:
             raise ValueError(f"{shape}: {reason}")
 

@@ -275,6 +275,7 @@ class TestCommand:
             ({"in_features": 4100}, "in_features 4100"),
             ({"M": 0}, "M is 0"),
             ({"dropout": 0.97}, "above a rate of 0.96"),
+            ({"dropout": 1.5}, "dropout is 1.5"),
         ],
     )
     def test_what_the_kernels_do_not_take(self, change: dict, reason: str, monkeypatch) -> None:
