@@ -146,7 +146,8 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   [[maybe_unused]] const bool is_float = a.param_is_float;
   const int N = int(a.N), K = int(a.K), M = int(a.M);
   Shrink<T>& shrink = c.shrink;
-  shrink.scaling = float(a.scaling);
+  shrink.scaling = float(a.scaling), shrink.slices = int(a.slices);
+  const int64_t row_blocks = (a.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M) * CLUSTER;
   [[maybe_unused]] const bool as_is = TERMS == 1 && !is_float && a.r == R;
   if constexpr (!BACKWARD) {
     operands.skinny = static_cast<const T*>(a.a);
@@ -184,7 +185,7 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
       operands.wide = wide;
       c.tiles = true;
     }
-    int* arrived = c.words + PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
+    int* arrived = c.words + PROGRESS + 3 * row_blocks;
     if (a.db) {
       operands.saved_s = static_cast<const T*>(a.s);
       if (TERMS > 1 || a.r != R || reinterpret_cast<uintptr_t>(a.s) % 16) {
@@ -200,7 +201,23 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
       c.stripes[1] = {{}, {}, partial, arrived + stripe_count(N), a.da, 1, a.K, is_float, K, int(a.parts_a)};
     }
   }
+  const bool shrinks = !BACKWARD || a.dx || a.da;  // pointers say nothing before there is a workspace
+  if (shrinks && shrink.slices > 1) shrink.partial = places.take<float>(row_blocks * shrink.slices * BLOCK_M * SUMS);
   return places.used;
+}
+
+// Whether slices are as the kernel has them. In tiles: half of a tile's steps, some before and some after them.
+template <int BLOCK_N, int RANKS, bool BACKWARD, int TERMS>
+bool takes_slices(const Arguments& a, int cols, int depth) {
+  using L = Layout<BLOCK_N, RANKS>;
+  const int pairs_m = int((a.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M));
+  const int wide_steps = (depth + 127) / 128, slices = int(a.slices);
+  if (slices < 1 || slices > 32 || slices > wide_steps) return slices == 1;
+  if (!a.in_tiles) return true;
+  const Tiles tiles = Tiles::of(pairs_m, (cols + BLOCK_N - 1) / BLOCK_N, int(a.group), int(a.programs) / CLUSTER, slices);
+  const int steps = (depth + BLOCK_K - 1) / BLOCK_K, half = slice_begin(depth, slices / 2, slices);
+  return L::IN_TILES && TERMS == 1 && !BACKWARD && !a.has_seed && slices % 2 == 0 && tiles.window >= slices &&
+         L::LEAD + (half > steps - half ? half : steps - half) + L::STAGES < steps;
 }
 
 template <typename T, int RANKS, bool BACKWARD, int TERMS>
@@ -209,16 +226,18 @@ int run(const Arguments& a, int64_t* sizes) {
   Call<T> call;
   Operands<T> operands;
   const int64_t used = prepare_call<T, RANKS, BACKWARD, TERMS>(a, call, operands);
+  const auto takes = a.block_n == 256 ? takes_slices<256, RANKS, BACKWARD, TERMS> : takes_slices<128, RANKS, BACKWARD, TERMS>;
+  if (!takes(a, call.tiles ? call.cols : 0, call.depth)) return fail("slices", -6);
   if (sizes) {
     sizes[0] = used;
-    sizes[1] = PROGRESS + (a.M + BLOCK_M - 1) / BLOCK_M;
+    sizes[1] = PROGRESS + 3 * ((a.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M) * CLUSTER);
     if (BACKWARD) sizes[1] += stripe_count(a.N) + stripe_count(a.K);
     return 0;
   }
   const void* left = BACKWARD ? a.dy : a.x;
   const int64_t left_pitch = BACKWARD ? a.dy_pitch : a.x_pitch;
   if (operands.skinny) {
-    call.shrink.clusters = int(a.shrink_clusters);
+    call.shrink.in_tiles = a.in_tiles != 0, call.shrink.clusters = int(a.shrink_clusters);
     if (!encode(&call.left, a.is_bf16, left, a.M, call.depth, left_pitch, BLOCK_M) ||
         !encode(&call.skinny, a.is_bf16, operands.skinny, BACKWARD ? call.depth : R, BACKWARD ? R : call.depth,
                 BACKWARD ? R : call.depth, BACKWARD ? BLOCK_K : R, BACKWARD ? R : BLOCK_K)) {

@@ -4,10 +4,10 @@
 //     backward    out = left · right + small · wideᵀ      dy, W [N, K], T, Aᵀ     T = scaling · dy B, and dA, dB
 //
 // Two consumer warpgroups multiply tiles of 128 rows, fed by one TMA thread; two blocks of a cluster take two row
-// blocks beside the same columns and share what they load of `right`. Some clusters, as a rule those that have a tile
-// less than the others, first multiply row blocks by the skinny matrix, which gives S or T; between tiles, which leave
-// memory idle, clusters take jobs of dB and dA. The three other warps of the first warpgroup, the side warps, make
-// operands ready and add up what jobs leave.
+// blocks beside the same columns and share what they load of `right`. S or T is summed in slices of its depth: before all
+// tiles by some clusters, or, S alone, by some tiles beside their own sums. Between tiles, which leave memory idle, clusters
+// take jobs of dB and dA. The three other warps of the first warpgroup, the side warps, make operands ready
+// and add up what slices and jobs leave.
 #pragma once
 #include "skinny.cuh"
 #include "wgmma.cuh"
@@ -17,8 +17,12 @@ namespace fusedlora {
 constexpr int BLOCK_M = 128, BLOCK_K = 64, CLUSTER = 2;
 constexpr int CONSUMERS = 256, THREADS = 128 + CONSUMERS;
 
-// Words in global memory, zero between launches.
+// Words in global memory, zero between launches. From PROGRESS on: for each row block a bit for each 64 rows of S or T
+// that are there, for each 64 rows a bit for each slice that has been left, and for each stripe a count of parts.
 enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
+
+// Cycles for which a cluster waits for all others to begin, which takes one or two thousand on a free GPU.
+constexpr int PATIENCE = 8000;
 
 // out [M, R] = scaling · left · skinnyᵀ; skinny is [R, depth] in the forward, in the backward B as it lies, [depth, R].
 // With terms, what those of skinny give together, as SMALL_TERMS has it.
@@ -27,7 +31,18 @@ struct Shrink {
   T* out;       // [M, R], or null
   void* saved;  // [M, r], of T or, with terms, fp32; or null
   float scaling;
-  int clusters;  // how many take part, those of the first places; each does what one that has not begun would leave
+  int slices;      // up to 32
+  float* partial;  // if there are two or more: for each 64 rows and slice its sums, as the threads hold them
+  // Tiles sum a slice for their rows. Else a slice of a pair of row blocks is a unit, which one of the `clusters` first
+  // places sums before its tiles.
+  bool in_tiles;
+  int clusters;
+
+  // Where a warpgroup leaves the sums of a slice, or the first of them.
+  template <int R>
+  __device__ float* place(int block, int group, int slice) const {
+    return partial + (int64_t(2 * block + group) * slices + slice) * (64 * R);
+  }
 };
 
 template <typename T>
@@ -61,20 +76,15 @@ struct Layout {
   // A stage of a job: rows of 128 columns, of which each warpgroup takes one box of 64, and of small.
   static constexpr int JOB_ROWS = BLOCK_N == 256 ? 128 : 64, BOX = JOB_ROWS * 128, JOB_STAGE = JOB_ROWS * (256 + 2 * R);
   static_assert(JOB_STAGE <= STAGE);
+  // A tile's slice takes skinny from where the output of the tile before was: LEAD steps later, as the TMA thread is up to
+  // STAGES steps ahead.
+  static constexpr int LEAD = STAGES + 2;
+  static constexpr bool IN_TILES = STAGES * SKINNY <= OUT;
   // What ptxas needs to spill nothing, of 64512 for 128 and 256 threads.
   static constexpr int WIDE_SIDE = RANKS == 4 ? 72 : 80, SIDE_REGISTERS = BLOCK_N == 256 ? WIDE_SIDE : 136;
   static constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
-  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 64;
+  static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 80;
 };
-
-// The row block (of the pair's first) and the column block of a pair of tiles, in column-major groups of `group` pairs
-// of rows, so that L2 is reused.
-__device__ inline void pair_coordinates(int index, int pairs_m, int tiles_n, int group, int& pair_m, int& tile_n) {
-  const int first = index / (group * tiles_n) * group, rows = min(pairs_m - first, group);
-  const int within = index % (group * tiles_n);
-  pair_m = first + within % rows;
-  tile_n = within / rows;
-}
 
 // How many tasks of preparation SKINNY_PREPARED and PREPARED count.
 template <typename T>
@@ -110,13 +120,76 @@ __device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int 
   }
 }
 
-// Consumers: out [128, R] = scaling · left · skinnyᵀ for the row block from `row` on, published.
+// Sums of S or T for row m, COUNT ranks from k on, go to where they are wanted.
+template <typename T, int R, int TERMS, int COUNT>
+__device__ __forceinline__ void put_small(const Call<T>& c, const float (&sums)[COUNT], int m, int k) {
+  struct alignas(2 * COUNT) Together {
+    T values[COUNT];
+  };
+  if (m >= c.M) return;
+  Together these;
+#pragma unroll
+  for (int j = 0; j < (TERMS == 1 ? 1 : 4); j++) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      these.values[i] = term<T>(sums[i] * c.shrink.scaling, TERMS == 1 ? 1 : SMALL_TERMS >> 4 * j & 15);
+    }
+    *reinterpret_cast<Together*>(c.shrink.out + int64_t(m) * R + 16 * j + k) = these;
+  }
+  if (!c.shrink.saved) return;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    const int64_t at = int64_t(m) * c.r + k + i;
+    if (k + i >= c.r) break;
+    if constexpr (TERMS == 1) {
+      static_cast<T*>(c.shrink.saved)[at] = these.values[i];
+    } else {
+      static_cast<float*>(c.shrink.saved)[at] = sums[i] * c.shrink.scaling;
+    }
+  }
+}
+
+// A warpgroup has left sums: a side warp is told of them, once it has taken those before.
+__device__ __forceinline__ void tell_side(uint32_t told, int& before, int group, int thread) {
+  meet(3 + group, 128);
+  if (thread == 0) {
+    if (before > 0) barrier_wait(told + 16, (before - 1) % 2);
+    barrier_arrive(told);
+  }
+  before++;
+}
+
+// A warp, of a slice's sums that a warpgroup has left: if all are there it adds them, so that the bits do not depend on who
+// was last. Whoever leaves one a second time leaves the same bits.
+template <typename T, int R, int TERMS>
+__device__ void add_slices(const Call<T>& c, int* words, int block, int group, int slice, int lane) {
+  constexpr int SUMS = SUM_RANKS<R, TERMS>;
+  const uint32_t bit = 1u << slice, all = (2u << (c.shrink.slices - 1)) - 1;
+  const uint32_t before = lane == 0 ? arrive_bit(words + 2 * block + group, bit) : 0;
+  if ((__shfl_sync(0xFFFFFFFFu, before, 0) | bit) != all) return;
+  __syncwarp();
+  const float* from = c.shrink.template place<SUMS>(block, group, 0);
+  const int m = block * BLOCK_M + 64 * group + 16 * (lane / 8) + lane % 8;
+  add_sums<SUMS>(from, c.shrink.slices, lane, [&](int n, const float4(&sums)[4]) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float4 even = sums[2 * h], odd = sums[2 * h + 1];
+      const float row[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+      put_small<T, R, TERMS>(c, row, m + 8 * h, 8 * n);
+    }
+  });
+  fence_all_to_tma();  // by which tiles and dA's jobs read it
+  __syncwarp();
+  if (lane == 0) publish_bit(c.words + PROGRESS + block, 1u << group);
+}
+
+// Consumers: a slice of S or T for the row block from `row` on, left for side warps or, if it is the only one, published.
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
-__device__ void shrink_rows(
-    const Call<T>& c, const Mask& mask, int row, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase, int warp,
-    int lane) {
+__device__ void slice_rows(
+    const Call<T>& c, const Mask mask, int row, int slice, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase,
+    int warp, int lane, uint32_t told, int& left_before) {
   using L = Layout<BLOCK_N, RANKS>;
-  constexpr int R = L::R, STEPS = BLOCK_K / 16, SLOTS = TERMS > 1 ? L::BOXES : 1;
+  constexpr int R = L::R, SUMS = SUM_RANKS<R, TERMS>, STEPS = BLOCK_K / 16, SLOTS = TERMS > 1 ? L::BOXES : 1;
   // The mask is put on registers, which wgmma keeps until it is done: while it has one half of a box the other is made.
   // For few ranks mma.sync, which does not keep them, is faster.
   constexpr bool SYNC = DROPOUT && RANKS < 4;
@@ -133,8 +206,10 @@ __device__ void shrink_rows(
     settle(acc[slot]);
     if constexpr (TERMS > 1) add_terms<R>(total, acc[slot]);
   };
+  const int begin = slice_begin(c.depth, slice, c.shrink.slices) * BLOCK_K;
+  const int end = min(c.depth, slice_begin(c.depth, slice + 1, c.shrink.slices) * BLOCK_K);
   int before = 0;
-  for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
+  for (int k = begin; k < end; k += L::BOXES * BLOCK_K) {
     const uint32_t lefts = stages + stage * L::STAGE, rights = lefts + L::BOXES * L::LEFT;
     barrier_wait(full + 8 * stage, phase);
 #pragma unroll
@@ -184,7 +259,7 @@ __device__ void shrink_rows(
         }
       }
       if (TERMS == 1 && !DROPOUT) wgmma_wait<1>();
-      if (TERMS == 1 && !SYNC && box == 0 && k > 0) release(before);  // all of that is done
+      if (TERMS == 1 && !SYNC && box == 0 && k > begin) release(before);  // all of that is done
     }
     if constexpr (TERMS > 1) {
       if (SLOTS > 1) {
@@ -203,37 +278,28 @@ __device__ void shrink_rows(
     if (!SYNC) release(before);
     take(0);
   }
+  float sums[SUMS / 2];
 #pragma unroll
-  for (int n = 0; n < SUM_RANKS<R, TERMS> / 8; n++) {
+  for (int i = 0; i < SUMS / 2; i++) sums[i] = TERMS == 1 ? acc[0][i] : regained(total[i % 8], BLOCK_K);
+  if (c.shrink.slices > 1) {
+    leave_sums<SUMS>(c.shrink.template place<SUMS>(row / BLOCK_M, group, slice), sums, thread);
+    tell_side(told, left_before, group, thread);
+    return;
+  }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int m = row + 16 * warp + g + 8 * (i / 2), k = 8 * n + 2 * t + i % 2;
-      if (m >= c.M) continue;
-      T* out = c.shrink.out + int64_t(m) * R + k;
-      const int64_t at = int64_t(m) * c.r + k;
-      const bool saves = c.shrink.saved && k < c.r;
-      if constexpr (TERMS == 1) {
-        const T value = Type<T>::from(acc[0][4 * n + i] * c.shrink.scaling);
-        *out = value;
-        if (saves) static_cast<T*>(c.shrink.saved)[at] = value;
-      } else {
-        const float value = regained(total[4 * n + i], BLOCK_K) * c.shrink.scaling;
-#pragma unroll
-        for (int j = 0; j < 4; j++) out[16 * j] = term<T>(value, SMALL_TERMS >> 4 * j & 15);
-        if (saves) static_cast<float*>(c.shrink.saved)[at] = value;
-      }
-    }
+  for (int i = 0; i < SUMS / 2; i += 2) {
+    const float pair[2] = {sums[i], sums[i + 1]};
+    put_small<T, R, TERMS>(c, pair, row + 16 * warp + g + i / 2 % 2 * 8, i / 4 * 8 + 2 * t);
   }
   fence_all_to_tma();  // by which tiles and dA's jobs read it
-  meet(2, CONSUMERS);
-  if (warp == 0 && lane == 0 && row < c.M) publish(c.words + PROGRESS + row / BLOCK_M);
+  meet(3 + group, 128);
+  if (thread == 0) publish_bit(c.words + PROGRESS + row / BLOCK_M, 1u << group);
 }
 
-// A warpgroup: the sums of `stripe` over the rows of `part`. Parts are left for a side warp, which `told` tells of them
-// once it has taken what was left before.
+// A warpgroup: the sums of `stripe` over the rows of `part`. Parts are left for a side warp.
 template <typename T, int BLOCK_N, int RANKS, bool DROPOUT, int TERMS>
 __device__ __forceinline__ void stripe_job(
-    const Call<T>& c, const Stripes& p, const Mask& mask, bool masked, int stripe, int part, uint32_t stages, uint32_t full,
+    const Call<T>& c, const Stripes& p, const Mask mask, bool masked, int stripe, int part, uint32_t stages, uint32_t full,
     uint32_t empty, int& stage, int& phase, int group, int thread, uint32_t told, int& before) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int SUMS = SUM_RANKS<L::R, TERMS>;
@@ -276,36 +342,36 @@ __device__ __forceinline__ void stripe_job(
     settle(acc);
     for (int i = 0; i < SUMS / 2; i++) sums[i] = acc[i];
   } else {
+#pragma unroll
     for (int i = 0; i < SUMS / 2; i++) sums[i] = regained(total[i], L::JOB_ROWS);
   }
   if (p.parts == 1) {
     put_sums<T, SUMS>(p, sums, stripe, c.r, thread);
     return;
   }
-  leave_sums<SUMS>(p, sums, stripe, part, thread);
-  meet(3 + group, 128);
-  if (thread == 0) {
-    if (before > 0) barrier_wait(told + 16, (before - 1) % 2);
-    barrier_arrive(told);
-  }
-  before++;
+  leave_sums<SUMS>(part_place<SUMS>(p, stripe, part), sums, thread);
+  tell_side(told, before, group, thread);
 }
 
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
 __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant__ Call<T> c) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int STAGES = L::STAGES, ACCS = BLOCK_N / 2;
+  // Terms are added up box by box, and a mask on x is put on registers: neither goes beside a tile's sums. And dA's jobs
+  // would have to wait for a T that comes with the tiles.
+  constexpr bool IN_TILES = L::IN_TILES && TERMS == 1 && !DROPOUT && !BACKWARD;
   extern __shared__ uint8_t raw[];
   const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
   uint8_t* memory = raw + (base - shared_address(raw));
   const uint32_t stages = base, out = base + STAGES * L::STAGE;
-  const uint32_t full = out + L::OUT, empty = full + 8 * STAGES, told = empty + 8 * STAGES, all_there = told + 8;
-  const uint32_t sums_left = all_there + 8, sums_taken = sums_left + 16;  // of each warpgroup
-  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + 16 * STAGES + 48);
+  const uint32_t full = out + L::OUT, empty = full + 8 * STAGES, told = empty + 8 * STAGES;
+  // out_free: of the tile before; all_there: of T. No kernel has both.
+  const uint32_t out_free = told + 8, all_there = out_free, words_left = out_free + 8;
+  const uint32_t sums_left = words_left + 8, sums_taken = sums_left + 16;  // of each warpgroup
+  volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + 16 * STAGES + 56);
   volatile int *own_place = next + 1, *begun = next + 2;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Mask mask = DROPOUT ? c.mask.read() : Mask{};
   const uint32_t rank = cluster_rank();
   cluster_arrive();  // before anything is written to another block of the cluster, that has begun
   int claimed = 0;
@@ -317,7 +383,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     }
     barrier_init(told, 1);
     for (int g = 0; g < 4; g++) barrier_init(sums_left + 8 * g, 1);
-    barrier_init(all_there, 1);
+    barrier_init(out_free, BACKWARD ? 1 : CONSUMERS / 128);
+    barrier_init(words_left, SIDE_WARPS + CONSUMERS / 128);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     barrier_expect(told, sizeof(int));
     if (c.tiles || c.shrink.out) tma_prefetch(&c.left);
@@ -336,20 +403,65 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   __syncwarp();
   cluster_meet();
 
-  const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, tiles_n = (c.cols + BLOCK_N - 1) / BLOCK_N;
-  const int pairs_m = (tiles_m + CLUSTER - 1) / CLUSTER;
-  const int pairs = c.tiles ? pairs_m * tiles_n : 0, steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
-  // Clusters that come early have fewer tiles, as they may have row blocks first.
-  const int stride = gridDim.x / CLUSTER, place = *own_place, first = stride - 1 - place;
-  const int own_tiles = first < pairs ? (pairs - first + stride - 1) / stride : 0;
-  const Jobs jobs = Jobs::of(job_count(c.stripes[0]), job_count(c.stripes[1]), place, stride, own_tiles);
-  // Whose row blocks a cluster takes after `owner`'s: first its own, then those of all places that nobody has by then,
-  // so that it never waits in its tiles for a cluster which may find no SM before this one ends. If that cluster comes
-  // after all, it computes the same bits once more.
-  const auto next_owner = [&](int owner) {
-    if (owner != place) return owner + 1;
-    barrier_wait(told, 0);
-    return *begun;  // this cluster has, so that is above `place`
+  const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, pairs_m = (tiles_m + CLUSTER - 1) / CLUSTER;
+  const int steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
+  // Clusters that come early have fewer tiles, as they may have units first, or more jobs. In shared memory, since
+  // registers are wanted.
+  __shared__ Tiles tiles;
+  __shared__ Jobs jobs;
+  __shared__ Mask mask;
+  if (threadIdx.x == 0) {
+    if (DROPOUT) mask = c.mask.read();
+    const int tiles_n = c.tiles ? (c.cols + BLOCK_N - 1) / BLOCK_N : 0;
+    tiles = Tiles::of(pairs_m, tiles_n, c.group, int(gridDim.x) / CLUSTER, IN_TILES && c.shrink.in_tiles ? c.shrink.slices : 0);
+    jobs = Jobs::of(
+        job_count(c.stripes[0]), job_count(c.stripes[1]), *own_place, tiles.stride, tiles.owned(*own_place));
+  }
+  __syncthreads();
+  const int &place = jobs.place, &stride = tiles.stride, &own_tiles = jobs.tiles;
+  const int slices = c.shrink.slices, half_steps = slice_begin(c.depth, slices / 2, slices);
+  const bool in_tiles = IN_TILES && c.shrink.in_tiles;
+  int* slice_words = c.words + PROGRESS + CLUSTER * pairs_m;
+
+  // take(pair_m, slice) for what a cluster sums of S or T outside of its tiles: first its own units, then those, or the
+  // slices of those tiles, of all places that nobody has by then, so that it never waits for a cluster which may find no
+  // SM before this one ends. If that comes after all, it computes the same bits once more.
+  const auto take_units = [&](auto tell, auto take) {
+    const int owners = in_tiles ? stride : c.shrink.clusters;
+    if (place >= owners) return;
+    for (int owner = place; owner < owners;) {
+      if (!in_tiles) {
+        for (int unit = owner; unit < pairs_m * slices; unit += c.shrink.clusters) take(unit / slices, unit % slices);
+      } else if (owner != place) {
+        for (int index = tiles.first(owner); index < tiles.count(); index += stride) {
+          int pair_m, tile_n;
+          tiles.coordinates(index, pair_m, tile_n);
+          if (const int slice = tiles.slice(pair_m, tile_n); slice >= 0) take(pair_m, slice);
+        }
+      }
+      if (owner == place) {
+        tell();
+        barrier_wait(told, 0);
+        owner = *begun;  // this cluster has, so that is above `place`
+      } else {
+        owner++;
+      }
+    }
+  };
+  // Where slices are in tiles, these take their steps from LEAD before one half of the depth on, so that by the middle of
+  // their time all slices are there, and tiles that share operands still read them together.
+  const auto half_of = [&](int slice, int tile_n) { return slice < 0 ? tile_n % 2 : int(slice >= slices / 2); };
+  const auto first_step = [&](int half) {
+    if (!in_tiles) return 0;
+    const int step = (half ? half_steps : 0) - L::LEAD;
+    return step < 0 ? step + steps : step;
+  };
+  // Of a tile's steps, the first of its slice and the first after it.
+  const auto slice_begins = [&](int slice) {
+    return L::LEAD + slice_begin(c.depth, slice, slices) - (slice >= slices / 2 ? half_steps : 0);
+  };
+  const auto slice_ends = [&](int slice) {
+    return slice_begins(slice) + min(steps, slice_begin(c.depth, slice + 1, slices)) - slice_begin(c.depth, slice, slices);
   };
 
   if (warp < 4) {
@@ -357,35 +469,67 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     if (warp == 0) {
       if (lane == 0) {
         int stage = 0, phase = 0;
-        if (place < c.shrink.clusters) {
-          wait_for(c.words + SKINNY_PREPARED, skinny_tasks(c));
-          fence_all_to_tma();
-        }
-        for (int owner = place; owner < c.shrink.clusters; owner = next_owner(owner)) {
-          for (int pair_m = owner; pair_m < pairs_m; pair_m += c.shrink.clusters) {
-            for (int k = 0; k < c.depth; k += L::BOXES * BLOCK_K) {
-              const uint32_t left = stages + stage * L::STAGE, right = left + L::BOXES * L::LEFT, barrier = full + 8 * stage;
-              barrier_wait(empty + 8 * stage, phase ^ 1);
-              barrier_expect(barrier, L::BOXES * (L::LEFT + L::SKINNY));
-              for (int b = 0; b < L::BOXES; b++) {
-                tma_load(left + b * L::LEFT, &c.left, barrier, k + b * BLOCK_K, (pair_m * CLUSTER + rank) * BLOCK_M);
-                const int at = k + b * BLOCK_K;
-                tma_load(right + b * L::SKINNY, &c.skinny, barrier, BACKWARD ? 0 : at, BACKWARD ? at : 0);
-              }
-              if (++stage == STAGES) stage = 0, phase ^= 1;
-            }
-          }
-          if (owner == place && rank == 0) {
-            tell_cluster(shared_address(const_cast<int*>(begun)), published(c.words + PLACE), told, CLUSTER);
-          }
-        }
-        bool all = false;
-        bool prepared = other_tasks(c) == 0;
+        const auto advance = [&] {
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+        };
+        bool prepared = other_tasks(c) == 0, skinny_prepared = false;
         const auto wait_for_prepared = [&] {
           if (!prepared) wait_for(c.words + PREPARED, other_tasks(c));
           prepared = true;
         };
+        const auto load_skinny = [&](uint32_t to, uint32_t barrier, int k) {
+          if (!skinny_prepared) {
+            wait_for(c.words + SKINNY_PREPARED, skinny_tasks(c));
+            fence_all_to_tma();
+            skinny_prepared = true;
+          }
+          tma_load(to, &c.skinny, barrier, BACKWARD ? 0 : k, BACKWARD ? k : 0);
+        };
+        const auto load_step = [&](int row, int col, int k, bool with_skinny) {
+          const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          barrier_expect(barrier, with_skinny ? L::STAGE + L::SKINNY : L::STAGE);
+          tma_load(left, &c.left, barrier, k * BLOCK_K, row);
+          if constexpr (BACKWARD) {
+            for (int i = rank * (BLOCK_N / 128); i < int(rank + 1) * (BLOCK_N / 128); i++) {
+              tma_multicast(right + i * 8192, &c.right, barrier, col + 64 * i, k * BLOCK_K, 3);
+            }
+          } else {
+            tma_multicast(right + rank * (L::RIGHT / 2), &c.right, barrier, k * BLOCK_K, col + rank * (BLOCK_N / 2), 3);
+          }
+          if (IN_TILES && with_skinny) load_skinny(out + stage * L::SKINNY, barrier, k * BLOCK_K);
+          advance();
+        };
+
+        const auto load_units = [&] {
+          take_units(
+              [&] {
+                if (!in_tiles && rank == 0) {
+                  tell_cluster(shared_address(const_cast<int*>(begun)), published(c.words + PLACE), told, CLUSTER);
+                }
+              },
+              [&](int pair_m, int slice) {
+                const int end = min(c.depth, slice_begin(c.depth, slice + 1, slices) * BLOCK_K);
+                for (int k = slice_begin(c.depth, slice, slices) * BLOCK_K; k < end; k += L::BOXES * BLOCK_K) {
+                  const uint32_t left = stages + stage * L::STAGE, right = left + L::BOXES * L::LEFT, barrier = full + 8 * stage;
+                  barrier_wait(empty + 8 * stage, phase ^ 1);
+                  barrier_expect(barrier, L::BOXES * (L::LEFT + L::SKINNY));
+                  for (int b = 0; b < L::BOXES; b++) {
+                    const int at = k + b * BLOCK_K;
+                    tma_load(left + b * L::LEFT, &c.left, barrier, at, (pair_m * CLUSTER + rank) * BLOCK_M);
+                    load_skinny(right + b * L::SKINNY, barrier, at);
+                  }
+                  advance();
+                }
+              });
+        };
+        // Whether the cluster has its units before the next tile. With slices in tiles these are those of clusters that have
+        // not begun, for which it looks after the first steps of its first tile; it begins that again then.
+        bool units = !in_tiles, looked = !in_tiles, all = false;
+        int sliced = 0;
         for (int n = 0, done = 0;; n++) {
+          if (units) load_units();
+          units = false;
           if constexpr (BACKWARD) {
             for (; jobs.due(done, n); done++) {
               const bool is_da = jobs.is_da(done);
@@ -410,63 +554,105 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
                 tma_load(to, &p.src, barrier, col, m);
                 tma_load(to + L::BOX, &p.src, barrier, col + 64, m);
                 tma_load(to + 2 * L::BOX, &p.small, barrier, 0, m);
-                if (++stage == STAGES) stage = 0, phase ^= 1;
+                advance();
               }
             }
           }
           if (n == own_tiles) break;
           int pair_m, tile_n;
-          pair_coordinates(first + n * stride, pairs_m, tiles_n, c.group, pair_m, tile_n);
+          tiles.coordinates(tiles.first(place) + n * stride, pair_m, tile_n);
           const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
+          const int slice = tiles.slice(pair_m, tile_n);
+          const int slice_at = slice < 0 ? steps : slice_begins(slice), slice_end = slice < 0 ? steps : slice_ends(slice);
+          int k = first_step(half_of(slice, tile_n));
 #pragma unroll 1
-          for (int k = 0; k < steps; k++) {
-            const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
-            barrier_wait(empty + 8 * stage, phase ^ 1);
-            barrier_expect(barrier, L::STAGE);
-            tma_load(left, &c.left, barrier, k * BLOCK_K, row);
-            if constexpr (BACKWARD) {
-              for (int i = rank * (BLOCK_N / 128); i < int(rank + 1) * (BLOCK_N / 128); i++) {
-                tma_multicast(right + i * 8192, &c.right, barrier, col + 64 * i, k * BLOCK_K, 3);
-              }
-            } else {
-              tma_multicast(right + rank * (L::RIGHT / 2), &c.right, barrier, k * BLOCK_K, col + rank * (BLOCK_N / 2), 3);
+          for (int step = 0; step < steps; step++) {
+            if (!looked && step == L::LEAD) {
+              barrier_wait(told, 0);
+              looked = true;
+              units = *begun < stride;
+              if (units) break;
             }
-            if (++stage == STAGES) stage = 0, phase ^= 1;
+            const bool with_skinny = IN_TILES && step >= slice_at && step < slice_end;
+            if (with_skinny && step == slice_at) barrier_wait(out_free, sliced++ % 2);
+            load_step(row, col, k, with_skinny);
+            if (++k == steps) k = 0;
+          }
+          if (IN_TILES && units) {
+            n--;
+            continue;
           }
           // The step of depth r, in rows padded with zeros to those of a stage.
           wait_for_prepared();
-          if (row < c.M) wait_for(c.words + PROGRESS + row / BLOCK_M, 1);
+          if (row < c.M) wait_for(c.words + PROGRESS + row / BLOCK_M, 3);
           fence_all_to_tma();
           const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
           barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(barrier, L::STAGE);
           tma_load(left, &c.small, barrier, 0, row);
           tma_multicast(right + rank * (L::RIGHT / 2), &c.wide, barrier, 0, col + rank * (BLOCK_N / 2), 3);
-          if (++stage == STAGES) stage = 0, phase ^= 1;
+          advance();
         }
+      }
+      // The last block to need no words any more zeroes them, while others store their last tiles.
+      if (lane == 0) barrier_wait(words_left, 0);
+      __syncwarp();
+      const int before = lane == 0 ? arrive(c.words + EXIT) : 0;
+      if (__shfl_sync(0xFFFFFFFFu, before, 0) == int(gridDim.x) - 1) {
+        __syncwarp();
+        for (int i = lane; i < 3 * CLUSTER * pairs_m; i += 32) c.words[PROGRESS + i] = 0;
+        if (lane < PROGRESS) c.words[lane] = 0;
       }
     } else {
       prepare_all<T, RANKS, TERMS>(c, next, warp - 1, lane);
-      if constexpr (BACKWARD) {
-        if (warp == 3) {
-          if (c.stripes[1].out) {
-            for (int b = lane; b < tiles_m; b += 32) {
-              while (published(c.words + PROGRESS + b) == 0) __nanosleep(200);
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(all_there);
+      if (warp == 3) {
+        if (BACKWARD && c.stripes[1].out) {
+          for (int b = lane; b < tiles_m; b += 32) {
+            while (published(c.words + PROGRESS + b) < 3) __nanosleep(200);
           }
-        } else {
-          const int group = warp - 1;
-          for (int n = 0, seen = 0; n < jobs.count; n++) {
-            const Stripes& p = c.stripes[jobs.is_da(n)];
-            if (p.parts == 1) continue;
-            barrier_wait(sums_left + 8 * group, seen++ % 2);
-            if (lane == 0) barrier_arrive(sums_taken + 8 * group);
-            const int stripe = jobs.index(n) / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
-            add_parts<T, SUM_RANKS<L::R, TERMS>>(p, stripe, c.r, lane);
+          __syncwarp();
+          if (lane == 0) barrier_arrive(all_there);
+        }
+        if (in_tiles && rank == 0 && lane == 0) {
+          int others = published(c.words + PLACE);
+          for (const int64_t since = clock64(); others < stride && clock64() - since < PATIENCE;) {
+            __nanosleep(500);
+            others = published(c.words + PLACE);
+          }
+          tell_cluster(shared_address(const_cast<int*>(begun)), others, told, CLUSTER);
+        }
+        if (lane == 0) barrier_arrive(words_left);
+      } else {
+        const int group = warp - 1;
+        int seen = 0;
+        const auto take_sums = [&] {
+          barrier_wait(sums_left + 8 * group, seen++ % 2);
+          if (lane == 0) barrier_arrive(sums_taken + 8 * group);
+        };
+        const auto take_slice = [&](int pair_m, int slice) {
+          take_sums();
+          add_slices<T, L::R, TERMS>(c, slice_words, pair_m * CLUSTER + rank, group, slice, lane);
+        };
+        if (slices > 1) take_units([] {}, take_slice);
+        if (!in_tiles && lane == 0) barrier_arrive(words_left);
+        for (int n = 0, done = 0; BACKWARD || in_tiles; n++) {
+          if constexpr (BACKWARD) {
+            for (; jobs.due(done, n); done++) {
+              const Stripes& p = c.stripes[jobs.is_da(done)];
+              if (p.parts == 1) continue;
+              take_sums();
+              const int stripe = jobs.index(done) / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
+              add_parts<T, SUM_RANKS<L::R, TERMS>>(p, stripe, c.r, lane);
+            }
+          }
+          if (n == own_tiles) break;
+          if (in_tiles) {
+            int pair_m, tile_n;
+            tiles.coordinates(tiles.first(place) + n * stride, pair_m, tile_n);
+            if (const int slice = tiles.slice(pair_m, tile_n); slice >= 0) take_slice(pair_m, slice);
           }
         }
+        if (in_tiles && lane == 0) barrier_arrive(words_left);
       }
     }
   } else {
@@ -477,14 +663,19 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     const auto release = [&](int stage) {
       if (in_group < CLUSTER) barrier_arrive(empty + 8 * stage, in_group);
     };
-    for (int owner = place; owner < c.shrink.clusters; owner = next_owner(owner)) {
-      for (int pair_m = owner; pair_m < pairs_m; pair_m += c.shrink.clusters) {
-        shrink_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD, TERMS>(
-            c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, stages, full, empty, stage, phase, warp - 4, lane);
-      }
-    }
     int left_before = 0;
+    bool units = !in_tiles, looked = !in_tiles;
+    if (in_tiles && in_group == 0) barrier_arrive(words_left);  // which side warps alone write to
     for (int n = 0, done = 0;; n++) {
+      if (IN_TILES ? units : n == 0) {
+        take_units([] {}, [&](int pair_m, int slice) {
+          slice_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD, TERMS>(
+              c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, slice, stages, full, empty, stage, phase, warp - 4, lane,
+              sums_left + 8 * group, left_before);
+        });
+        units = false;
+        if (!in_tiles && in_group == 0) barrier_arrive(words_left);
+      }
       if constexpr (BACKWARD) {
         for (; jobs.due(done, n); done++) {
           const bool is_da = jobs.is_da(done);
@@ -497,21 +688,21 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       }
       if (n == own_tiles) break;
       int pair_m, tile_n;
-      pair_coordinates(first + n * stride, pairs_m, tiles_n, c.group, pair_m, tile_n);
+      tiles.coordinates(tiles.first(place) + n * stride, pair_m, tile_n);
       const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
       const int own_row = row + 64 * group + 16 * (warp % 4) + g;
-      float acc[ACCS];
+      float acc[ACCS] = {};  // or its registers are kept for it during jobs, which want them
       uint32_t kept[ACCS / 32];  // of the products' registers, those that the dropout keeps
       if constexpr (DROPOUT && BACKWARD) {
-        for (int i = 0; i < ACCS; i++) acc[i] = 0.0f;  // or its registers are kept for it during jobs, which want them
         const uint32_t eight = Mask::eight(own_row, col + 2 * t, c.cols);
+        const Mask own = mask;
 #pragma unroll
         for (int i = 0; i < ACCS / 32; i++) {
-          kept[i] = mask.bits<T>(eight + 16 * i);
+          kept[i] = own.bits<T>(eight + 16 * i);
           asm volatile("" : "+r"(kept[i])::"memory");
         }
       }
-      for (int k = 0; k < steps; k++) {
+      const auto multiply = [&](int k, auto beside) {
         const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2);
         const uint32_t right = stages + stage * L::STAGE + L::LEFT;
         barrier_wait(full + 8 * stage, phase);
@@ -524,12 +715,53 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           } else {
             Wgmma<T, BLOCK_N, 0>::run(acc, a, matrix_descriptor(right + 32 * i, 16), k + i > 0);
           }
+          beside(i, a);
         }
         wgmma_commit();
         wgmma_wait<1>();
         if (k > 0) release(stage == 0 ? STAGES - 1 : stage - 1);
         if (++stage == STAGES) stage = 0, phase ^= 1;
+      };
+      const auto nothing = [](int, uint64_t) {};
+      int k = 0;
+      if constexpr (IN_TILES) {
+        if (in_tiles) {
+          float sums[L::R / 2] = {};
+          settle(sums);
+          for (; k < L::LEAD; k++) {
+            multiply(k, nothing);
+            if (k == 1 && in_group == 0) tma_wait_read<0>();
+          }
+          if (!looked) {
+            barrier_wait(told, 0);
+            looked = true;
+            if (*begun < stride) {
+              wgmma_wait<0>();
+              release(stage == 0 ? STAGES - 1 : stage - 1);
+              units = true;
+              n--;
+              continue;
+            }
+          }
+          if (const int slice = tiles.slice(pair_m, tile_n); slice >= 0) {
+            if (in_group == 0) barrier_arrive(out_free);
+            const int begin = slice_begins(slice), end = slice_ends(slice);
+            for (; k < begin; k++) multiply(k, nothing);
+            for (; k < end; k++) {
+              const uint32_t skinny = out + stage * L::SKINNY;
+              multiply(k, [&](int i, uint64_t a) {
+                NarrowWgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny + 32 * i, 16), k > begin || i > 0);
+              });
+            }
+            wgmma_wait<0>();
+            settle(sums);
+            leave_sums<L::R>(c.shrink.template place<L::R>(row / BLOCK_M, group, slice), sums, in_group);
+            tell_side(sums_left + 8 * group, left_before, group, in_group);
+          }
+        }
       }
+#pragma unroll 1
+      for (; k < steps; k++) multiply(k, nothing);
       // The step of depth r. The dropout's mask is on its products alone, so there they are formed beside the others below.
       const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2), right = stages + stage * L::STAGE + L::LEFT;
       barrier_wait(full + 8 * stage, phase);
@@ -611,13 +843,6 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   }
   __syncwarp();
   cluster_meet();
-  if (warp == 0) {
-    int before = lane == 0 ? arrive(c.words + EXIT) : 0;
-    if (__shfl_sync(0xFFFFFFFFu, before, 0) == int(gridDim.x) - 1) {
-      for (int i = lane; i < tiles_m; i += 32) c.words[PROGRESS + i] = 0;
-      if (lane < PROGRESS) c.words[lane] = 0;
-    }
-  }
 }
 
 }  // namespace fusedlora

@@ -180,6 +180,17 @@ __device__ __forceinline__ void publish(int* word) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(word) : "memory");
 }
 
+// The same by a bit, which may be there already.
+__device__ __forceinline__ uint32_t arrive_bit(int* word, uint32_t bit) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.or.b32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(bit) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ void publish_bit(int* word, uint32_t bit) {
+  asm volatile("red.release.gpu.global.or.b32 [%0], %1;" ::"l"(word), "r"(bit) : "memory");
+}
+
 __device__ __forceinline__ int published(const int* word) {
   int found;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");

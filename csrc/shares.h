@@ -14,6 +14,45 @@ constexpr int JOB_COLS = 256, STRIPE = 64;
 
 FUSEDLORA_BOTH constexpr int job_count(int cols, int parts) { return (cols + JOB_COLS - 1) / JOB_COLS * parts; }
 
+// Pairs of tiles, two row blocks beside one column block, in column-major groups of `group` pairs of rows, so that L2 is
+// reused. A cluster takes every `stride`th; those of the first places begin last, and have one less where they are uneven.
+// Of a pair of rows, the tiles of `slices` columns also sum a slice of S or T each. From group to group these are the next
+// columns within a window, so that all clusters have as many; in it no tile waits for one that comes a turn after it, as
+// its own cluster's may.
+struct Tiles {
+  int pairs_m, tiles_n, group, stride, slices, window;
+
+  FUSEDLORA_BOTH static constexpr Tiles of(int pairs_m, int tiles_n, int group, int stride, int slices) {
+    const int rows = group < pairs_m ? group : pairs_m, most = (stride - 1) / rows + 1, least = tiles_n < most ? tiles_n : most;
+    return {pairs_m, tiles_n, group, stride, slices, slices > 0 ? least / slices * slices : 0};
+  }
+
+  // Which slice a tile sums, or -1.
+  FUSEDLORA_BOTH constexpr int slice(int pair_m, int tile_n) const {
+    if (slices == 0) return -1;
+    const int slice = tile_n - pair_m / group * slices % window;
+    return slice < slices ? slice : -1;
+  }
+
+  FUSEDLORA_BOTH constexpr int count() const { return pairs_m * tiles_n; }
+  FUSEDLORA_BOTH constexpr int first(int place) const { return stride - 1 - place; }
+  FUSEDLORA_BOTH constexpr int owned(int place) const {
+    return first(place) < count() ? (count() - first(place) + stride - 1) / stride : 0;
+  }
+
+  FUSEDLORA_BOTH constexpr void coordinates(int index, int& pair_m, int& tile_n) const {
+    const int start = index / (group * tiles_n) * group, left = pairs_m - start, rows = left < group ? left : group;
+    const int within = index % (group * tiles_n);
+    pair_m = start + within % rows;
+    tile_n = within / rows;
+  }
+};
+
+// The depth of S or T is summed in `slices` runs of it, of whole steps of 128 columns: where a run begins, in steps of 64.
+FUSEDLORA_BOTH constexpr int slice_begin(int depth, int slice, int slices) {
+  return (depth + 127) / 128 * slice / slices * 2;
+}
+
 // The jobs of one cluster: of all, dB's and then dA's, every `stride`th from its place on, and when it takes them.
 struct Jobs {
   int place, stride, tiles, db_jobs, count;

@@ -219,34 +219,56 @@ __device__ void put_sums(const Stripes& p, const float (&acc)[R / 2], int stripe
 
 // ... or to its part's place.
 template <int R>
-__device__ void leave_sums(const Stripes& p, const float (&acc)[R / 2], int stripe, int part, int thread) {
-  float* own = p.partial + (int64_t(stripe) * p.parts + part) * (64 * R) + thread;
+__device__ void leave_sums(float* to, const float (&acc)[R / 2], int thread) {
 #pragma unroll
-  for (int i = 0; i < R / 2; i++) own[128 * i] = acc[i];
+  for (int i = 0; i < R / 2; i++) to[128 * i + thread] = acc[i];
 }
 
-// A warp, of sums that a warpgroup has left: if they are the last of their stripe it adds all parts, in their order, so
-// that the bits do not depend on who was last.
-template <typename T, int R>
-__device__ void add_parts(const Stripes& p, int stripe, int r, int lane) {
-  constexpr int TOGETHER = R == 16 ? 2 : 1;
-  __threadfence();
-  const int before = lane == 0 ? arrive(p.arrived + stripe) : 0;
-  if (__shfl_sync(0xFFFFFFFFu, before, 0) != p.parts - 1) return;
-  __threadfence();
-  const float* from = p.partial + int64_t(stripe) * p.parts * (64 * R);
+// A warp: what warpgroups have left, `parts` times from `from` on, added in their order. put(n, sums) gets it for columns
+// 8 n to 8 n + 7 of four threads, from 4 · lane on: as vectors over the threads, in the order of wgmma's registers.
+template <int R, typename Put>
+__device__ void add_sums(const float* from, int parts, int lane, Put put) {
+  const float4* first = reinterpret_cast<const float4*>(from) + lane;
 #pragma unroll 1
-  for (int thread = lane; thread < 128; thread += 32 * TOGETHER) {
-    float acc[TOGETHER][R / 2] = {};
-#pragma unroll 1
-    for (int q = 0; q < p.parts; q++) {
-      for (int j = 0; j < TOGETHER; j++) {
+  for (int n = 0; n < R / 8; n++) {
+    float4 sums[4] = {};
+#pragma unroll 2
+    for (int q = 0; q < parts; q++) {
 #pragma unroll
-        for (int i = 0; i < R / 2; i++) acc[j][i] += __ldcg(from + (q * (R / 2) + i) * 128 + thread + 32 * j);
+      for (int i = 0; i < 4; i++) {
+        const float4 part = __ldcg(first + (q * (R / 2) + 4 * n + i) * 32);
+        sums[i].x += part.x, sums[i].y += part.y, sums[i].z += part.z, sums[i].w += part.w;
       }
     }
-    for (int j = 0; j < TOGETHER; j++) put_sums<T, R>(p, acc[j], stripe, r, thread + 32 * j);
+    put(n, sums);
   }
+}
+
+// Where the part of a stripe leaves its sums.
+template <int R>
+__device__ float* part_place(const Stripes& p, int stripe, int part) {
+  return p.partial + (int64_t(stripe) * p.parts + part) * (64 * R);
+}
+
+// A warp, of sums that a warpgroup has left: if they are the last of their stripe it adds all parts, so that the bits do
+// not depend on who was last.
+template <typename T, int R>
+__device__ void add_parts(const Stripes& p, int stripe, int r, int lane) {
+  const int before = lane == 0 ? arrive(p.arrived + stripe) : 0;
+  if (__shfl_sync(0xFFFFFFFFu, before, 0) != p.parts - 1) return;
+  __syncwarp();
+  add_sums<R>(part_place<R>(p, stripe, 0), p.parts, lane, [&](int n, const float4(&sums)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int col = stripe * STRIPE + 16 * (lane / 8) + lane % 8 + i / 2 * 8;
+      const float values[4] = {sums[i].x, sums[i].y, sums[i].z, sums[i].w};
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int k = 8 * n + 2 * e + i % 2;
+        if (col < p.cols && k < r) put<T>(p, k, col, values[e]);
+      }
+    }
+  });
   if (lane == 0) p.arrived[stripe] = 0;
 }
 

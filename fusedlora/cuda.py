@@ -24,7 +24,7 @@ from .recipe import SOURCES, Recipe, address
 # The struct's members: those that a plan fixes, then those of each call. test_cuda_build.py compares them with C's.
 SETTINGS = (
     *("is_bf16", "param_is_float", "bias_is_float", "terms", "block_n", "group", "programs", "shrink_clusters"),
-    *("parts_a", "parts_b", "decode_rows", "decode_split", "decode_early"),
+    *("slices", "in_tiles", "parts_a", "parts_b", "decode_rows", "decode_split", "decode_early"),
     *("M", "N", "K", "r", "x_pitch", "dy_pitch", "w_pitch", "a_pitch", "b_pitch"),
 )
 POINTERS = (
@@ -165,7 +165,8 @@ def _plan(
     if config is None:
         out, depth = (N, K) if forward else (K, N)
         problem = Problem(M, out, depth, r, dtype.itemsize, False, 90, num_sms(device), drops)
-        config = cuda_config(problem, tiles=forward or there[POINTERS.index("dx")] > 0)
+        tiles = forward or there[POINTERS.index("dx")] > 0
+        config = cuda_config(problem, forward, tiles=tiles, precise=adapter_dtype is not dtype)
     settings = {
         "is_bf16": dtype is torch.bfloat16,
         "param_is_float": param_dtype is torch.float32,
@@ -175,6 +176,8 @@ def _plan(
         "group": config.group,
         "programs": config.programs,
         "shrink_clusters": config.shrink_clusters,
+        "slices": config.slices,
+        "in_tiles": config.in_tiles,
         "parts_a": config.parts,
         "parts_b": config.parts,
     }

@@ -15,14 +15,16 @@ MAX_DECODE = 64
 DECODE_UP_TO = 64
 # Rows of a tile; two tiles of a pair, one under the other, are a cluster's.
 _BLOCK_M, _CLUSTER = 128, 2
+_GROUP = 4  # pairs of rows whose tiles are computed together
 
 
 @dataclasses.dataclass(frozen=True)
 class CudaConfig:
     """`programs` blocks work in clusters of two; tiles are 128 × block_n, `group` pairs of rows at a time for L2.
 
-    `shrink_clusters` clusters compute S or T before their tiles. A stripe of dA or dB is summed in `parts` runs of
-    rows. With `decode_rows`, a forward that the decode kernel takes is its: that many rows of W a block, 64 or 128, and
+    The depth of S or T is summed in `slices` runs: with `in_tiles` S by the tiles of so many columns beside their own
+    sums, else by `shrink_clusters` clusters before their tiles. A stripe of dA or dB is summed in `parts` runs of rows.
+    With `decode_rows`, a forward that the decode kernel takes is its: that many rows of W a block, 64 or 128, and
     their depth split over a cluster of `decode_split`, 1 (with 64 rows), 2, 4 or 8. `decode_early`: its blocks may
     take their places while the launch before it on the stream ends, and wait there for what that has written.
     """
@@ -32,6 +34,8 @@ class CudaConfig:
     programs: int
     shrink_clusters: int
     parts: int
+    slices: int = 1
+    in_tiles: bool = False
     decode_rows: int = 0
     decode_split: int = 1
     decode_early: bool = True
@@ -91,8 +95,8 @@ def prefers_cuda(
 
 
 @functools.lru_cache(maxsize=4096)
-def cuda_config(p: Problem, tiles: bool = True) -> CudaConfig:
-    """The configuration of either direction; without `tiles`, of a backward that asks for no dX."""
+def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool = False) -> CudaConfig:
+    """The configuration of one direction; without `tiles`, of a backward that asks for no dX."""
     programs = p.num_sms // _CLUSTER * _CLUSTER
     clusters = programs // _CLUSTER
     pairs_m = _cdiv(p.M, _BLOCK_M * _CLUSTER)
@@ -100,9 +104,36 @@ def cuda_config(p: Problem, tiles: bool = True) -> CudaConfig:
     # Clusters that have a tile less than the others do the shrinking, unless that makes them late.
     slack = -(pairs_m * _cdiv(p.out, block_n)) % clusters if tiles else 0
     late = slack == 0 or _cdiv(pairs_m, slack) > 3
-    shrink_clusters = min(clusters if late else slack, pairs_m)
-    decode = decode_config(p) if p.M <= DECODE_UP_TO else (0, 1, True)
-    return CudaConfig(block_n, 4, programs, shrink_clusters, _parts(p, clusters), *decode)
+    slices, shrink_clusters = 1, min(clusters if late else slack, pairs_m)
+    # Narrow outputs would wait for S: it takes as long as for wide ones, a fifth of the time of 2048 columns.
+    in_tiles = forward and not p.dropout and not precise and p.out <= 2048
+    in_tile_slices = _in_tile_slices(p, clusters, block_n) if in_tiles else 0
+    if in_tile_slices:
+        slices, shrink_clusters = in_tile_slices, 0
+    elif forward and p.dropout and not precise and pairs_m <= 4:
+        # The mask takes so long that few clusters would keep all waiting.
+        slices = min(16, clusters // pairs_m, _cdiv(p.depth, 128))
+        shrink_clusters = pairs_m * slices
+    return CudaConfig(
+        block_n,
+        _GROUP,
+        programs,
+        shrink_clusters,
+        _parts(p, clusters),
+        slices,
+        in_tile_slices > 0,
+        *(decode_config(p) if p.M <= DECODE_UP_TO else ()),
+    )
+
+
+def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
+    """Into how many slices S is cut where tiles sum it; 0 where the kernel has no room for that."""
+    stages = 4 if block_n == 256 else 6  # csrc/lora.cuh's Layout
+    if _cdiv(p.depth, 64) <= 2 * (2 * stages + 2) + 2 or (block_n == 128 and p.r > 32):
+        return 0
+    # All within the columns whose tiles are computed within a turn.
+    columns = min(_cdiv(p.out, block_n), 1 + (clusters - 1) // min(_GROUP, _cdiv(p.M, 256)))
+    return 4 if columns >= 4 else 2 if columns >= 2 else 0
 
 
 def _parts(p: Problem, clusters: int) -> int:

@@ -154,11 +154,12 @@ def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     from .cuda import num_sms
     from .cuda_config import cuda_config
 
-    M, size, sms, drops = x.shape[0], x.element_size(), num_sms(call.device), call.dropout != ""
-    up, down = (
-        Problem(M, *sides, call.r, size, False, 90, sms, drops) for sides in ((call.N, call.K), (call.K, call.N))
-    )
-    return "one launch", str(cuda_config(up)), str(cuda_config(down))
+    def config(out: int, depth: int, forward: bool) -> str:
+        sms, drops, precise = num_sms(call.device), call.dropout != "", call.adapter_dtype != call.dtype
+        problem = Problem(x.shape[0], out, depth, call.r, x.element_size(), False, 90, sms, drops)
+        return str(cuda_config(problem, forward, precise=precise))
+
+    return "one launch", config(call.N, call.K, True), config(call.K, call.N, False)
 
 
 def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:

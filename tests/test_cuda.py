@@ -141,6 +141,52 @@ def test_the_bits_do_not_depend_on_who_computes_what(case: Case) -> None:
             assert all(torch.equal(got[name], expected[name]) for name in expected), (programs, clusters)
 
 
+@pytest.mark.parametrize("case", [CASES[5], CASES[9], CASES[12], CASES[14]], ids=str)
+def test_slices_before_the_tiles(case: Case) -> None:
+    """In both directions; the bits depend on how S and T are cut, not on who sums a slice."""
+    i = case.inputs()
+    config = dataclasses.replace(WIDE, slices=4)
+    expected = launch_both(i, config, precise=case.precise)
+    ratios = error_ratios(expected, eager_answers(case, i), exact(i))
+    assert max(ratios.values()) <= LUCK, ratios
+    for programs, clusters in ((132, 66), (132, 5), (64, 32), (320, 160)):  # more blocks than there are SMs
+        again = launch_both(
+            i, dataclasses.replace(config, programs=programs, shrink_clusters=clusters), precise=case.precise
+        )
+        assert all(torch.equal(again[name], expected[name]) for name in expected), (programs, clusters)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1000, 2056, 520, 16),
+        Case(1300, 4096, 1032, 5, FP16, bias=True),
+        Case(700, 2304, 1536, 64),
+        Case(520, 2304, 520, 32, fp32_adapters=True),
+        Case(5000, 4096, 1024, 16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("block_n, slices", [(256, 2), (256, 4), (128, 4)])
+def test_slices_in_tiles(case: Case, block_n: int, slices: int) -> None:
+    if (block_n == 128 and case.r > 32) or case.N <= block_n * (slices - 1):
+        pytest.skip("the kernel has no room for them")
+    i = case.inputs()
+    config = dataclasses.replace(WIDE, block_n=block_n, group=2, shrink_clusters=0, slices=slices, in_tiles=True)
+    tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+    settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": case.dtype, "save_s": True}
+    expected = cuda.lora_forward(*tensors, config=config, **settings)
+    ratios = error_ratios({"y": expected[0]}, eager_answers(case, i), exact(i))
+    assert ratios["y"] <= LUCK, ratios
+    exact_s = i.scaling * i.x.double() @ i.lora_A.double().t()
+    assert relative_error(expected[1], exact_s) <= torch.finfo(case.dtype).eps
+    # With more blocks than there are SMs some have not begun when others want their slices.
+    for programs in (132, 132, 64, 16, 320):
+        with poisoned_memory():
+            again = cuda.lora_forward(*tensors, config=dataclasses.replace(config, programs=programs), **settings)
+        assert all(torch.equal(a, b) for a, b in zip(again, expected)), programs
+
+
 DECODE_CASES = [
     *(Case(M, 4096, 1024, 16) for M in (1, 2, 5, 8, 16, 17, 33, 64)),
     *(Case(M, 776, 520, r, FP16, bias=True) for M in (1, 9, 64) for r in (1, 3, 33, 64)),

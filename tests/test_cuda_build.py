@@ -203,6 +203,45 @@ def told_by(program: str, folder: Path) -> list[str]:
     return subprocess.run([folder / "tell"], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+@pytest.mark.parametrize(
+    "pairs_m, tiles_n, group, stride, slices",
+    [(32, 4, 4, 66, 4), (32, 8, 4, 66, 4), (2, 8, 4, 66, 4), (7, 3, 4, 66, 2), (33, 56, 4, 66, 4), (5, 9, 3, 7, 2)],
+)
+def test_slices_are_shared_out_to_tiles_that_wait_for_nobody_in_vain(
+    pairs_m: int, tiles_n: int, group: int, stride: int, slices: int, tmp_path: Path
+) -> None:
+    """Each slice of each pair of rows once; all clusters get through their tiles, which end when the slices are there."""
+    program = f"""
+int main() {{
+  const auto tiles = fusedlora::Tiles::of({pairs_m}, {tiles_n}, {group}, {stride}, {slices});
+  for (int place = 0; place < {stride}; place++) {{
+    for (int n = 0; n < tiles.owned(place); n++) {{
+      int pair_m, tile_n;
+      tiles.coordinates(tiles.first(place) + n * {stride}, pair_m, tile_n);
+      printf("%d %d %d %d\\n", place, pair_m, tile_n, tiles.slice(pair_m, tile_n));
+    }}
+  }}
+}}
+"""
+    own: dict[int, list[tuple[int, int]]] = {}
+    seen, cut = [], []
+    for place, pair, column, slice in (tuple(map(int, line.split())) for line in told_by(program, tmp_path)):
+        own.setdefault(place, []).append((pair, slice))
+        seen.append((pair, column))
+        cut += [(pair, slice)] if slice >= 0 else []
+    assert sorted(seen) == [(m, n) for m in range(pairs_m) for n in range(tiles_n)]
+    assert sorted(cut) == [(m, n) for m in range(pairs_m) for n in range(slices)]
+    there: set[tuple[int, int]] = set()
+    while own:
+        there |= {tiles[0] for tiles in own.values()}  # a tile leaves its slice before it waits
+        done = [p for p, tiles in own.items() if all((tiles[0][0], n) in there for n in range(slices))]
+        assert done, own
+        for place in done:
+            del own[place][0]
+            if not own[place]:
+                del own[place]
+
+
 @pytest.mark.parametrize("db, da, stride, tiles", [(64, 64, 66, 8), (4, 64, 66, 7), (0, 16, 66, 2), (224, 64, 65, 27)])
 @pytest.mark.parametrize("of_few_tiles", [False, True])
 def test_every_job_has_one_turn(db: int, da: int, stride: int, tiles: int, of_few_tiles: bool, tmp_path: Path) -> None:

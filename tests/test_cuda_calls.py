@@ -97,7 +97,16 @@ def test_forward(recorder: Recorder, dtype, adapter_dtype, save_s: bool) -> None
     (call,) = recorder.launches
     addresses(call, x=i.x, w=i.weight, a=i.lora_A, b=i.lora_B, bias=i.bias, gain=gain, y=y, saved_s=s)
     expected = {"is_bf16": int(dtype is BF16), "param_is_float": int(adapter_dtype is FP32), "bias_is_float": 0}
-    expected |= {"block_n": 128, "group": 3, "programs": 10, "shrink_clusters": 2, "parts_a": 4, "parts_b": 4}
+    expected |= {
+        "block_n": 128,
+        "group": 3,
+        "programs": 10,
+        "shrink_clusters": 2,
+        "slices": 1,
+        "in_tiles": 0,
+        "parts_a": 4,
+        "parts_b": 4,
+    }
     expected |= {"M": 5, "N": 72, "K": 64, "r": 3, "x_pitch": 64, "w_pitch": 64, "a_pitch": 64, "b_pitch": 3}
     expected |= {"has_seed": 1, "seed": SEED.item(), "bound": dropout.threshold(0.25), "scaling": i.scaling / 0.75}
     assert {name: call[name] for name in expected} == expected and call["direction"] == "forward"
@@ -235,7 +244,7 @@ def test_a_refused_launch_raises(recorder: Recorder) -> None:
 @pytest.mark.parametrize("out, depth", [(4096, 4096), (14336, 4096), (4096, 14336), (64, 64)])
 @pytest.mark.parametrize("tiles", [True, False])
 def test_configurations(M: int, out: int, depth: int, tiles: bool) -> None:
-    config = cuda_config(Problem(M, out, depth, 16, 2, False, 90, 133), tiles)
+    config = cuda_config(Problem(M, out, depth, 16, 2, False, 90, 133), False, tiles=tiles)
     assert config.block_n in (128, 256) and config.programs == 132
     pairs = -(-M // 256)
     assert 1 <= config.shrink_clusters <= min(pairs, 66)
@@ -247,20 +256,43 @@ def test_configurations(M: int, out: int, depth: int, tiles: bool) -> None:
 
 def test_a_mask_makes_jobs_longer_and_so_more_parts() -> None:
     def parts(out: int, depth: int) -> int:
-        return cuda_config(Problem(8192, out, depth, 16, 2, False, 90, 132, True)).parts
+        return cuda_config(Problem(8192, out, depth, 16, 2, False, 90, 132, True), False).parts
 
     assert (parts(4096, 4096), parts(4096, 14336), parts(14336, 4096)) == (4, 2, 1)
 
 
 def test_configurations_of_the_measured_shapes() -> None:
     def chosen(M: int, out: int, tiles: bool = True) -> tuple[int, int]:
-        config = cuda_config(Problem(M, out, 4096, 16, 2, False, 90, 132), tiles)
+        config = cuda_config(Problem(M, out, 4096, 16, 2, False, 90, 132), False, tiles=tiles)
         return config.block_n, config.shrink_clusters
 
     assert chosen(8192, 4096) == (256, 16)  # 512 pairs on 66 clusters: 16 have one less
     assert chosen(8192, 14336) == (256, 32)  # 1792 pairs: 56 have one less, more than there are row blocks
     assert chosen(512, 4096) == (128, 2)
     assert chosen(8192, 4096, tiles=False) == (256, 32)
+
+
+def test_how_s_is_cut() -> None:
+    """slices, whether they are in tiles, and how many clusters sum them otherwise."""
+
+    def cut(
+        M: int, out: int, r: int = 16, drops: bool = False, depth: int = 4096, **kind: bool
+    ) -> tuple[int, bool, int]:
+        problem = Problem(M, out, depth, r, 2, False, 90, 132, drops)
+        config = cuda_config(problem, **({"forward": True} | kind))
+        return config.slices, config.in_tiles, config.shrink_clusters
+
+    assert cut(8192, 4096) == (1, False, 16)
+    assert cut(8192, 1024) == cut(512, 1024) == cut(8192, 1024, r=64) == (4, True, 0)
+    assert cut(8192, 512) == (4, True, 0) and cut(8192, 256) == (2, True, 0) and cut(8192, 128) == (1, False, 32)
+    assert cut(512, 1024, r=64) == (1, False, 2), "no room beside a narrow tile"
+    assert cut(8192, 1024, depth=1024) == (1, False, 32), "too few steps"
+    assert (
+        cut(8192, 1024, drops=True) == cut(8192, 1024, precise=True) == cut(8192, 1024, forward=False) == (1, False, 32)
+    )
+    assert cut(512, 4096, drops=True) == (16, False, 32) and cut(1024, 4096, drops=True) == (16, False, 64)
+    assert cut(100, 4096, drops=True, depth=520) == (5, False, 5)
+    assert cut(512, 4096, drops=True, forward=False) == (1, False, 2)
 
 
 GOOD = backends.Call(True, torch.device("cuda", 0), BF16, BF16, BF16, 64, 128, 16, "seed", (128, 1, 0), "")

@@ -203,16 +203,19 @@ def occupied(free: int) -> Iterator[Callable[[], bool]]:
 
 
 # CUDA's blocks come in clusters of two, for which an SM alone is no place.
-@pytest.mark.parametrize("backend, free", [("triton", 1), ("triton", 3), ("cuda", 20)])
-def test_two_launches_finish_on_the_few_sms_that_another_kernel_leaves(backend: str, free: int) -> None:
+@pytest.mark.parametrize(
+    "backend, free, N", [("triton", 1, 4096), ("triton", 3, 4096), ("cuda", 20, 4096), ("cuda", 20, 1024)]
+)
+def test_two_launches_finish_on_the_few_sms_that_another_kernel_leaves(backend: str, free: int, N: int) -> None:
     """Their programs come a few at a time, and none may wait for one that has not begun."""
-    problems = [make_inputs(8192, 4096, 4096, 64, BF16, device="cuda", seed=n) for n in range(2)]
+    problems = [make_inputs(8192, 4096, N, 64, BF16, device="cuda", seed=n) for n in range(2)]
     capability, num_sms = device_facts(problems[0].x.device)
-    p = Problem(8192, 4096, 4096, 64, 2, False, capability, num_sms)
+    p = Problem(8192, N, 4096, 64, 2, False, capability, num_sms)
     if backend == "cuda":
         if reason := cuda.missing():
             pytest.skip(reason)
-        assert 2 * cuda_config(p).shrink_clusters > free
+        config = cuda_config(p, True)
+        assert config.in_tiles == (N == 1024) and 2 * config.shrink_clusters > (free if N == 4096 else -1)
     else:
         schedule = backward_schedule(p, backward_config(p), True, True, True)
         assert schedule.num_programs == num_sms and schedule.num_tasks + schedule.side_programs > free
