@@ -94,11 +94,11 @@ int launch_clusters(void (*kernel)(C), std::atomic<uint64_t>& allowed, int bytes
   return status == cudaSuccess ? 0 : fail("cudaLaunchKernelEx", status);
 }
 
-template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS, bool IN_TILES = false>
 int launch(const Arguments& a, const Call<T>& call) {
   static std::atomic<uint64_t> allowed{0};
-  return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT, TERMS>, allowed, Layout<BLOCK_N, RANKS>::TOTAL,
-                         a.programs, THREADS, CLUSTER, false, a.stream, call);
+  return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT, TERMS, IN_TILES>, allowed,
+                         Layout<BLOCK_N, RANKS>::TOTAL, a.programs, THREADS, CLUSTER, false, a.stream, call);
 }
 
 template <typename T, int TILES, int HALVES>
@@ -212,11 +212,11 @@ bool takes_slices(const Arguments& a, int cols, int depth) {
   using L = Layout<BLOCK_N, RANKS>;
   const int pairs_m = int((a.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M));
   const int wide_steps = (depth + 127) / 128, slices = int(a.slices);
-  if (slices < 1 || slices > 32 || slices > wide_steps) return slices == 1;
-  if (!a.in_tiles) return true;
+  if (slices < 2 || slices > 32 || slices > wide_steps || BACKWARD) return slices == 1 && !a.in_tiles;
+  if (!a.in_tiles) return a.has_seed != 0;
   const Tiles tiles = Tiles::of(pairs_m, (cols + BLOCK_N - 1) / BLOCK_N, int(a.group), int(a.programs) / CLUSTER, slices);
   const int steps = (depth + BLOCK_K - 1) / BLOCK_K, half = slice_begin(depth, slices / 2, slices);
-  return L::IN_TILES && TERMS == 1 && !BACKWARD && !a.has_seed && slices % 2 == 0 && tiles.window >= slices &&
+  return L::SLICES_FIT && TERMS == 1 && !a.has_seed && slices % 2 == 0 && tiles.window >= slices &&
          L::LEAD + (half > steps - half ? half : steps - half) + L::STAGES < steps;
 }
 
@@ -237,7 +237,7 @@ int run(const Arguments& a, int64_t* sizes) {
   const void* left = BACKWARD ? a.dy : a.x;
   const int64_t left_pitch = BACKWARD ? a.dy_pitch : a.x_pitch;
   if (operands.skinny) {
-    call.shrink.in_tiles = a.in_tiles != 0, call.shrink.clusters = int(a.shrink_clusters);
+    call.shrink.clusters = int(a.shrink_clusters);
     if (!encode(&call.left, a.is_bf16, left, a.M, call.depth, left_pitch, BLOCK_M) ||
         !encode(&call.skinny, a.is_bf16, operands.skinny, BACKWARD ? call.depth : R, BACKWARD ? R : call.depth,
                 BACKWARD ? R : call.depth, BACKWARD ? BLOCK_K : R, BACKWARD ? R : BLOCK_K)) {
@@ -265,6 +265,12 @@ int run(const Arguments& a, int64_t* sizes) {
   }
   const bool masked = a.has_seed != 0;
   const auto choose = [&](auto plain, auto with_dropout) { return (masked ? with_dropout : plain)(a, call); };
+  if constexpr (!BACKWARD && TERMS == 1) {
+    if (a.in_tiles && a.block_n == 256) return launch<T, 256, RANKS, false, false, 1, true>(a, call);
+    if constexpr (Layout<128, RANKS>::SLICES_FIT) {
+      if (a.in_tiles) return launch<T, 128, RANKS, false, false, 1, true>(a, call);
+    }
+  }
   if (a.block_n == 256) {
     return choose(launch<T, 256, RANKS, BACKWARD, false, TERMS>, launch<T, 256, RANKS, BACKWARD, true, TERMS>);
   }

@@ -33,9 +33,8 @@ struct Shrink {
   float scaling;
   int slices;      // up to 32
   float* partial;  // if there are two or more: for each 64 rows and slice its sums, as the threads hold them
-  // Tiles sum a slice for their rows. Else a slice of a pair of row blocks is a unit, which one of the `clusters` first
-  // places sums before its tiles.
-  bool in_tiles;
+  // Of the first places: a slice of a pair of row blocks is a unit, which one of them sums before its tiles. Where tiles sum
+  // slices there are none.
   int clusters;
 
   // Where a warpgroup leaves the sums of a slice, or the first of them.
@@ -79,9 +78,9 @@ struct Layout {
   // A tile's slice takes skinny from where the output of the tile before was: LEAD steps later, as the TMA thread is up to
   // STAGES steps ahead.
   static constexpr int LEAD = STAGES + 2;
-  static constexpr bool IN_TILES = STAGES * SKINNY <= OUT;
+  static constexpr bool SLICES_FIT = STAGES * SKINNY <= OUT;
   // What ptxas needs to spill nothing, of 64512 for 128 and 256 threads.
-  static constexpr int WIDE_SIDE = RANKS == 4 ? 72 : 80, SIDE_REGISTERS = BLOCK_N == 256 ? WIDE_SIDE : 136;
+  static constexpr int SIDE_REGISTERS = BLOCK_N == 256 ? 72 : 136;
   static constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 80;
 };
@@ -186,7 +185,7 @@ __device__ void add_slices(const Call<T>& c, int* words, int block, int group, i
 // Consumers: a slice of S or T for the row block from `row` on, left for side warps or, if it is the only one, published.
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
 __device__ void slice_rows(
-    const Call<T>& c, const Mask mask, int row, int slice, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase,
+    const Call<T>& c, const Mask mask, int row, int slice, int slices, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase,
     int warp, int lane, uint32_t told, int& left_before) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int R = L::R, SUMS = SUM_RANKS<R, TERMS>, STEPS = BLOCK_K / 16, SLOTS = TERMS > 1 ? L::BOXES : 1;
@@ -206,8 +205,8 @@ __device__ void slice_rows(
     settle(acc[slot]);
     if constexpr (TERMS > 1) add_terms<R>(total, acc[slot]);
   };
-  const int begin = slice_begin(c.depth, slice, c.shrink.slices) * BLOCK_K;
-  const int end = min(c.depth, slice_begin(c.depth, slice + 1, c.shrink.slices) * BLOCK_K);
+  const int begin = slice_begin(c.depth, slice, slices) * BLOCK_K;
+  const int end = min(c.depth, slice_begin(c.depth, slice + 1, slices) * BLOCK_K);
   int before = 0;
   for (int k = begin; k < end; k += L::BOXES * BLOCK_K) {
     const uint32_t lefts = stages + stage * L::STAGE, rights = lefts + L::BOXES * L::LEFT;
@@ -281,7 +280,7 @@ __device__ void slice_rows(
   float sums[SUMS / 2];
 #pragma unroll
   for (int i = 0; i < SUMS / 2; i++) sums[i] = TERMS == 1 ? acc[0][i] : regained(total[i % 8], BLOCK_K);
-  if (c.shrink.slices > 1) {
+  if (slices > 1) {
     leave_sums<SUMS>(c.shrink.template place<SUMS>(row / BLOCK_M, group, slice), sums, thread);
     tell_side(told, left_before, group, thread);
     return;
@@ -353,13 +352,16 @@ __device__ __forceinline__ void stripe_job(
   tell_side(told, before, group, thread);
 }
 
-template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
+// IN_TILES: tiles sum slices of S beside their own sums. CUT: there may be more slices than one, as there are in tiles and,
+// for few rows, under a mask on x, which takes long.
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS, bool IN_TILES>
 __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant__ Call<T> c) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int STAGES = L::STAGES, ACCS = BLOCK_N / 2;
   // Terms are added up box by box, and a mask on x is put on registers: neither goes beside a tile's sums. And dA's jobs
   // would have to wait for a T that comes with the tiles.
-  constexpr bool IN_TILES = L::IN_TILES && TERMS == 1 && !DROPOUT && !BACKWARD;
+  constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD);
+  static_assert(!IN_TILES || (L::SLICES_FIT && TERMS == 1 && !DROPOUT && !BACKWARD));
   extern __shared__ uint8_t raw[];
   const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
   uint8_t* memory = raw + (base - shared_address(raw));
@@ -372,6 +374,13 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   volatile int *own_place = next + 1, *begun = next + 2;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, pairs_m = (tiles_m + CLUSTER - 1) / CLUSTER;
+  const int steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
+  const int db_jobs = BACKWARD ? job_count(c.stripes[0]) : 0, da_jobs = BACKWARD ? job_count(c.stripes[1]) : 0;
+  // Clusters that come early have fewer tiles, as they may have units first. In shared memory, since registers are wanted.
+  __shared__ Tiles tiles;
+  __shared__ Jobs jobs;
+  __shared__ Mask mask;
   const uint32_t rank = cluster_rank();
   cluster_arrive();  // before anything is written to another block of the cluster, that has begun
   int claimed = 0;
@@ -387,6 +396,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     barrier_init(words_left, SIDE_WARPS + CONSUMERS / 128);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     barrier_expect(told, sizeof(int));
+    const int tiles_n = c.tiles ? (c.cols + BLOCK_N - 1) / BLOCK_N : 0;
+    tiles = Tiles::of(pairs_m, tiles_n, c.group, int(gridDim.x) / CLUSTER, IN_TILES ? c.shrink.slices : 0);
+    if (DROPOUT) mask = c.mask.read();
     if (c.tiles || c.shrink.out) tma_prefetch(&c.left);
     if (c.shrink.out) tma_prefetch(&c.skinny);
     if (c.tiles) {
@@ -403,34 +415,20 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   __syncwarp();
   cluster_meet();
 
-  const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, pairs_m = (tiles_m + CLUSTER - 1) / CLUSTER;
-  const int steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
-  // Clusters that come early have fewer tiles, as they may have units first, or more jobs. In shared memory, since
-  // registers are wanted.
-  __shared__ Tiles tiles;
-  __shared__ Jobs jobs;
-  __shared__ Mask mask;
-  if (threadIdx.x == 0) {
-    if (DROPOUT) mask = c.mask.read();
-    const int tiles_n = c.tiles ? (c.cols + BLOCK_N - 1) / BLOCK_N : 0;
-    tiles = Tiles::of(pairs_m, tiles_n, c.group, int(gridDim.x) / CLUSTER, IN_TILES && c.shrink.in_tiles ? c.shrink.slices : 0);
-    jobs = Jobs::of(
-        job_count(c.stripes[0]), job_count(c.stripes[1]), *own_place, tiles.stride, tiles.owned(*own_place));
-  }
+  if (threadIdx.x == 0) jobs = Jobs::of(db_jobs, da_jobs, *own_place, tiles.stride, tiles.owned(*own_place));
   __syncthreads();
   const int &place = jobs.place, &stride = tiles.stride, &own_tiles = jobs.tiles;
-  const int slices = c.shrink.slices, half_steps = slice_begin(c.depth, slices / 2, slices);
-  const bool in_tiles = IN_TILES && c.shrink.in_tiles;
+  const int slices = CUT ? c.shrink.slices : 1, half_steps = slice_begin(c.depth, slices / 2, slices);
   int* slice_words = c.words + PROGRESS + CLUSTER * pairs_m;
 
   // take(pair_m, slice) for what a cluster sums of S or T outside of its tiles: first its own units, then those, or the
   // slices of those tiles, of all places that nobody has by then, so that it never waits for a cluster which may find no
   // SM before this one ends. If that comes after all, it computes the same bits once more.
   const auto take_units = [&](auto tell, auto take) {
-    const int owners = in_tiles ? stride : c.shrink.clusters;
-    if (place >= owners) return;
+    const int owners = IN_TILES ? stride : c.shrink.clusters;
+    if (place >= owners || (IN_TILES && own_tiles == 0)) return;  // who has no tile waits for nobody
     for (int owner = place; owner < owners;) {
-      if (!in_tiles) {
+      if (!IN_TILES) {
         for (int unit = owner; unit < pairs_m * slices; unit += c.shrink.clusters) take(unit / slices, unit % slices);
       } else if (owner != place) {
         for (int index = tiles.first(owner); index < tiles.count(); index += stride) {
@@ -450,9 +448,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   };
   // Where slices are in tiles, these take their steps from LEAD before one half of the depth on, so that by the middle of
   // their time all slices are there, and tiles that share operands still read them together.
-  const auto half_of = [&](int slice, int tile_n) { return slice < 0 ? tile_n % 2 : int(slice >= slices / 2); };
   const auto first_step = [&](int half) {
-    if (!in_tiles) return 0;
+    if (!IN_TILES) return 0;
     const int step = (half ? half_steps : 0) - L::LEAD;
     return step < 0 ? step + steps : step;
   };
@@ -504,7 +501,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         const auto load_units = [&] {
           take_units(
               [&] {
-                if (!in_tiles && rank == 0) {
+                if (!IN_TILES && rank == 0) {
                   tell_cluster(shared_address(const_cast<int*>(begun)), published(c.words + PLACE), told, CLUSTER);
                 }
               },
@@ -523,13 +520,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
                 }
               });
         };
-        // Whether the cluster has its units before the next tile. With slices in tiles these are those of clusters that have
-        // not begun, for which it looks after the first steps of its first tile; it begins that again then.
-        bool units = !in_tiles, looked = !in_tiles, all = false;
-        int sliced = 0;
+        if constexpr (!IN_TILES) load_units();
+        // With slices in tiles these are of clusters that have not begun. For them it looks after the first steps of its first
+        // tile, which it begins again if there are any.
+        [[maybe_unused]] bool units = false, looked = false, all = false;
+        [[maybe_unused]] int sliced = 0;
         for (int n = 0, done = 0;; n++) {
-          if (units) load_units();
-          units = false;
+          if (IN_TILES && units) {
+            load_units();
+            units = false;
+          }
           if constexpr (BACKWARD) {
             for (; jobs.due(done, n); done++) {
               const bool is_da = jobs.is_da(done);
@@ -564,10 +564,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           const int row = (pair_m * CLUSTER + rank) * BLOCK_M, col = tile_n * BLOCK_N;
           const int slice = tiles.slice(pair_m, tile_n);
           const int slice_at = slice < 0 ? steps : slice_begins(slice), slice_end = slice < 0 ? steps : slice_ends(slice);
-          int k = first_step(half_of(slice, tile_n));
+          int k = first_step(tile_n % 2);
 #pragma unroll 1
           for (int step = 0; step < steps; step++) {
-            if (!looked && step == L::LEAD) {
+            if (IN_TILES && !looked && step == L::LEAD) {
               barrier_wait(told, 0);
               looked = true;
               units = *begun < stride;
@@ -613,13 +613,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           __syncwarp();
           if (lane == 0) barrier_arrive(all_there);
         }
-        if (in_tiles && rank == 0 && lane == 0) {
-          int others = published(c.words + PLACE);
-          for (const int64_t since = clock64(); others < stride && clock64() - since < PATIENCE;) {
-            __nanosleep(500);
-            others = published(c.words + PLACE);
+        if (IN_TILES) {
+          if (rank == 0 && lane == 0) {
+            int others = published(c.words + PLACE);
+            for (const int64_t since = clock64(); others < stride && clock64() - since < PATIENCE;) {
+              __nanosleep(500);
+              others = published(c.words + PLACE);
+            }
+            tell_cluster(shared_address(const_cast<int*>(begun)), others, told, CLUSTER);
           }
-          tell_cluster(shared_address(const_cast<int*>(begun)), others, told, CLUSTER);
+          barrier_wait(told, 0);  // or this block could end before it is told
         }
         if (lane == 0) barrier_arrive(words_left);
       } else {
@@ -633,9 +636,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           take_sums();
           add_slices<T, L::R, TERMS>(c, slice_words, pair_m * CLUSTER + rank, group, slice, lane);
         };
-        if (slices > 1) take_units([] {}, take_slice);
-        if (!in_tiles && lane == 0) barrier_arrive(words_left);
-        for (int n = 0, done = 0; BACKWARD || in_tiles; n++) {
+        if (CUT && slices > 1) take_units([] {}, take_slice);
+        if (!IN_TILES && lane == 0) barrier_arrive(words_left);
+        for (int n = 0, done = 0; BACKWARD || IN_TILES; n++) {
           if constexpr (BACKWARD) {
             for (; jobs.due(done, n); done++) {
               const Stripes& p = c.stripes[jobs.is_da(done)];
@@ -646,13 +649,13 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             }
           }
           if (n == own_tiles) break;
-          if (in_tiles) {
+          if (IN_TILES) {
             int pair_m, tile_n;
             tiles.coordinates(tiles.first(place) + n * stride, pair_m, tile_n);
             if (const int slice = tiles.slice(pair_m, tile_n); slice >= 0) take_slice(pair_m, slice);
           }
         }
-        if (in_tiles && lane == 0) barrier_arrive(words_left);
+        if (IN_TILES && lane == 0) barrier_arrive(words_left);
       }
     }
   } else {
@@ -664,17 +667,20 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       if (in_group < CLUSTER) barrier_arrive(empty + 8 * stage, in_group);
     };
     int left_before = 0;
-    bool units = !in_tiles, looked = !in_tiles;
-    if (in_tiles && in_group == 0) barrier_arrive(words_left);  // which side warps alone write to
+    const auto sum_units = [&] {
+      take_units([] {}, [&](int pair_m, int slice) {
+        slice_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD, TERMS>(
+            c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, slice, slices, stages, full, empty, stage, phase, warp - 4, lane,
+            sums_left + 8 * group, left_before);
+      });
+    };
+    if constexpr (!IN_TILES) sum_units();
+    if (in_group == 0) barrier_arrive(words_left);  // in tiles side warps alone write to them
+    [[maybe_unused]] bool units = false, looked = false;
     for (int n = 0, done = 0;; n++) {
-      if (IN_TILES ? units : n == 0) {
-        take_units([] {}, [&](int pair_m, int slice) {
-          slice_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD, TERMS>(
-              c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, slice, stages, full, empty, stage, phase, warp - 4, lane,
-              sums_left + 8 * group, left_before);
-        });
+      if constexpr (IN_TILES) {
+        if (units) sum_units();
         units = false;
-        if (!in_tiles && in_group == 0) barrier_arrive(words_left);
       }
       if constexpr (BACKWARD) {
         for (; jobs.due(done, n); done++) {
@@ -725,39 +731,37 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       const auto nothing = [](int, uint64_t) {};
       int k = 0;
       if constexpr (IN_TILES) {
-        if (in_tiles) {
-          float sums[L::R / 2] = {};
-          settle(sums);
-          for (; k < L::LEAD; k++) {
-            multiply(k, nothing);
-            if (k == 1 && in_group == 0) tma_wait_read<0>();
-          }
-          if (!looked) {
-            barrier_wait(told, 0);
-            looked = true;
-            if (*begun < stride) {
-              wgmma_wait<0>();
-              release(stage == 0 ? STAGES - 1 : stage - 1);
-              units = true;
-              n--;
-              continue;
-            }
-          }
-          if (const int slice = tiles.slice(pair_m, tile_n); slice >= 0) {
-            if (in_group == 0) barrier_arrive(out_free);
-            const int begin = slice_begins(slice), end = slice_ends(slice);
-            for (; k < begin; k++) multiply(k, nothing);
-            for (; k < end; k++) {
-              const uint32_t skinny = out + stage * L::SKINNY;
-              multiply(k, [&](int i, uint64_t a) {
-                NarrowWgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny + 32 * i, 16), k > begin || i > 0);
-              });
-            }
+        float sums[L::R / 2] = {};
+        settle(sums);
+        for (; k < L::LEAD; k++) {
+          multiply(k, nothing);
+          if (k == 1 && in_group == 0) tma_wait_read<0>();
+        }
+        if (!looked) {
+          barrier_wait(told, 0);
+          looked = true;
+          if (*begun < stride) {
             wgmma_wait<0>();
-            settle(sums);
-            leave_sums<L::R>(c.shrink.template place<L::R>(row / BLOCK_M, group, slice), sums, in_group);
-            tell_side(sums_left + 8 * group, left_before, group, in_group);
+            release(stage == 0 ? STAGES - 1 : stage - 1);
+            units = true;
+            n--;
+            continue;
           }
+        }
+        if (const int slice = tiles.slice(pair_m, tile_n); slice >= 0) {
+          if (in_group == 0) barrier_arrive(out_free);
+          const int begin = slice_begins(slice), end = slice_ends(slice);
+          for (; k < begin; k++) multiply(k, nothing);
+          for (; k < end; k++) {
+            const uint32_t skinny = out + stage * L::SKINNY;
+            multiply(k, [&](int i, uint64_t a) {
+              NarrowWgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny + 32 * i, 16), k > begin || i > 0);
+            });
+          }
+          wgmma_wait<0>();
+          settle(sums);
+          leave_sums<L::R>(c.shrink.template place<L::R>(row / BLOCK_M, group, slice), sums, in_group);
+          tell_side(sums_left + 8 * group, left_before, group, in_group);
         }
       }
 #pragma unroll 1
@@ -812,7 +816,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           settle(product);
 #pragma unroll
           for (int j = 0; j < 32; j++) {
-            if (kept[i] >> Mask::bit(j / 4, j % 4) & 1) acc[32 * i + j] += product[j];
+            add_if(acc[32 * i + j], product[j], kept[i], 1u << Mask::bit(j / 4, j % 4));
           }
           // The next one is formed while these leave.
           if (i < BLOCK_N / 64 - 1) {

@@ -16,7 +16,7 @@ FUSEDLORA_BOTH constexpr int job_count(int cols, int parts) { return (cols + JOB
 
 // Pairs of tiles, two row blocks beside one column block, in column-major groups of `group` pairs of rows, so that L2 is
 // reused. A cluster takes every `stride`th; those of the first places begin last, and have one less where they are uneven.
-// Of a pair of rows, the tiles of `slices` columns also sum a slice of S or T each. From group to group these are the next
+// Of a pair of rows, the tiles of `slices` columns, an even number, also sum a slice of S each. From group to group these are the next
 // columns within a window, so that all clusters have as many; in it no tile waits for one that comes a turn after it, as
 // its own cluster's may.
 struct Tiles {
@@ -27,11 +27,11 @@ struct Tiles {
     return {pairs_m, tiles_n, group, stride, slices, slices > 0 ? least / slices * slices : 0};
   }
 
-  // Which slice a tile sums, or -1.
+  // Which slice a tile sums, or -1. Slices of the second half of the depth are for odd columns.
   FUSEDLORA_BOTH constexpr int slice(int pair_m, int tile_n) const {
     if (slices == 0) return -1;
-    const int slice = tile_n - pair_m / group * slices % window;
-    return slice < slices ? slice : -1;
+    const int number = tile_n - pair_m / group * slices % window;
+    return number >= 0 && number < slices ? number % 2 * (slices / 2) + number / 2 : -1;
   }
 
   FUSEDLORA_BOTH constexpr int count() const { return pairs_m * tiles_n; }

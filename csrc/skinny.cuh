@@ -58,6 +58,14 @@ struct Mask {
   }
 };
 
+// sum += value where `bit` of `bits` is set: in place, where the compiler would take another register for it.
+__device__ __forceinline__ void add_if(float& sum, float value, uint32_t bits, uint32_t bit) {
+  asm("{\n.reg .pred is;\n.reg .b32 found;\n"
+      "and.b32 found, %2, %3;\nsetp.ne.u32 is, found, 0;\n@is add.f32 %0, %0, %1;\n}"
+      : "+f"(sum)
+      : "f"(value), "r"(bits), "r"(bit));
+}
+
 // Adapters that keep fp32's precision are taken as sums of three 16-bit terms. Their operands have 64 columns for up to 16
 // ranks, in groups of 16: which term each group is of, the first group's in the lowest four bits, 0 for none. The rows of
 // S or T beside those of `wide` then give first · first + second · first + first · second, for sums that are rounded to 16

@@ -60,24 +60,24 @@ class Calls(NamedTuple):
 
 # Where these kernels have been measured faster than Triton's (pytest bench/ --benchmark shows both), on an H200.
 _PRECISE = Calls(rows=(2048, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,))
-_FEW = Calls(rows=(256, 256), N=(4096, 4096), K=(4096, 4096), r=(1, 16), dropout=(False,), converts=(False,))
 FASTER: dict[str, tuple[Calls, ...]] = {
     "forward": (
-        Calls(rows=(512, 16384), N=(4096, 28672), K=(2048, 14336)),
-        Calls(rows=(512, 8192), N=(1024, 1024), K=(4096, 8192)),
-        Calls(rows=(512, 8192), N=(2048, 2048), K=(2048, 4096), dropout=(False,)),
+        Calls(rows=(512, 32768), N=(3072, 28672), K=(2048, 14336)),
+        Calls(rows=(2048, 32768), N=(256, 1024), K=(1536, 8192)),
+        Calls(rows=(512, 1024), N=(1024, 1024), K=(4096, 8192)),
+        Calls(rows=(512, 16384), N=(2048, 2048), K=(2048, 4096), dropout=(False,)),
+        Calls(rows=(8192, 16384), N=(2048, 2048), K=(4096, 4096)),
         Calls(rows=(512, 2048), N=(2048, 2048), K=(8192, 8192), dropout=(False,)),
-        _FEW,
+        Calls(rows=(256, 256), N=(4096, 14336), K=(4096, 4096), dropout=(False,), converts=(False,)),
         _PRECISE,
     ),
     "backward": (
-        Calls(rows=(512, 16384), N=(1024, 8192), K=(4096, 14336)),
+        Calls(rows=(512, 32768), N=(512, 8192), K=(2048, 14336)),
         # Triton's has dB from one read of dy with T, which the widest dy gain most from.
         Calls(rows=(512, 1024), N=(8192, 28672), K=(4096, 8192)),
         Calls(rows=(8192, 16384), N=(8192, 14336), K=(4096, 8192)),
-        Calls(rows=(512, 8192), N=(2048, 2048), K=(2048, 2048)),
-        Calls(rows=(512, 2048), N=(8192, 8192), K=(2048, 2048)),
-        _FEW,
+        Calls(rows=(8192, 8192), N=(256, 1536), K=(1536, 1536)),
+        Calls(rows=(256, 256), N=(1024, 14336), K=(4096, 14336), dropout=(False,), converts=(False,)),
         _PRECISE,
     ),
 }

@@ -141,19 +141,24 @@ def test_the_bits_do_not_depend_on_who_computes_what(case: Case) -> None:
             assert all(torch.equal(got[name], expected[name]) for name in expected), (programs, clusters)
 
 
-@pytest.mark.parametrize("case", [CASES[5], CASES[9], CASES[12], CASES[14]], ids=str)
-def test_slices_before_the_tiles(case: Case) -> None:
-    """In both directions; the bits depend on how S and T are cut, not on who sums a slice."""
+@pytest.mark.parametrize("case", [case for case in CASES if case.dropout_p and case.K >= 512], ids=str)
+def test_slices_of_a_masked_x(case: Case) -> None:
+    """The bits of y and S depend on how S is cut, not on who sums a slice."""
     i = case.inputs()
     config = dataclasses.replace(WIDE, slices=4)
-    expected = launch_both(i, config, precise=case.precise)
-    ratios = error_ratios(expected, eager_answers(case, i), exact(i))
-    assert max(ratios.values()) <= LUCK, ratios
+    settings: dict[str, Any] = {"scaling": i.scaling, "seed": SEED, "dropout_p": i.dropout_p, "save_s": True}
+    settings["adapter_dtype"] = FP32 if case.precise else case.dtype
+
+    def forward(config: CudaConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with poisoned_memory():
+            return cuda.lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, config=config, **settings)
+
+    expected = forward(config)
+    ratios = error_ratios({"y": expected[0]}, eager_answers(case, i), exact(i))
+    assert ratios["y"] <= LUCK, ratios
     for programs, clusters in ((132, 66), (132, 5), (64, 32), (320, 160)):  # more blocks than there are SMs
-        again = launch_both(
-            i, dataclasses.replace(config, programs=programs, shrink_clusters=clusters), precise=case.precise
-        )
-        assert all(torch.equal(again[name], expected[name]) for name in expected), (programs, clusters)
+        again = forward(dataclasses.replace(config, programs=programs, shrink_clusters=clusters))
+        assert all(torch.equal(a, b) for a, b in zip(again, expected)), (programs, clusters)
 
 
 @pytest.mark.parametrize(

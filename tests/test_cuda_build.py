@@ -210,7 +210,7 @@ def told_by(program: str, folder: Path) -> list[str]:
 def test_slices_are_shared_out_to_tiles_that_wait_for_nobody_in_vain(
     pairs_m: int, tiles_n: int, group: int, stride: int, slices: int, tmp_path: Path
 ) -> None:
-    """Each slice of each pair of rows once; all clusters get through their tiles, which end when the slices are there."""
+    """Each slice of each pair of rows once; all clusters get through their tiles, which wait for them."""
     program = f"""
 int main() {{
   const auto tiles = fusedlora::Tiles::of({pairs_m}, {tiles_n}, {group}, {stride}, {slices});
@@ -224,13 +224,16 @@ int main() {{
 }}
 """
     own: dict[int, list[tuple[int, int]]] = {}
-    seen, cut = [], []
+    seen, cut, halves = [], [], []
     for place, pair, column, slice in (tuple(map(int, line.split())) for line in told_by(program, tmp_path)):
         own.setdefault(place, []).append((pair, slice))
         seen.append((pair, column))
-        cut += [(pair, slice)] if slice >= 0 else []
+        if slice >= 0:
+            cut.append((pair, slice))
+            halves.append((pair, column, slice))
     assert sorted(seen) == [(m, n) for m in range(pairs_m) for n in range(tiles_n)]
     assert sorted(cut) == [(m, n) for m in range(pairs_m) for n in range(slices)]
+    assert all(column % 2 == (slice >= slices // 2) for _, column, slice in halves)
     there: set[tuple[int, int]] = set()
     while own:
         there |= {tiles[0] for tiles in own.values()}  # a tile leaves its slice before it waits

@@ -129,13 +129,20 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
         with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: the decode kernel: error -4"):
             cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(decode, **wrong), **settings)
     cut = CudaConfig(256, 4, 132, 2, parts=1, slices=4)
-    up = cuda.forward_plan(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, config=cut, **settings)
+    tensors, drops = (i.x, i.weight, i.lora_A, i.lora_B, None), settings | {"seed": torch.tensor([1])}
+    up = cuda.forward_plan(*tensors, save_s=True, config=cut, **drops)
     assert up.work_size == 1000 * 16 * 2 + 1024 * 4 * 16 * 4, "S, and sums of its slices"
     assert up.num_words >= 8 + 3 * 8
-    for wrong in ({"slices": 7}, {"slices": 0}, {"slices": 2, "in_tiles": True}):  # six wide steps, too few for tiles
+    refused: list[tuple[dict, dict]] = [
+        (drops, {"slices": 7}),  # of six wide steps
+        (drops, {"slices": 0}),
+        (settings, {}),  # no mask, so no need
+        (settings, {"slices": 2, "in_tiles": True}),  # too few steps
+        (drops, {"slices": 2, "in_tiles": True}),
+    ]
+    for call, wrong in refused:
         with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: slices: error -6"):
-            config = dataclasses.replace(cut, **wrong)
-            cuda.forward_plan(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, config=config, **settings)
+            cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(cut, **wrong), **call)
     wide = make_inputs(100, 512, 768, 65, torch.bfloat16)
     with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: r: error -3"):
         cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **settings)
