@@ -213,10 +213,10 @@ bool takes_slices(const Arguments& a, int cols, int depth) {
   const int pairs_m = int((a.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M));
   const int wide_steps = (depth + 127) / 128, slices = int(a.slices);
   if (slices < 2 || slices > 32 || slices > wide_steps || BACKWARD) return slices == 1 && !a.in_tiles;
-  if (!a.in_tiles) return a.has_seed != 0;
+  if (!a.in_tiles) return true;
   const Tiles tiles = Tiles::of(pairs_m, (cols + BLOCK_N - 1) / BLOCK_N, int(a.group), int(a.programs) / CLUSTER, slices);
   const int steps = (depth + BLOCK_K - 1) / BLOCK_K, half = slice_begin(depth, slices / 2, slices);
-  return L::SLICES_FIT && TERMS == 1 && !a.has_seed && slices % 2 == 0 && tiles.window >= slices &&
+  return L::SLICES_FIT && TERMS == 1 && slices % 2 == 0 && tiles.window >= slices &&
          L::LEAD + (half > steps - half ? half : steps - half) + L::STAGES < steps;
 }
 
@@ -234,6 +234,8 @@ int run(const Arguments& a, int64_t* sizes) {
     if (BACKWARD) sizes[1] += stripe_count(a.N) + stripe_count(a.K);
     return 0;
   }
+  const bool masked = a.has_seed != 0;
+  if (a.in_tiles ? masked : a.slices > 1 && !masked) return fail("slices", -6);
   const void* left = BACKWARD ? a.dy : a.x;
   const int64_t left_pitch = BACKWARD ? a.dy_pitch : a.x_pitch;
   if (operands.skinny) {
@@ -263,7 +265,6 @@ int run(const Arguments& a, int64_t* sizes) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }
-  const bool masked = a.has_seed != 0;
   const auto choose = [&](auto plain, auto with_dropout) { return (masked ? with_dropout : plain)(a, call); };
   if constexpr (!BACKWARD && TERMS == 1) {
     if (a.in_tiles && a.block_n == 256) return launch<T, 256, RANKS, false, false, 1, true>(a, call);

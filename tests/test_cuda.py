@@ -336,7 +336,7 @@ def test_named_calls_take_it_and_repeat() -> None:
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32], ids=str)
 def test_dora_goes_through_it(adapter_dtype: torch.dtype) -> None:
     i = make_inputs(300, 512, 520, 16, BF16, adapter_dtype, device="cuda")
-    magnitude = torch.linalg.vector_norm(i.weight.float(), dim=1).to(BF16).requires_grad_()
+    magnitude = torch.linalg.vector_norm(i.weight.float(), dim=1).to(adapter_dtype).requires_grad_()
     answers = {}
     for backend in ("cuda", "triton"):
         leaves = i.leaves()

@@ -38,9 +38,12 @@ def kernel_of(symbol: str) -> tuple[str, str, tuple[int, ...]]:
 
 
 def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
-    # block_n, ranks, backward, dropout, terms
-    tiles = itertools.product((128, 256), (1, 2, 4), (0, 1), (0, 1), (1,))
-    precise = itertools.product((128, 256), (4,), (0, 1), (0, 1), (3,))
+    # block_n, ranks, backward, dropout, terms, slices in tiles
+    tiles = [
+        *itertools.product((128, 256), (1, 2, 4), (0, 1), (0, 1), (1,), (0,)),
+        *((block_n, ranks, 0, 0, 1, 1) for block_n, ranks in ((128, 1), (128, 2), (256, 1), (256, 2), (256, 4))),
+    ]
+    precise = itertools.product((128, 256), (4,), (0, 1), (0, 1), (3,), (0,))
     # 8 rows of x, 64 rows of W
     decode = itertools.product((1, 2, 4, 8), (1, 2))
     kernels = [("lora_kernel", *tiles), ("decode_kernel", *decode)]
@@ -133,16 +136,12 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     up = cuda.forward_plan(*tensors, save_s=True, config=cut, **drops)
     assert up.work_size == 1000 * 16 * 2 + 1024 * 4 * 16 * 4, "S, and sums of its slices"
     assert up.num_words >= 8 + 3 * 8
-    refused: list[tuple[dict, dict]] = [
-        (drops, {"slices": 7}),  # of six wide steps
-        (drops, {"slices": 0}),
-        (settings, {}),  # no mask, so no need
-        (settings, {"slices": 2, "in_tiles": True}),  # too few steps
-        (drops, {"slices": 2, "in_tiles": True}),
-    ]
-    for call, wrong in refused:
-        with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: slices: error -6"):
-            cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(cut, **wrong), **call)
+    refusal = "CUDA kernels could not be launched: slices: error -6"
+    for wrong in ({"slices": 7}, {"slices": 0}, {"slices": 2, "in_tiles": True}):  # six wide steps: too few for tiles
+        with pytest.raises(RuntimeError, match=refusal):
+            cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(cut, **wrong), **drops)
+    with pytest.raises(RuntimeError, match=refusal):  # no mask, so no need
+        cuda.lora_forward(*tensors, scaling=1.0, adapter_dtype=torch.bfloat16, save_s=True, config=cut)
     wide = make_inputs(100, 512, 768, 65, torch.bfloat16)
     with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: r: error -3"):
         cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **settings)
