@@ -1,11 +1,12 @@
 """The README's tables as Markdown, from the JSON of several runs: medians over the runs, with the least and the most.
 
     pytest bench/ --benchmark -k "(training or features or decode) and not autotune" --bench-out out/1   # and 2, and 3
-    python bench/bench_merge.py out/1/bench.json out/2/bench.json out/3/bench.json
+    python bench/bench_merge.py out/1/bench.json out/2/bench.json out/3/bench.json [--picture tax.png]
 
 Each run is a process of its own. Runs of another GPU, other versions or another code are refused.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -202,13 +203,23 @@ def _has(merged: Merged, dims: tuple[int, int, int, int]) -> bool:
     return any((case.M, case.K, case.N, case.r, case.dtype) == (*dims, "bf16") for case in cases)
 
 
-def main(paths: Sequence[str]) -> None:
-    if not paths:
-        sys.exit(f"{__doc__}")
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="bench.json", help="a run's file")
+    parser.add_argument(
+        "--picture", metavar="PNG", type=Path, help="also draw the six headline shapes (needs matplotlib)"
+    )
+    options = parser.parse_args(arguments)
     try:
-        print("\n".join(render(read(paths))))
+        runs = read(options.runs)
     except DifferentRuns as error:
         sys.exit(str(error))
+    print("\n".join(render(runs)))
+    if options.picture is not None:
+        from bench_merge_picture import draw  # which imports this module
+
+        if not draw(options.picture, Merged(runs)):
+            sys.exit(f"no {options.picture}: matplotlib is missing, or no run has a headline shape")
 
 
 if __name__ == "__main__":

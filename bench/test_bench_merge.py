@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import bench_merge
+import bench_merge_picture
 import bench_report
 import pytest
 from bench_cases import HEADLINE, Case
@@ -126,3 +127,30 @@ def test_the_command(runs, tmp_path):
     other = run(tmp_path, 4, content["rows"], code="0ther")
     done = subprocess.run([sys.executable, script, *runs, other], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "has code 0ther" in done.stderr and not done.stdout
+
+
+def test_the_picture(runs, tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    script, picture = str(Path(bench_merge.__file__)), tmp_path / "tax.png"
+    done = subprocess.run(
+        [sys.executable, script, *runs, "--picture", str(picture)], capture_output=True, text=True, check=True
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG") and "fusedlora" in done.stdout
+    other = run(tmp_path, 4, [row("decode", Case(1, 4096, 4096, 16), "frozen", 1.0)])
+    done = subprocess.run(
+        [sys.executable, script, other, "--picture", str(tmp_path / "none.png")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "no run has a headline shape" in done.stderr
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_picture_shows_the_tables_figures(runs, tmp_path, monkeypatch):
+    merged = bench_merge.Merged(bench_merge.read(runs))
+    assert bench_merge_picture.taxes(merged, ONE, "fusedlora_cuda") == pytest.approx([1.25, 1.05, 1.1])
+    assert bench_merge_picture.taxes(merged, TWO, "fusedlora") == [1.2], "the group of the table's cell"
+    assert bench_merge_picture.taxes(merged, TWO, "eager") == []
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not bench_merge_picture.draw(tmp_path / "tax.png", merged)

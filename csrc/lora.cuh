@@ -358,9 +358,9 @@ template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int T
 __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant__ Call<T> c) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int STAGES = L::STAGES, ACCS = BLOCK_N / 2;
+  constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD);
   // Terms are added up box by box, and a mask on x is put on registers: neither goes beside a tile's sums. And dA's jobs
   // would have to wait for a T that comes with the tiles.
-  constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD);
   static_assert(!IN_TILES || (L::SLICES_FIT && TERMS == 1 && !DROPOUT && !BACKWARD));
   extern __shared__ uint8_t raw[];
   const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
