@@ -170,7 +170,8 @@ def backward_config(p: Problem) -> BackwardConfig:
     fuse = p.itemsize == 2 and wide <= 32 and not p.split
     if not _large_shared(p) or p.itemsize == 4:
         narrow = wide > 64 or p.split or p.itemsize == 4
-        stripe = {"STRIPE_N": 32 if narrow else 64, "STRIPE_M": 32 if narrow else 64, "STRIPE_STAGES": 3}
+        rows = 16 if wide > 64 and p.itemsize == 2 and not p.dropout else 32 if narrow else 64
+        stripe = {"STRIPE_N": 32 if narrow else 64, "STRIPE_M": rows, "STRIPE_STAGES": 3}
     elif p.split and wide > 64:
         stripe = {"STRIPE_N": 64 if wide <= 128 else 32, "STRIPE_M": 32 if wide <= 128 else 16, "STRIPE_STAGES": 3}
     elif wide > 64:
@@ -237,10 +238,13 @@ def _shrink(p: Problem, *, tall: bool, masked: bool = False) -> dict[str, int]:
     if p.itemsize == 4:
         return shrink(16, m=64, k=32, stages=2)
     rank_k = 16 if p.split else min(wide, 32)
+    if not _large_shared(p):
+        # mma.sync takes its operands from registers, which wide ranks need: what ptxas spills in no loop. Not measured.
+        rows = 32 if _heavy(p) and wide > 16 else 64 if _heavy(p) or wide > 64 else 128
+        rank_k = 16 if wide > 64 and not p.dropout else rank_k
+        return shrink(rank_k, m=rows, k=16 if p.split and wide > 32 else 32, stages=3)
     if _heavy(p) or (p.split and wide > 64):
         return shrink(rank_k, m=64, k=16 if p.split and wide > 128 else 32, stages=3)
-    if not _large_shared(p):
-        return shrink(rank_k, m=128, k=32, stages=3)
     if p.M <= 64:
         return shrink(rank_k, m=64, k=128 if wide <= (16 if p.split else 64) else 64, stages=3)
     if p.split and wide > 32:

@@ -66,10 +66,13 @@ VARIANTS = {
     "dB-only": (8192, 16, BF16, BF16, BF16, {"need": (False, False, True)}),
     "no-dx": (8192, 16, BF16, BF16, BF16, {"need": (False, True, True)}),
 }
-# Bytes that may spill outside the main loop, where fp32 terms or a mask beside a wide rank leave no choice. Never on
-# the plain path.
-SPILLS_ALLOWED = {"fp32-adapters-r256": 64, "fp32-r16": 128, "fp32-r64": 256}
+# Bytes that may spill, where fp32 terms or a mask beside a wide rank leave no choice: what ptxas of triton 3.6 and 3.9
+# needs. None of it in a loop that multiplies, but for a few registers on sm_120.
+SPILLS_ALLOWED: dict[str | tuple[int, str], int] = {"fp32-adapters-r256": 128, "fp32-r16": 128, "fp32-r64": 256}
 SPILLS_ALLOWED |= {"dropout-r64": 160, "dropout-fp32-adapters-r64": 24, "dropout-fp32-adapters-r128": 136}
+SPILLS_ALLOWED |= {(cc, "dropout-fp32-adapters-r128"): 288 for cc in (80, 86, 89, 120)}
+SPILLS_ALLOWED |= {(120, "fp32-adapters-r64"): 52, (120, "dropout-fp32-adapters-r64"): 52, (120, "dropout-r128"): 36}
+SPILLS_ALLOWED |= {(100, "no-dx"): 20}
 
 QUICK = [(90, v) for v in VARIANTS if v not in ("fp32-adapters-r256", "r32", "autocast-r64")]
 QUICK += [(cc, v) for cc in (80, 86, 89, 100, 120) for v in ("r16", "fp32-adapters-r16")]
@@ -129,8 +132,9 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         assert report.shared <= SHARED_MEMORY[capability]
         plain = (capability, variant) in QUICK and not variant.startswith("fp32-adapters")
         few = 0 if capability == 90 or plain else 16
-        assert report.spills <= max(few, SPILLS_ALLOWED.get(variant, 0))
-        assert report.loop_spills == 0 or capability != 90
+        most = SPILLS_ALLOWED.get((capability, variant), SPILLS_ALLOWED.get(variant, 0))
+        assert report.spills <= max(few, most)
+        assert report.loop_spills <= (5 if capability == 120 else 0)
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
         if publishes(launch):
@@ -146,9 +150,8 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
 
 LDS = 65_536
 AMD_QUICK = ("r16", "r64", "fp32-adapters-r16", "autocast-r16", "dropout-r32", "fp32-r16", "16-rows", "two-launches")
-# What does not fit: three terms of so wide a rank. Registers that spill elsewhere, again for want of narrower tiles.
-AMD_TOO_LARGE = {("fp32-adapters-r256", "backward_kernel")}
-AMD_SPILLS = {"fp32-adapters-r64": 16, "fp32-adapters-r128": 704, "dropout-fp32-adapters-r128": 384}
+# Registers that spill for want of narrower tiles.
+AMD_SPILLS = {"fp32-adapters-r64": 7, "fp32-adapters-r128": 217, "dropout-fp32-adapters-r128": 151}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_compiles_for_amd(variant: str) -> None:
     """For gfx942 (MI300): within its LDS, on its matrix cores, with fences between programs."""
     for launch in launches_of(UNKNOWN, variant):
         report = inspect_amd_launch(launch)
-        assert (report.shared > LDS) == ((variant, launch.kernel.__name__) in AMD_TOO_LARGE)
+        assert report.shared <= LDS
         assert report.spills <= AMD_SPILLS.get(variant, 0)
         tiles = launch.arguments.get("TILES") or (launch.arguments.get("REST") and launch.arguments["NEED_DX"])
         assert not tiles or "v_mfma_" in report.assembly
