@@ -151,7 +151,7 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
 LDS = 65_536
 AMD_QUICK = ("r16", "r64", "fp32-adapters-r16", "autocast-r16", "dropout-r32", "fp32-r16", "16-rows", "two-launches")
 # Registers that spill for want of narrower tiles.
-AMD_SPILLS = {"fp32-adapters-r64": 7, "fp32-adapters-r128": 217, "dropout-fp32-adapters-r128": 151}
+AMD_SPILLS = {"fp32-adapters-r64": 7, "fp32-adapters-r128": 217, "dropout-fp32-adapters-r128": 328}
 
 
 @pytest.mark.parametrize(
