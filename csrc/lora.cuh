@@ -182,11 +182,11 @@ __device__ void add_slices(const Call<T>& c, int* words, int block, int group, i
   if (lane == 0) publish_bit(c.words + PROGRESS + block, 1u << group);
 }
 
-// Consumers: a slice of S or T for the row block from `row` on, left for side warps or, if it is the only one, published.
+// Consumers: a slice of S or T for the row block from `row` on, left for side warps or, if there is but one, published.
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
 __device__ void slice_rows(
-    const Call<T>& c, const Mask mask, int row, int slice, int slices, uint32_t stages, uint32_t full, uint32_t empty, int& stage, int& phase,
-    int warp, int lane, uint32_t told, int& left_before) {
+    const Call<T>& c, const Mask mask, int row, int slice, int slices, uint32_t stages, uint32_t full, uint32_t empty,
+    int& stage, int& phase, int warp, int lane, uint32_t told, int& left_before) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int R = L::R, SUMS = SUM_RANKS<R, TERMS>, STEPS = BLOCK_K / 16, SLOTS = TERMS > 1 ? L::BOXES : 1;
   // The mask is put on registers, which wgmma keeps until it is done: while it has one half of a box the other is made.

@@ -16,9 +16,9 @@ FUSEDLORA_BOTH constexpr int job_count(int cols, int parts) { return (cols + JOB
 
 // Pairs of tiles, two row blocks beside one column block, in column-major groups of `group` pairs of rows, so that L2 is
 // reused. A cluster takes every `stride`th; those of the first places begin last, and have one less where they are uneven.
-// Of a pair of rows, the tiles of `slices` columns, an even number, also sum a slice of S each. From group to group these are the next
-// columns within a window, so that all clusters have as many; in it no tile waits for one that comes a turn after it, as
-// its own cluster's may.
+// Of a pair of rows, the tiles of `slices` columns, an even number, also sum a slice of S each. From group to group these
+// are the next columns within a window, so that all clusters have as many; in it no tile waits for one that comes a turn
+// after it, as its own cluster's may.
 struct Tiles {
   int pairs_m, tiles_n, group, stride, slices, window;
 
