@@ -48,6 +48,7 @@ HEADLINE = (
     (8192, 14336, 4096, 16),
     (2048, 4096, 4096, 16),
     (512, 4096, 4096, 16),
+    (8192, 4096, 1024, 16),
 )
 
 # The layers of Llama-3-8B: q and o, k and v, gate and up, down.

@@ -206,9 +206,7 @@ def _has(merged: Merged, dims: tuple[int, int, int, int]) -> bool:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="bench.json", help="a run's file")
-    parser.add_argument(
-        "--picture", metavar="PNG", type=Path, help="also draw the six headline shapes (needs matplotlib)"
-    )
+    parser.add_argument("--picture", metavar="PNG", type=Path, help="also draw the headline shapes (needs matplotlib)")
     options = parser.parse_args(arguments)
     try:
         runs = read(options.runs)

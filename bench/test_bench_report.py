@@ -87,7 +87,7 @@ def test_json_and_picture(rows, tmp_path):
     assert not bench_report.write_picture(tmp_path / "none.png", rows, "made up", group="forward")
 
 
-def test_headline_is_six_shapes_of_the_whole_grid():
+def test_headline_is_seven_shapes_of_the_whole_grid():
     cases = gpu_cases()
     assert len(cases) == len({case.id for case in cases}) == 48
     assert [(c.M, c.K, c.N, c.r) for c in cases if c.headline] == list(HEADLINE)

@@ -1,7 +1,7 @@
 """The rows of the tables: a test a group, shape and contender.
 
     pytest bench/ --benchmark                       everything (on a GPU: select with -k)
-    pytest bench/ --benchmark -k headline           the six shapes of the README
+    pytest bench/ --benchmark -k headline           the shapes of the README's tables
     pytest bench/ --benchmark -k "training and headline and not compile"
     pytest bench/ --benchmark -k "features and headline"    what dropout, fp32 adapters and DoRA cost there
     pytest bench/ --benchmark -k decode             a few rows, forward alone
