@@ -103,20 +103,22 @@ class Merged:
                 key = row["group"], Case(**row["case"]), row["contender"]
                 self.rows.setdefault(key, []).append(row)
 
+    def taxes(self, groups: Sequence[str], case: Case, contender: str) -> list[float] | None:
+        """Those of the runs in which it did not fail, of the first group that was asked for it; None: no group was."""
+        for group in groups:
+            if (rows := self.rows.get((group, case, contender))) is not None:
+                return [row["tax"]["median"] for row in rows if row["tax"] is not None]
+        return None
+
     def cell(self, groups: Sequence[str], case: Case, contender: str) -> str | None:
         """Median of the runs' taxes, the least and the most, in how many runs if not in all; None: not asked for."""
-        for group in groups:
-            rows = self.rows.get((group, case, contender))
-            if rows is None:
-                continue
-            taxes = [row["tax"]["median"] for row in rows if row["tax"] is not None]
-            if not taxes:
-                return "failed"
-            text = f"{statistics.median(taxes):.3f}"
-            if len(taxes) > 1 and contender != "frozen":
-                text += f" ({min(taxes):.3f}–{max(taxes):.3f})"
-            return text if len(taxes) == len(self.runs) else f"{text} in {len(taxes)} of {len(self.runs)} runs"
-        return None
+        taxes = self.taxes(groups, case, contender)
+        if not taxes:
+            return None if taxes is None else "failed"
+        text = f"{statistics.median(taxes):.3f}"
+        if len(taxes) > 1 and contender != "frozen":
+            text += f" ({min(taxes):.3f}–{max(taxes):.3f})"
+        return text if len(taxes) == len(self.runs) else f"{text} in {len(taxes)} of {len(self.runs)} runs"
 
     def cases(self, groups: Sequence[str]) -> list[Case]:
         """The shapes that any run has, in order."""

@@ -19,15 +19,6 @@ FEATURES = (
 )
 
 
-def taxes(merged: Merged, case: Case, contender: str) -> list[float]:
-    """One for each run that has a figure, of the first group that has any."""
-    for group in GROUPS:
-        rows = merged.rows.get((group, case, contender), [])
-        if found := [row["tax"]["median"] for row in rows if row["tax"] is not None]:
-            return found
-    return []
-
-
 def draw(path: Path, merged: Merged) -> bool:
     """A PNG; False where matplotlib is missing or no run has a headline shape.
 
@@ -53,7 +44,9 @@ def draw(path: Path, merged: Merged) -> bool:
         for number, (contender, label, colour) in enumerate(contenders):
             offset = shift * (number - (len(contenders) - 1) / 2)
             found = [
-                (at + offset, values) for at, case in enumerate(cases) if (values := taxes(merged, case, contender))
+                (at + offset, values)
+                for at, case in enumerate(cases)
+                if (values := merged.taxes(GROUPS, case, contender))
             ]
             _marks(axes, found, f"{label}, {gpu}" if axes is left else label, colour)
         axes.axvline(1.0, color="black", linewidth=1)

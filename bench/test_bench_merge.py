@@ -149,8 +149,9 @@ def test_the_picture(runs, tmp_path):
 
 def test_a_picture_shows_the_tables_figures(runs, tmp_path, monkeypatch):
     merged = bench_merge.Merged(bench_merge.read(runs))
-    assert bench_merge_picture.taxes(merged, ONE, "fusedlora_cuda") == pytest.approx([1.25, 1.05, 1.1])
-    assert bench_merge_picture.taxes(merged, TWO, "fusedlora") == [1.2], "the group of the table's cell"
-    assert bench_merge_picture.taxes(merged, TWO, "eager") == []
+    groups = bench_merge_picture.GROUPS
+    assert merged.taxes(groups, ONE, "fusedlora_cuda") == pytest.approx([1.25, 1.05, 1.1])
+    assert merged.taxes(groups, TWO, "fusedlora") == [1.2], "the group of the table's cell"
+    assert merged.taxes(groups, TWO, "eager") == []
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not bench_merge_picture.draw(tmp_path / "tax.png", merged)

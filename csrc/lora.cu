@@ -132,6 +132,11 @@ struct Operands {
   const T *skinny, *wide, *saved_s;
 };
 
+[[maybe_unused]] int64_t row_pairs(int64_t M) { return (M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M); }
+
+// Words before those of stripes: three for each row block, of which there are an even number.
+[[maybe_unused]] int64_t words_of_rows(int64_t M) { return PROGRESS + 3 * CLUSTER * row_pairs(M); }
+
 // The bytes of workspace it takes.
 template <typename T, int RANKS, bool BACKWARD, int TERMS>
 int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
@@ -147,7 +152,6 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   const int N = int(a.N), K = int(a.K), M = int(a.M);
   Shrink<T>& shrink = c.shrink;
   shrink.scaling = float(a.scaling), shrink.slices = int(a.slices);
-  const int64_t row_blocks = (a.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M) * CLUSTER;
   [[maybe_unused]] const bool as_is = TERMS == 1 && !is_float && a.r == R;
   if constexpr (!BACKWARD) {
     operands.skinny = static_cast<const T*>(a.a);
@@ -185,7 +189,7 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
       operands.wide = wide;
       c.tiles = true;
     }
-    int* arrived = c.words + PROGRESS + 3 * row_blocks;
+    int* arrived = c.words + words_of_rows(a.M);
     if (a.db) {
       operands.saved_s = static_cast<const T*>(a.s);
       if (TERMS > 1 || a.r != R || reinterpret_cast<uintptr_t>(a.s) % 16) {
@@ -202,7 +206,9 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
     }
   }
   const bool shrinks = !BACKWARD || a.dx || a.da;  // pointers say nothing before there is a workspace
-  if (shrinks && shrink.slices > 1) shrink.partial = places.take<float>(row_blocks * shrink.slices * BLOCK_M * SUMS);
+  if (shrinks && shrink.slices > 1) {
+    shrink.partial = places.take<float>(CLUSTER * row_pairs(a.M) * shrink.slices * BLOCK_M * SUMS);
+  }
   return places.used;
 }
 
@@ -210,11 +216,11 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
 template <int BLOCK_N, int RANKS, bool BACKWARD, int TERMS>
 bool takes_slices(const Arguments& a, int cols, int depth) {
   using L = Layout<BLOCK_N, RANKS>;
-  const int pairs_m = int((a.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M));
   const int wide_steps = (depth + 127) / 128, slices = int(a.slices);
   if (slices < 2 || slices > 32 || slices > wide_steps || BACKWARD) return slices == 1 && !a.in_tiles;
   if (!a.in_tiles) return true;
-  const Tiles tiles = Tiles::of(pairs_m, (cols + BLOCK_N - 1) / BLOCK_N, int(a.group), int(a.programs) / CLUSTER, slices);
+  const int pairs_m = int(row_pairs(a.M)), tiles_n = (cols + BLOCK_N - 1) / BLOCK_N;
+  const Tiles tiles = Tiles::of(pairs_m, tiles_n, int(a.group), int(a.programs) / CLUSTER, slices);
   const int steps = (depth + BLOCK_K - 1) / BLOCK_K, half = slice_begin(depth, slices / 2, slices);
   return L::SLICES_FIT && TERMS == 1 && slices % 2 == 0 && tiles.window >= slices &&
          L::LEAD + (half > steps - half ? half : steps - half) + L::STAGES < steps;
@@ -230,7 +236,7 @@ int run(const Arguments& a, int64_t* sizes) {
   if (!takes(a, call.tiles ? call.cols : 0, call.depth)) return fail("slices", -6);
   if (sizes) {
     sizes[0] = used;
-    sizes[1] = PROGRESS + 3 * ((a.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M) * CLUSTER);
+    sizes[1] = words_of_rows(a.M);
     if (BACKWARD) sizes[1] += stripe_count(a.N) + stripe_count(a.K);
     return 0;
   }

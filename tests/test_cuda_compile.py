@@ -142,6 +142,15 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
             cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(cut, **wrong), **drops)
     with pytest.raises(RuntimeError, match=refusal):  # no mask, so no need
         cuda.lora_forward(*tensors, scaling=1.0, adapter_dtype=torch.bfloat16, save_s=True, config=cut)
+    # What the table chooses is never refused: its rules for slices say again what the library asks for.
+    sliced = 0
+    for M, N, K, r in itertools.product((65, 512, 8192), (256, 512, 520, 2048), range(1280, 2112, 64), (16, 64)):
+        shapes = ((M, K), (N, K), (r, K), (N, r))
+        chosen = cuda.forward_plan(
+            *(torch.empty(s, dtype=torch.bfloat16) for s in shapes), None, save_s=True, **settings
+        )
+        sliced += chosen.work_size > M * r * 2 + 255  # S and its sums, not S alone
+    assert 0 < sliced < 3 * 4 * 13 * 2
     wide = make_inputs(100, 512, 768, 65, torch.bfloat16)
     with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: r: error -3"):
         cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **settings)
