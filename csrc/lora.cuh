@@ -572,7 +572,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
               barrier_wait(told, 0);
               looked = true;
               units = *begun < stride;
-              if (units) break;
+              if (units) {
+                if (slice >= 0) barrier_wait(out_free, sliced++ % 2);  // it will be told once more
+                break;
+              }
             }
             const bool with_skinny = IN_TILES && step >= slice_at && step < slice_end;
             if (with_skinny && step == slice_at) barrier_wait(out_free, sliced++ % 2);
@@ -732,11 +735,15 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       const auto nothing = [](int, uint64_t) {};
       int k = 0;
       if constexpr (IN_TILES) {
+        const int slice = tiles.slice(pair_m, tile_n);
         float sums[L::R / 2] = {};
         settle(sums);
         for (; k < L::LEAD; k++) {
           multiply(k, nothing);
-          if (k == 1 && in_group == 0) tma_wait_read<0>();
+          if (k == 1 && in_group == 0) {  // as early as that, since the TMA thread is steps ahead
+            tma_wait_read<0>();
+            if (slice >= 0) barrier_arrive(out_free);
+          }
         }
         if (!looked) {
           barrier_wait(told, 0);
@@ -749,8 +756,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             continue;
           }
         }
-        if (const int slice = tiles.slice(pair_m, tile_n); slice >= 0) {
-          if (in_group == 0) barrier_arrive(out_free);
+        if (slice >= 0) {
           const int begin = slice_begins(slice), end = slice_ends(slice);
           for (; k < begin; k++) multiply(k, nothing);
           for (; k < end; k++) {

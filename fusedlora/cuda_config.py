@@ -119,7 +119,7 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
         _GROUP,
         programs,
         shrink_clusters,
-        _parts(p, clusters),
+        1 if forward else _parts(p, block_n, clusters, shrink_clusters, tiles),
         slices,
         in_tile_slices > 0,
         *(decode_config(p) if p.M <= DECODE_UP_TO else ()),
@@ -136,21 +136,28 @@ def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
     return 4 if columns >= 4 else 2 if columns >= 2 else 0
 
 
-def _parts(p: Problem, clusters: int) -> int:
-    """Into how many runs of rows the jobs of dA and dB, of 256 columns, are cut: what keeps a cluster least long.
+def _parts(p: Problem, block_n: int, clusters: int, shrink_clusters: int, tiles: bool) -> int:
+    """Into how many runs of rows the jobs of dA and dB, of 256 columns, are cut: what lets the last cluster end first.
 
-    Microseconds, measured on an H200: so many for 128 rows of a job, and for adding its part to the others.
+    Times in microseconds, measured on an H200: 64 columns of depth of a tile and what it takes beside them, 128 rows of a
+    job, and each part that is left and added. Two row blocks of T take a cluster 0.4 of a tile's time.
     """
-    a_us, b_us = 1.1 if p.dropout else 0.55, 0.55
+    wide = block_n == 256
+    tile_us, a_us, b_us = 2 + _cdiv(p.depth, 64) * (0.66 if wide else 0.33), 1.1 if p.dropout else 0.55, 0.55
+    pairs_m, rows = _cdiv(p.M, _BLOCK_M * _CLUSTER), 128 if wide else 64
+    # As csrc/shares.h shares them out: the nth of what is shared is for place n % clusters, and the first for the last.
+    all_tiles = pairs_m * _cdiv(p.out, block_n) if tiles else 0
 
-    def busy(parts: int) -> float:
-        rows = _cdiv(_cdiv(p.M, parts), 128)
-        adding = 2 + parts if parts > 1 else 1
-        a, b = a_us * rows + adding, b_us * rows + adding
-        all_jobs = parts * (_cdiv(p.out, 256) * a + _cdiv(p.depth, 256) * b)
-        return max(a, all_jobs / clusters)
+    def mine(place: int, count: int, among: int) -> int:
+        return max(0, _cdiv(count - place, among)) if place < among else 0
 
-    return min((1, 2, 4, 8), key=busy)
+    def end(place: int, parts: int) -> float:
+        job_rows, db_jobs = _cdiv(_cdiv(p.M, parts), rows) * rows / 128, parts * _cdiv(p.depth, 256)
+        jobs, db = mine(place, db_jobs + parts * _cdiv(p.out, 256), clusters), mine(place, db_jobs, clusters)
+        before = (mine(clusters - 1 - place, all_tiles, clusters) + 0.4 * mine(place, pairs_m, shrink_clusters)) * tile_us
+        return before + 0.5 * jobs + (b_us * db + a_us * (jobs - db)) * job_rows
+
+    return min(range(1, 9), key=lambda parts: max(end(n, parts) for n in range(clusters)) + 0.8 * (parts if parts > 1 else 0))
 
 
 def decode_config(p: Problem) -> tuple[int, int, bool]:
