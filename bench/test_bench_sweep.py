@@ -143,18 +143,19 @@ def records():
     found = [made_up(case, 1.1, 1.5, compiled=1.4) for case in cases[:20]]
     found.append(made_up(cases[20], 1.53, 1.5))
     found.append(made_up(cases[21], 1.52, 1.5, auto="reference"))
+    found.append(made_up(cases[22], 1.3, 1.5, auto="cuda forward + reference backward"))
     return found
 
 
 def test_summary(records):
     text = summary(records, 200)
     joined = "\n".join(text)
-    assert text[0] == "sweep: 22 of 200 shapes measured with this code, 0 do not fit the memory"
-    assert "20 of 22 (90.9%), up to 2 % slower: 2" in text[1]
+    assert text[0] == "sweep: 23 of 200 shapes measured with this code, 0 do not fit the memory"
+    assert "21 of 23 (91.3%), up to 2 % slower: 2" in text[1]
     worst = text[text.index("largest ratios: ours / eager, tax") + 1]
     assert worst.split()[-3:] == ["1.020", "1.530", "triton"]
-    assert "auto took the reference at 1 of 22 shapes:" in joined
-    assert "ours / eager 1.013, kernels by name / eager 1.250 (r is 300)" in joined
+    assert "auto took the reference at 1 of 23 shapes, for one direction at 1 more:" in joined
+    assert "ours / eager 1.013, kernels by name / eager 1.250 (reference; r is 300)" in joined
     assert "not slower than torch.compile of the eager arithmetic: 20 of 20" in joined
 
 

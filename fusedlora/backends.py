@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cuda, reference
+from . import costs, cuda, reference
 from .config import MAX_RANK, MAX_RANK_FLOAT32
 from .cuda_config import MAX_RANK as MAX_RANK_CUDA
 from .cuda_config import MAX_RANK_PRECISE, prefers_cuda
@@ -32,9 +32,10 @@ class Call(NamedTuple):
     dropout: str  # "", "seed", "device seed" or "mask": what `dropout.draw` gave
     weight_layout: tuple[int, int, int]  # row stride, last stride, address % 16
     precision: str  # float32_matmul_precision, "" unless dtype is float32
-    rows: int = 1  # M rounded up to a power of two, so that choices are few
+    rows: int = 1  # M rounded up to an eighth of a power of two, so that choices are few
     scale: bool = False  # whether scaling is read on the device
     direction: str = "forward"  # or "backward": "auto" may take one backend for the one and another for the other
+    plain: bool = False  # the products of lora_linear and no more: "auto" may leave them to PyTorch where it is faster
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def describe_call(
     scale: Tensor | None,
     adapter_dtype: torch.dtype,
     direction: str = "forward",
+    *,
+    plain: bool = False,
 ) -> Call:
     """The call of lora_linear's tensors; x may be dy, and weight None where no asked gradient reads it."""
     r, K = lora_A.shape
@@ -82,9 +85,11 @@ def describe_call(
         noise = "mask"
     else:
         noise = "device seed" if mask.is_cuda else "seed"
-    rows = 1 << (x.numel() // x.shape[-1] - 1).bit_length()
+    M = max(1, x.numel() // x.shape[-1])
+    eighth = 1 << max(0, (M - 1).bit_length() - 4)
+    rows = -(-M // eighth) * eighth
     dtypes = dtype, adapter_dtype, lora_A.dtype
-    return Call(named, x.device, *dtypes, N, K, r, noise, layout, precision, rows, scale is not None, direction)
+    return Call(named, x.device, *dtypes, N, K, r, noise, layout, precision, rows, scale is not None, direction, plain)
 
 
 def float32_precision() -> str:
@@ -178,7 +183,21 @@ def _triton_why_not(call: Call) -> str | None:
         )
     if call.dtype is torch.float32 and not call.named:
         return "x is float32, where the kernels have not been measured faster"
-    return None
+    return SLOWER if _slower("triton", call) else None
+
+
+# No reason to warn of.
+SLOWER = "PyTorch's own products are expected to take less time"
+
+
+def _slower(kernels: str, call: Call) -> bool:
+    """Whether "auto" leaves the call to PyTorch's products. Beside those the reference makes masks, or copies of x."""
+    if call.named or not call.plain or call.dropout or call.scale or call.adapter_dtype is not call.dtype:
+        return False
+    if call.device.type != "cuda" or _capability(call.device) != (9, 0):  # where nobody has compared them
+        return False
+    about = call.direction == "forward", call.rows, call.N, call.K, call.r, call.param_dtype is not call.dtype
+    return costs.slower(kernels, *about, cuda.num_sms(call.device))
 
 
 def _shapes_why_not(call: Call, max_rank: int) -> str | None:
@@ -209,7 +228,8 @@ def _cuda_why_not(call: Call) -> str | None:
     if capability != (9, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
     precise, converts = call.adapter_dtype is not call.dtype, call.param_dtype is not call.dtype
-    about = (call.direction, call.rows, call.N, call.K, call.r, call.dropout != "", converts, precise)
+    rows = 1 << (call.rows - 1).bit_length()
+    about = (call.direction, rows, call.N, call.K, call.r, call.dropout != "", converts, precise)
     if not (call.named or prefers_cuda(*about)):
         return "these kernels have not been measured faster here"
     if (missing := cuda.missing()) is not None:
@@ -223,7 +243,8 @@ def _cuda_why_not(call: Call) -> str | None:
         )
     if call.scale:
         return "scaling is a tensor, which is read on the device: the kernels take a number"
-    return _shapes_why_not(call, MAX_RANK_CUDA)
+    reason = _shapes_why_not(call, MAX_RANK_CUDA)
+    return SLOWER if reason is None and _slower("cuda", call) else reason
 
 
 def _cuda_forward(
@@ -414,7 +435,7 @@ def _choose(name: str, call: Call) -> Backend:
             reason = backend.why_not(call)
             if reason is None:
                 break
-            if not backend.optional:
+            if not backend.optional and reason != SLOWER:
                 refusals[backend.name] = reason
         if call.device.type == "cuda":
             for refusing, reason in refusals.items():

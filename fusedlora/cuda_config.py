@@ -62,6 +62,7 @@ class Calls(NamedTuple):
 _PRECISE = Calls(rows=(2048, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,))
 FASTER: dict[str, tuple[Calls, ...]] = {
     "forward": (
+        Calls(rows=(1, 64), dropout=(False,), converts=(False,)),  # the decode kernel
         Calls(rows=(512, 32768), N=(3072, 28672), K=(2048, 14336)),
         Calls(rows=(2048, 32768), N=(256, 1024), K=(1536, 8192)),
         Calls(rows=(512, 1024), N=(1024, 1024), K=(4096, 8192)),
@@ -114,16 +115,20 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
         # The mask takes so long that few clusters would keep all waiting.
         slices = max(1, min(16, clusters // pairs_m, _cdiv(p.depth, 128)))
         shrink_clusters = pairs_m * slices
-    return CudaConfig(
+    config = CudaConfig(
         block_n,
         _GROUP,
         programs,
         shrink_clusters,
-        1 if forward else _parts(p, block_n, clusters, shrink_clusters, tiles),
+        1,
         slices,
         in_tile_slices > 0,
         *(decode_config(p) if p.M <= DECODE_UP_TO else ()),
     )
+    if forward:
+        return config
+    several = [dataclasses.replace(config, parts=parts) for parts in range(1, 9)]
+    return min(several, key=lambda config: end_us(p, config, forward, tiles=tiles))
 
 
 def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
@@ -136,28 +141,35 @@ def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
     return 4 if columns >= 4 else 2 if columns >= 2 else 0
 
 
-def _parts(p: Problem, block_n: int, clusters: int, shrink_clusters: int, tiles: bool) -> int:
-    """Into how many runs of rows the jobs of dA and dB, of 256 columns, are cut: what lets the last cluster end first.
+def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> float:
+    """Microseconds until the last cluster ends, roughly: as measured on an H200.
 
-    Times in microseconds, measured on an H200: 64 columns of depth of a tile and what it takes beside them, 128 rows of a
-    job, and each part that is left and added. Two row blocks of T take a cluster 0.4 of a tile's time.
+    64 columns of depth, of a tile and of two row blocks of S or T, and what these take beside; 128 rows of a job of 256
+    columns; and each part of a stripe that is left and added.
     """
-    wide = block_n == 256
-    tile_us, a_us, b_us = 2 + _cdiv(p.depth, 64) * (0.66 if wide else 0.33), 1.1 if p.dropout else 0.55, 0.55
+    wide, clusters = config.block_n == 256, config.programs // _CLUSTER
+    steps, a_us, b_us = _cdiv(p.depth, 64), 1.1 if p.dropout else 0.55, 0.55
+    tile_us, unit_us = 2 + steps * (0.66 if wide else 0.33), 2 + steps * 0.26
     pairs_m, rows = _cdiv(p.M, _BLOCK_M * _CLUSTER), 128 if wide else 64
+    job_rows = _cdiv(_cdiv(p.M, config.parts), rows) * rows / 128
     # As csrc/shares.h shares them out: the nth of what is shared is for place n % clusters, and the first for the last.
-    all_tiles = pairs_m * _cdiv(p.out, block_n) if tiles else 0
+    all_tiles = pairs_m * _cdiv(p.out, config.block_n) if tiles else 0
+    db_jobs, da_jobs = (0 if forward else config.parts * _cdiv(columns, 256) for columns in (p.depth, p.out))
 
     def mine(place: int, count: int, among: int) -> int:
         return max(0, _cdiv(count - place, among)) if place < among else 0
 
-    def end(place: int, parts: int) -> float:
-        job_rows, db_jobs = _cdiv(_cdiv(p.M, parts), rows) * rows / 128, parts * _cdiv(p.depth, 256)
-        jobs, db = mine(place, db_jobs + parts * _cdiv(p.out, 256), clusters), mine(place, db_jobs, clusters)
-        before = (mine(clusters - 1 - place, all_tiles, clusters) + 0.4 * mine(place, pairs_m, shrink_clusters)) * tile_us
+    def end(place: int) -> float:
+        jobs, db = mine(place, db_jobs + da_jobs, clusters), mine(place, db_jobs, clusters)
+        before = (
+            mine(clusters - 1 - place, all_tiles, clusters) * tile_us
+            + mine(place, pairs_m, config.shrink_clusters) * unit_us
+        )
         return before + 0.5 * jobs + (b_us * db + a_us * (jobs - db)) * job_rows
 
-    return min(range(1, 9), key=lambda parts: max(end(n, parts) for n in range(clusters)) + 0.8 * (parts if parts > 1 else 0))
+    # No tile ends before its rows of S or T are there.
+    ready = mine(0, pairs_m, config.shrink_clusters) * unit_us + 3 if all_tiles else 0.0
+    return max(ready, *map(end, range(clusters))) + 0.8 * (config.parts if config.parts > 1 else 0)
 
 
 def decode_config(p: Problem) -> tuple[int, int, bool]:

@@ -58,7 +58,7 @@ def explain(
     """
     weight: Tensor
     scale = None
-    stock = False
+    stock = dora_gain = False
     if isinstance(layer_or_weight, FusedLoRALinear):
         layer = layer_or_weight
         if not layer.adapter_in_use:
@@ -68,7 +68,8 @@ def explain(
         weight, lora_A, lora_B, bias = layer.weight, layer.lora_A, layer.lora_B, layer.bias
         dropout_p, training, backend = layer.lora_dropout, layer.training, layer.backend
         scale = layer.scaling if isinstance(layer.scaling, Tensor) else None
-        stock = layer.use_dora and training and dropout_p > 0.0
+        dora_gain = layer.use_dora
+        stock = dora_gain and training and dropout_p > 0.0
     else:
         weight = layer_or_weight
     if lora_A is None or lora_B is None:
@@ -93,7 +94,8 @@ def explain(
     if training and dropout_p > 0.0:
         kind = torch.int64 if dropout.seeded(x, dropout_p, backend) else torch.bool
         mask = torch.empty(0, dtype=kind, device=x.device if dropout.drawn_on_device(x) else None)
-    call = backends.describe_call(backend, x, weight, lora_A, lora_B, mask, scale, adapter_dtype)
+    tensors = (x, weight, lora_A, lora_B, mask, scale)
+    call = backends.describe_call(backend, *tensors, adapter_dtype, plain=not dora_gain)
     taker, reasons = _taker(backend, call)
     backward, reasons_backward = _taker(backend, call._replace(direction="backward"))
     config = None

@@ -51,7 +51,7 @@ def _forward(
     save_s: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    call = describe_call(backend, x, weight, lora_A, lora_B, mask, scale, adapter_dtype)
+    call = describe_call(backend, x, weight, lora_A, lora_B, mask, scale, adapter_dtype, plain=gain is None)
     return select(backend, call).forward(
         x,
         weight,
@@ -104,7 +104,7 @@ def _backward(
     need_dB: bool,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    call = describe_call(backend, dy, weight, lora_A, lora_B, mask, scale, adapter_dtype, "backward")
+    call = describe_call(backend, dy, weight, lora_A, lora_B, mask, scale, adapter_dtype, "backward", plain=True)
     return select(backend, call).backward(
         dy,
         x,

@@ -126,7 +126,7 @@ def _make(
     if for_kernels and x.numel() > 0 and x.dtype is not torch.float32:
         kind = torch.int64 if dropout_p <= MAX_P else torch.bool  # as `draw` has it where kernels may take the call
         drawn = torch.empty(0, dtype=kind) if drops else None
-        call = describe_call(backend, x, weight, lora_A, lora_B, drawn, scale, adapter_dtype)
+        call = describe_call(backend, x, weight, lora_A, lora_B, drawn, scale, adapter_dtype, plain=True)
         takers = select(backend, call), select(backend, call._replace(direction="backward"))
         if all(taker.launchers is not None for taker in takers):
             from .packed import PackedPlan

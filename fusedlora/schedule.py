@@ -223,7 +223,19 @@ def _schedule(
 @functools.lru_cache(maxsize=4096)
 def forward_schedule(p: Problem, c: ForwardConfig) -> Schedule:
     """The schedule of the forward kernel on p.num_sms programs at most."""
-    return _schedule(p, c, cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N))
+    return _schedule(p, c, _tiles(p, c))
+
+
+def _tiles(p: Problem, c: ForwardConfig) -> int:
+    return cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N)
+
+
+def _jobs(p: Problem, c: BackwardConfig, dx: bool, da: bool, db: bool, dora: bool) -> tuple[int, int, int]:
+    """The parts of a stripe, the stripes of dA and dB, and the jobs that are left to take."""
+    parts = max(1, min(MAX_PARTS, cdiv(p.M, c.stripe_rows)))
+    da_stripes, db_stripes = cdiv(p.out, c.STRIPE_N), cdiv(p.depth, c.STRIPE_N)
+    fused = c.FUSE_DB and not p.split and (dx or da)  # into the shrink tasks, where there are any
+    return parts, da_stripes + db_stripes, (da_stripes * da + db_stripes * (db and not fused) * (1 + dora)) * parts
 
 
 @functools.lru_cache(maxsize=4096)
@@ -232,13 +244,22 @@ def backward_schedule(p: Problem, c: BackwardConfig, dx: bool, da: bool, db: boo
 
     With DoRA's tensors a stripe of dB reads twice as much.
     """
-    num_tiles = cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N) if dx else 0
-    parts = max(1, min(MAX_PARTS, cdiv(p.M, c.stripe_rows)))
-    da_stripes, db_stripes = cdiv(p.out, c.STRIPE_N), cdiv(p.depth, c.STRIPE_N)
-    fused = c.FUSE_DB and not p.split and (dx or da)  # into the shrink tasks, where there are any
-    jobs = (da_stripes * da + db_stripes * (db and not fused) * (1 + dora)) * parts
+    num_tiles = _tiles(p, c) if dx else 0
+    parts, stripes, jobs = _jobs(p, c, dx, da, db, dora)
     turns = jobs > 0 and takes_turns(p, dora)
-    schedule = _schedule(p, c, num_tiles, jobs=jobs, parts=parts, stripes=da_stripes + db_stripes, turns=turns)
+    schedule = _schedule(p, c, num_tiles, jobs=jobs, parts=parts, stripes=stripes, turns=turns)
     if not dx and not da:
         schedule = dataclasses.replace(schedule, num_tasks=0, shared_blocks=0, side_programs=0)
     return schedule
+
+
+def forward_end_us(p: Problem, c: ForwardConfig) -> float:
+    """Microseconds until the launch of `forward_schedule` ends."""
+    return _end_us(p, c, forward_schedule(p, c), _tiles(p, c), 0)
+
+
+def backward_end_us(p: Problem, c: BackwardConfig) -> float:
+    """The same of `backward_schedule`, where all gradients are asked for."""
+    return _end_us(
+        p, c, backward_schedule(p, c, True, True, True), _tiles(p, c), _jobs(p, c, True, True, True, False)[2]
+    )

@@ -94,6 +94,48 @@ def test_the_kernels_do_not_take(hopper, call, reason: str) -> None:
     assert backends.REFERENCE.why_not(call) is None
 
 
+def test_auto_leaves_to_pytorch_what_that_does_faster(hopper, monkeypatch, recwarn) -> None:
+    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(backends, "_chosen", {})
+    wide = also(r=128, plain=True)
+    assert backends.TRITON.why_not(wide) == "PyTorch's own products are expected to take less time"
+    assert backends.select("auto", wide) is backends.REFERENCE
+    assert not recwarn.list, "nobody is told of a choice that costs nothing"
+    kept = {
+        "asked for by name": {"named": True},
+        "DoRA's": {"plain": False},
+        "a mask": {"dropout": "seed"},
+        "fp32's precision": {"param_dtype": FP32, "adapter_dtype": FP32},
+        "a scale on the device": {"scale": True},
+        "few ranks": {"r": 16},
+    }
+    for why, settings in kept.items():
+        assert backends.TRITON.why_not(wide._replace(**settings)) is None, why
+    monkeypatch.setattr(backends, "_capability", lambda device: (8, 0))
+    assert backends.TRITON.why_not(wide) is None, "where nobody has measured"
+
+
+def test_both_kinds_of_kernels_are_compared(hopper, monkeypatch) -> None:
+    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(backends.cuda, "missing", lambda: None)
+    monkeypatch.setattr(backends, "_chosen", {})
+    call = also(plain=True, rows=512, N=4096, K=4096, weight_layout=(4096, 1, 0))
+    asked = []
+    monkeypatch.setattr(backends.costs, "slower", lambda *about: asked.append(about) or about[0] == "cuda")
+    assert backends.select("auto", call) is backends.TRITON
+    expected = [(kind, way, 512, 4096, 4096, 16, False, 132) for way in (True, False) for kind in ("cuda", "triton")]
+    assert asked == expected
+
+
+@pytest.mark.parametrize(
+    "M, rows", [(0, 1), (1, 1), (16, 16), (17, 18), (197, 208), (500, 512), (577, 640), (8192, 8192)]
+)
+def test_rows_are_counted_in_steps(M: int, rows: int) -> None:
+    i = make_inputs(1, 16, 24, 4)
+    call = backends.describe_call("auto", i.x.new_empty(M, 16), i.weight, i.lora_A, i.lora_B, None, None, FP32)
+    assert call.rows == rows and not call.plain
+
+
 def test_rocm(hopper, monkeypatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert "ROCm" in (backends.TRITON.why_not(GOOD) or "taken")
@@ -144,7 +186,7 @@ def test_a_choice_is_made_once(monkeypatch) -> None:
     monkeypatch.setattr(backends, "BACKENDS", (counting,))
     monkeypatch.setattr(backends, "_chosen", {})
     i = make_inputs(4, 16, 24, 4)
-    for M in (4, 3, 4):  # the number of rows counts as a power of two
+    for M in (40, 39, 40):  # the number of rows counts in steps
         fusedlora.lora_linear(i.x[:M], i.weight, i.lora_A, i.lora_B, scaling=1.0)
     assert [(call.direction, call.named) for call in asked] == [("forward", False), ("backward", False)]
     fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0, backend="reference")

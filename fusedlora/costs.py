@@ -1,0 +1,67 @@
+"""How long a call takes, roughly, by the kernels and by PyTorch's own products: "auto" takes the fastest of them.
+
+Microseconds of GPU time on an H200, fitted to 195 shapes of real models whose forwards and backwards were timed apart
+(bench/results/directions-h200.json; tests/test_costs.py says how far the choices made by them are from the best ones).
+Kernels lose where rows are too few to fill the GPU with tiles, since cuBLAS splits the depth as well, or a little more
+than whole tiles; and for wide ranks, whose S and T cost them more than a product of its own. Imports neither torch nor
+a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from .config import Problem, backward_config, decode_config, forward_config
+from .cuda_config import DECODE_UP_TO, cuda_config, end_us
+from .schedule import backward_end_us, forward_end_us
+
+# Up to this rank the kernels can be faster. For so few elements of W launches decide, of which they have one.
+MAX_RANK, SMALL = 64, 1 << 20
+FLOP_PER_US, BYTES_PER_US = 743e6, 3.4e6  # of cuBLAS
+# Of a product with S, T, x or dy that only reads and writes; launches in a row.
+STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
+CUDA_FIXED_US, DECODE_FIXED_US = 8.0, 3.0
+TRITON_BYTES_PER_US, TRITON_FIXED_US = 2.2e6, {True: 9.0, False: 5.0}
+
+
+def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, num_sms: int = 132) -> float:
+    """Of the reference: three products forward, five backward; where the adapter's parameters are cast, that too."""
+    us = max(2 * M * N * K / (FLOP_PER_US * num_sms / 132), 2 * (M * K + N * K + M * N) / BYTES_PER_US) + 3.7
+    streamed = 2 * (M * K + 2 * M * N if forward else 2 * M * N + 3 * M * K) / STREAMED_PER_US
+    # dB of few rows, whose ranks are not aligned to 16 bytes, may take 50 µs and more.
+    unaligned = not forward and 1 < M < 8 and r > 1 and r % 8 > 0
+    launches = (3 if forward else 5) + converts * (2 if forward else 4)
+    return us + streamed + launches * LAUNCH_US + unaligned * 40
+
+
+def cuda_us(p: Problem, forward: bool) -> float:
+    """Of the CUDA C++ kernels."""
+    if forward and p.M <= DECODE_UP_TO:
+        return 2 * p.out * p.depth / BYTES_PER_US + DECODE_FIXED_US
+    return end_us(p, cuda_config(p, forward), forward) + CUDA_FIXED_US
+
+
+def triton_us(p: Problem, forward: bool) -> float:
+    """Of the Triton kernels, by their schedule, whose microseconds are those of another GPU."""
+    weight = 2 * p.out * p.depth
+    if forward and decode_config(p) is not None:
+        return weight / BYTES_PER_US * (1 + (p.r / MAX_RANK) ** 3) + DECODE_FIXED_US
+    end = forward_end_us(p, forward_config(p)) if forward else backward_end_us(p, backward_config(p))
+    us = (1.13 if forward else 1.17) * end
+    if p.M <= 256:  # memory has less to do than where depths are split
+        us = max(us, weight / TRITON_BYTES_PER_US)
+    return us + TRITON_FIXED_US[forward]
+
+
+@functools.lru_cache(maxsize=4096)
+def slower(kernels: str, forward: bool, M: int, N: int, K: int, r: int, converts: bool, num_sms: int) -> bool:
+    """Whether these kernels, "cuda" or "triton", take longer than PyTorch's products.
+
+    x is bf16 or fp16, and there is no dropout; `converts`: lora_A and lora_B are fp32, rounded to x's dtype.
+    """
+    if r > MAX_RANK or N * K <= SMALL:
+        return r > MAX_RANK
+    out, depth = (N, K) if forward else (K, N)
+    p = Problem(M, out, depth, r, 2, False, 90, num_sms)
+    us = cuda_us(p, forward) if kernels == "cuda" else triton_us(p, forward)
+    return us > products_us(M, N, K, r, forward, converts, num_sms)
