@@ -16,7 +16,7 @@ from .cuda_config import DECODE_UP_TO, cuda_config, end_us
 from .schedule import backward_end_us, forward_end_us
 
 # Up to this rank the kernels can be faster. For so few elements of W launches decide, of which they have one.
-MAX_RANK, SMALL = 64, 1 << 20
+MAX_RANK, SMALL = 64, 1 << 21
 FLOP_PER_US, BYTES_PER_US = 743e6, 3.4e6  # of cuBLAS
 # Of a product with S, T, x or dy that only reads and writes; launches in a row.
 STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
@@ -28,10 +28,10 @@ def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, n
     """Of the reference: three products forward, five backward; where the adapter's parameters are cast, that too."""
     us = max(2 * M * N * K / (FLOP_PER_US * num_sms / 132), 2 * (M * K + N * K + M * N) / BYTES_PER_US) + 3.7
     streamed = 2 * (M * K + 2 * M * N if forward else 2 * M * N + 3 * M * K) / STREAMED_PER_US
-    # dB of few rows, whose ranks are not aligned to 16 bytes, may take 50 µs and more.
-    unaligned = not forward and 1 < M < 8 and r > 1 and r % 8 > 0
     launches = (3 if forward else 5) + converts * (2 if forward else 4)
-    return us + streamed + launches * LAUNCH_US + unaligned * 40
+    if not forward and r > 1 and r % 8 > 0:  # ranks that are not aligned to 16 bytes; dB of very few rows most of all
+        streamed = streamed * 1.8 + (40 if 1 < M < 8 else 0)
+    return us + streamed + launches * LAUNCH_US
 
 
 def cuda_us(p: Problem, forward: bool) -> float:

@@ -59,10 +59,14 @@ class Calls(NamedTuple):
 
 
 # Where these kernels have been measured faster than Triton's (pytest bench/ --benchmark shows both), on an H200.
-_PRECISE = Calls(rows=(2048, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,))
+_PRECISE = (
+    Calls(rows=(2048, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,)),
+    Calls(rows=(8192, 8192), N=(1024, 1024), K=(4096, 4096), r=(1, MAX_RANK_PRECISE), precise=(True,)),
+)
 FASTER: dict[str, tuple[Calls, ...]] = {
     "forward": (
-        Calls(rows=(1, 64), dropout=(False,), converts=(False,)),  # the decode kernel
+        # the decode kernel
+        Calls(rows=(1, 64), N=(256, 28672), K=(512, 28672), dropout=(False,), converts=(False,)),
         Calls(rows=(512, 32768), N=(3072, 28672), K=(2048, 14336)),
         Calls(rows=(2048, 32768), N=(256, 1024), K=(1536, 8192)),
         Calls(rows=(512, 1024), N=(1024, 1024), K=(4096, 8192)),
@@ -70,7 +74,7 @@ FASTER: dict[str, tuple[Calls, ...]] = {
         Calls(rows=(8192, 16384), N=(2048, 2048), K=(4096, 4096)),
         Calls(rows=(512, 2048), N=(2048, 2048), K=(8192, 8192), dropout=(False,)),
         Calls(rows=(256, 256), N=(4096, 14336), K=(4096, 4096), dropout=(False,), converts=(False,)),
-        _PRECISE,
+        *_PRECISE,
     ),
     "backward": (
         Calls(rows=(512, 32768), N=(512, 8192), K=(2048, 14336)),
@@ -78,8 +82,8 @@ FASTER: dict[str, tuple[Calls, ...]] = {
         Calls(rows=(512, 1024), N=(8192, 28672), K=(4096, 8192)),
         Calls(rows=(8192, 16384), N=(8192, 14336), K=(4096, 8192)),
         Calls(rows=(8192, 8192), N=(256, 1536), K=(1536, 1536)),
-        Calls(rows=(256, 256), N=(1024, 14336), K=(4096, 14336), dropout=(False,), converts=(False,)),
-        _PRECISE,
+        Calls(rows=(256, 512), N=(768, 28672), K=(768, 14336), dropout=(False,), converts=(False,)),
+        *_PRECISE,
     ),
 }
 

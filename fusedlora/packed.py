@@ -18,9 +18,9 @@ _BACKWARD = ("dy", "x", "s", "w", "a", "b", None, "dx", "da", "db")
 
 
 class PackedPlan(Plan):
-    """Calls whose forward one backend's kernels take and whose backward its own or another's, with `packed` tensors.
+    """Calls with `packed` tensors whose forward kernels take, or whose backward, or both: one backend's or two's.
 
-    All are of one kind. x, y, dy and dx keep their leading dimensions.
+    All are of one kind. x, y, dy and dx keep their leading dimensions. A direction that no kernels take goes its usual way.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class PackedPlan(Plan):
     ) -> None:
         super().__init__(dropout_p, adapter_dtype, backend)
         up, down = takers
-        assert up.launchers is not None and down.launchers is not None
         self.names = up.name, down.name
-        self.forward_plan, self.backward_plan = up.launchers(x.device)[0], down.launchers(x.device)[1]
+        self.forward_plan = None if up.launchers is None else up.launchers(x.device)[0]
+        self.backward_plan = None if down.launchers is None else down.launchers(x.device)[1]
         (self.N, self.K), self.r = weight.shape, lora_A.shape[0]
         self.M = x.numel() // self.K
         self.y_shape = (*x.shape[:-1], self.N)
@@ -49,7 +49,8 @@ class PackedPlan(Plan):
 
     def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, weight, lora_A, lora_B, bias, seed, scale = given
-        if seed is not None and seed.is_cuda:  # captured or compiled: another launch, in no hurry
+        # a seed on the device: captured or compiled, another launch, in no hurry
+        if self.forward_plan is None or (seed is not None and seed.is_cuda):
             return super().forward(given, scaling, save_s)
         plan = self.forwards.get(save_s)
         if plan is None:
@@ -83,7 +84,8 @@ class PackedPlan(Plan):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         x, weight, lora_A, lora_B, s, seed, scale = saved
         if (
-            needs != _ALL
+            self.backward_plan is None
+            or needs != _ALL
             or x is None
             or weight is None
             or s is None

@@ -128,7 +128,7 @@ def _make(
         drawn = torch.empty(0, dtype=kind) if drops else None
         call = describe_call(backend, x, weight, lora_A, lora_B, drawn, scale, adapter_dtype, plain=True)
         takers = select(backend, call), select(backend, call._replace(direction="backward"))
-        if all(taker.launchers is not None for taker in takers):
+        if any(taker.launchers is not None for taker in takers):
             from .packed import PackedPlan
 
             plan = PackedPlan(takers, x, weight, lora_A, dropout_p, adapter_dtype, backend)
