@@ -186,6 +186,7 @@ struct Call {
   Launch backward;    // of all three gradients
   c10::SafePyObject key_backend;
   PyObject *forward_name, *backward_name;  // of their backends; never let go, a pending call may still read them
+  bool backward_by_op;                     // no kernels take it
 };
 
 int tell(PyObject* used, PyObject* backward) {
@@ -281,7 +282,7 @@ auto make_node(Arguments&&... arguments) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-// By the op, for gradients that no launch is known to give: it takes any tensors.
+// By the op, for gradients that no launch gives: it takes any tensors.
 Gradients backward_op(const Call& call, const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
                       const Tensor& lora_B, const Tensor& s, const Tensor& seed, double scaling) {
   using Optional = const std::optional<Tensor>&;
@@ -371,7 +372,7 @@ struct LoRALinearBackward : Node {
       simple = simple && plain(*tensor) && tensor->device() == x.device() && aligned(*tensor);
     }
     void* stream = nullptr;
-    if (!simple || !find_stream(x.device(), stream)) {
+    if (call->backward_by_op || !simple || !find_stream(x.device(), stream)) {
       return backward_op(*call, dy, x, weight, lora_A, lora_B, s, seed, scaling);
     }
     const Tensor* saved[] = {&x, &weight, &lora_A, &lora_B};
@@ -480,7 +481,8 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!call) {
     call = std::make_shared<Call>(Call{{Made(given.x), Made(given.weight), Made(given.lora_A), Made(given.lora_B)},
                                        given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
-                                       {}, {}, owned(args[6]), Py_NewRef(up), Py_NewRef(down)});
+                                       {}, {}, owned(args[6]), Py_NewRef(up), Py_NewRef(down),
+                                       PyUnicode_CompareWithASCIIString(down, "reference") == 0});
   }
   return PyCapsule_New(new std::shared_ptr<Call>(call), CAPSULE, [](PyObject* capsule) {
     delete static_cast<std::shared_ptr<Call>*>(PyCapsule_GetPointer(capsule, CAPSULE));
@@ -544,7 +546,8 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const std::shared_ptr<Call> call = found->second;
   const Launch& launch = call->forward[differentiable];
   if (!launch.function || launch.watched()) Py_RETURN_NONE;
-  if (differentiable && (!call->backward.function || call->backward.watched())) Py_RETURN_NONE;
+  const bool no_backward = !call->backward.function || call->backward.watched();
+  if (differentiable && no_backward && !call->backward_by_op) Py_RETURN_NONE;
   const c10::OptionalDeviceGuard guard(given.x.device());
   void* stream = nullptr;
   if (!find_stream(given.x.device(), stream)) Py_RETURN_NONE;

@@ -194,8 +194,10 @@ def _slower(kernels: str, call: Call) -> bool:
     """Whether "auto" leaves the call to PyTorch's products. Beside those the reference makes masks, or copies of x."""
     if call.named or not call.plain or call.dropout or call.scale or call.adapter_dtype is not call.dtype:
         return False
-    if call.device.type != "cuda" or _capability(call.device) != (9, 0):  # where nobody has compared them
+    if call.device.type != "cuda":
         return False
+    if _capability(call.device) != (9, 0):  # where nobody has compared them; the kernels there are no other ones
+        return call.r > costs.MAX_RANK
     about = call.direction == "forward", call.rows, call.N, call.K, call.r, call.param_dtype is not call.dtype
     return costs.slower(kernels, *about, cuda.num_sms(call.device))
 

@@ -1,7 +1,8 @@
 """lora_linear's autograd node in C++, where it has been built: calls of a kind that has run once, forward and, with
 gradients, backward, do without Python.
 
-What such a call needs is told to it once: for each launch a `Recipe`, which the launchers give. Every other call goes
+What such a call needs is told to it once: for each launch a `Recipe`, which the launchers give. A backward that no
+kernels take is the op's, called from there. Every other call goes
 its way through Python: of a kind not seen yet, with a gradient for the weight or the bias, with some of the adapter's
 gradients only, with scaling as a tensor, inside a graph capture, under modes, transforms and compilers.
 """

@@ -112,7 +112,11 @@ def test_auto_leaves_to_pytorch_what_that_does_faster(hopper, monkeypatch, recwa
     for why, settings in kept.items():
         assert backends.TRITON.why_not(wide._replace(**settings)) is None, why
     monkeypatch.setattr(backends, "_capability", lambda device: (8, 0))
-    assert backends.TRITON.why_not(wide) is None, "where nobody has measured"
+    assert backends.TRITON.why_not(wide) is not None, "wide ranks are no different there"
+    few = wide._replace(r=16, rows=1, N=4096, K=4096, weight_layout=(4096, 1, 0), direction="backward")
+    assert backends.TRITON.why_not(few) is None, "where nobody has measured"
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    assert backends.TRITON.why_not(few) is not None
 
 
 def test_both_kinds_of_kernels_are_compared(hopper, monkeypatch) -> None:

@@ -306,6 +306,34 @@ def test_a_backward_tells_who_took_it(stand_in) -> None:
     assert stand_in.log == ["node forward", "node backward"] * 2
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"), [((2, 3, K), {}), ((M, K), {"lora_dropout": 0.5})], ids=["plain", "dropout"]
+)
+def test_a_backward_that_no_kernels_take(stand_in, shape, options, monkeypatch) -> None:
+    kernels = stand_in.backend()
+    forward_alone = dataclasses.replace(
+        kernels, why_not=lambda call: kernels.why_not(call) if call.direction == "forward" else "slow here"
+    )
+    monkeypatch.setattr(backends, "BACKENDS", (forward_alone, backends.REFERENCE))
+    layer, x = make_layer(**options), make_x(*shape)
+    dy = torch.randn(*shape[:-1], N, dtype=BF16)
+
+    def results() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        return step(layer, x, dy)
+
+    first = results()
+    assert stand_in.log == ["python forward"]
+    second = results()
+    assert stand_in.log == ["python forward", "node forward"]
+    assert second[0].grad_fn.name() == "LoRALinearBackward" and second[1].shape == x.shape
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    y = layer(x)
+    assert layer.last_backend == "triton forward + reference backward"
+    y.backward(dy)
+    assert backends.last_used == "reference"
+
+
 def test_numbers_are_read_at_each_call(stand_in) -> None:
     layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
     known(layer, stand_in)
