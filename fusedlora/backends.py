@@ -183,23 +183,23 @@ def _triton_why_not(call: Call) -> str | None:
         )
     if call.dtype is torch.float32 and not call.named:
         return "x is float32, where the kernels have not been measured faster"
-    return SLOWER if _slower("triton", call) else None
+    return _why_slower("triton", call)
 
 
-# No reason to warn of.
+# How a reason begins that nobody is warned of.
 SLOWER = "PyTorch's own products are expected to take less time"
 
 
-def _slower(kernels: str, call: Call) -> bool:
-    """Whether "auto" leaves the call to PyTorch's products. Beside those the reference makes masks, or copies of x."""
+def _why_slower(kernels: str, call: Call) -> str | None:
+    """Why "auto" leaves the call to PyTorch's products. Beside those the reference would make a mask or copies of x."""
     if call.named or not call.plain or call.dropout or call.scale or call.adapter_dtype is not call.dtype:
-        return False
-    if call.device.type != "cuda":
-        return False
-    if _capability(call.device) != (9, 0):  # where nobody has compared them; the kernels there are no other ones
-        return call.r > costs.MAX_RANK
+        return None
+    # Where nobody has compared them the kernels' wide ranks are no others.
+    if call.device.type != "cuda" or (_capability(call.device) != (9, 0) and call.r <= costs.MAX_RANK):
+        return None
     about = call.direction == "forward", call.rows, call.N, call.K, call.r, call.param_dtype is not call.dtype
-    return costs.slower(kernels, *about, cuda.num_sms(call.device))
+    why = costs.why_slower(kernels, *about, cuda.num_sms(call.device))
+    return why and f"{SLOWER}: {why}"
 
 
 def _shapes_why_not(call: Call, max_rank: int) -> str | None:
@@ -246,7 +246,7 @@ def _cuda_why_not(call: Call) -> str | None:
     if call.scale:
         return "scaling is a tensor, which is read on the device: the kernels take a number"
     reason = _shapes_why_not(call, MAX_RANK_CUDA)
-    return SLOWER if reason is None and _slower("cuda", call) else reason
+    return reason or _why_slower("cuda", call)
 
 
 def _cuda_forward(
@@ -437,7 +437,7 @@ def _choose(name: str, call: Call) -> Backend:
             reason = backend.why_not(call)
             if reason is None:
                 break
-            if not backend.optional and reason != SLOWER:
+            if not (backend.optional or reason.startswith(SLOWER)):
                 refusals[backend.name] = reason
         if call.device.type == "cuda":
             for refusing, reason in refusals.items():

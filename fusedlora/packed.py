@@ -20,7 +20,7 @@ _BACKWARD = ("dy", "x", "s", "w", "a", "b", None, "dx", "da", "db")
 class PackedPlan(Plan):
     """Calls with `packed` tensors whose forward kernels take, or whose backward, or both: one backend's or two's.
 
-    All are of one kind. x, y, dy and dx keep their leading dimensions. A direction that no kernels take goes its usual way.
+    All are of one kind. x, y, dy and dx keep their leading dimensions. A direction without kernels runs as in Plan.
     """
 
     def __init__(

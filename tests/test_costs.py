@@ -43,7 +43,7 @@ def chosen(call: Measured, *, built: bool = True) -> str:
     about = ("forward" if forward else "backward", 1 << (M - 1).bit_length(), N, K, r, False, False, False)
     kinds = ("cuda", "triton") if built and "cuda" in call.us and prefers_cuda(*about) else ("triton",)
     for kind in kinds:
-        if not costs.slower(kind, forward, M, N, K, r, False, SMS):
+        if costs.why_slower(kind, forward, M, N, K, r, False, SMS) is None:
             return kind
     return "reference"
 
@@ -79,18 +79,16 @@ def test_times_are_about_right() -> None:
 
 
 def test_what_decides() -> None:
-    def slower(
-        M: int, N: int, K: int, r: int = 16, forward: bool = True, converts: bool = False, sms: int = SMS
-    ) -> bool:
-        assert costs.slower("cuda", forward, M, N, K, r, converts, sms) is not None
-        return costs.slower("triton", forward, M, N, K, r, converts, sms)
+    def slower(M: int, N: int, K: int, r: int = 16, forward: bool = True) -> bool:
+        return costs.why_slower("triton", forward, M, N, K, r, False, SMS) is not None
 
     assert not slower(8192, 4096, 4096) and not slower(8192, 4096, 4096, forward=False)
     assert slower(8192, 4096, 4096, 65) and slower(8192, 4096, 4096, 128, forward=False), "wide ranks"
     assert not slower(1, 512, 2048, 64) and slower(1, 512, 2048, 65), "launches decide for small weights"
     assert not slower(1, 4096, 4096) and slower(1, 4096, 4096, forward=False), "no split depth backward"
     assert slower(577, 4096, 5376), "five row blocks of 128"
-    assert slower(1, 4096, 4096, forward=False) and not slower(1, 1024, 4096, forward=False)
+    assert slower(1, 4096, 1024, forward=False) and not slower(1, 1024, 4096, forward=False), "as deep as N"
+    assert costs.why_slower("triton", False, 1, 4096, 4096, 16, False, SMS) == "about 28 µs, the kernels 31"
 
 
 def test_casts_are_counted() -> None:
