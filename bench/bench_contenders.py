@@ -69,7 +69,7 @@ def call_of(row: Contender, case: Case, device: torch.device, direction: str, *,
     """How a backend sees the row's calls, packed as they are; with dropout on a GPU as captured ones, with its seed."""
     wide = row.adapter == "fp32" and case.dtype != "fp32"
     dtype, parameter = case.torch_dtype, torch.float32 if wide else case.torch_dtype
-    return Call(
+    call = Call(
         named,
         device,
         dtype,
@@ -81,9 +81,10 @@ def call_of(row: Contender, case: Case, device: torch.device, direction: str, *,
         dropout="" if row.feature != "dropout" else "device seed" if device.type == "cuda" else "mask",
         weight_layout=(case.K, 1, 0),
         precision=backends.float32_precision() if case.dtype == "fp32" else "",
-        rows=1 << (case.M - 1).bit_length(),
-        direction=direction,
+        rows=backends.counted_rows(case.M),
+        plain=row.feature != "dora",
     )
+    return call if direction == "forward" else backends.backward_of(call)
 
 
 def auto_takers(row: Contender, case: Case, device: torch.device) -> list[str]:

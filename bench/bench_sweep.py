@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 # The package's modules that decide the speed, beside the kernels.
-DECISIVE = ("backends", "config", "cuda", "cuda_build", "cuda_config", "memory", "packed", "schedule")
+DECISIVE = ("backends", "config", "costs", "cuda", "cuda_build", "cuda_config", "memory", "packed", "schedule")
 
 
 def code_id() -> str:

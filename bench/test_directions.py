@@ -2,7 +2,8 @@
 
     pytest bench/ --benchmark -k test_directions
 
-A shape's microseconds go into bench/results/directions-<gpu>.json at once, in the place of earlier ones.
+A shape's microseconds go into bench/results/directions-<gpu>.json at once, in the place of earlier ones, with the
+versions and the code that they hold for.
 """
 
 import json
@@ -15,7 +16,7 @@ import pytest
 import torch
 from bench_cases import Case
 from bench_record import hand_over, recorded
-from bench_sweep import file_name
+from bench_sweep import code_id, file_name
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,6 +67,8 @@ class Directions:
     def __init__(self, device: torch.device, path: Path | None) -> None:
         self.device, self.path = device, path
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.facts = machine(device)
+        self.versions = {name: self.facts[name] for name in ("torch", "cuda", "triton")} | {"code": code_id()}
         self.shapes: dict[str, dict[str, Any]] = {}
         if path is not None and path.exists():
             self.shapes = {shape["id"]: shape for shape in json.loads(path.read_text())["shapes"]}
@@ -98,9 +101,9 @@ class Directions:
     def keep(self, case: Case, times: dict[tuple[str, str], list[float]]) -> dict[str, Any]:
         us = {name: [round(spread(times[name, way]).median * 1e6, 2) for way in WAYS] for name, _ in times}
         shape = {"M": case.M, "K": case.K, "N": case.N, "r": case.r, "dtype": case.dtype, "us": us}
-        self.shapes[case.id] = {"id": case.id} | shape
+        self.shapes[case.id] = {"id": case.id} | shape | {"versions": self.versions}
         if self.path is not None:
-            head = json.dumps({"machine": machine(self.device)}).removesuffix("}")
+            head = json.dumps({"machine": self.facts}).removesuffix("}")
             beside = self.path.with_suffix(".part")
             lines = ",\n".join(map(json.dumps, self.shapes.values()))
             beside.write_text(f'{head},\n"shapes": [\n{lines}\n]}}\n')

@@ -186,7 +186,7 @@ struct Call {
   Launch backward;    // of all three gradients
   c10::SafePyObject key_backend;
   PyObject *forward_name, *backward_name;  // of their backends; never let go, a pending call may still read them
-  bool backward_by_op;                     // no kernels take it
+  bool backward_by_op;                     // no kernels take the backward
 };
 
 int tell(PyObject* used, PyObject* backward) {
@@ -464,10 +464,10 @@ PyObject* setup(PyObject*, PyObject* args) {
 
 constexpr const char* CAPSULE = "fusedlora.Call";
 
-// add(x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype, names): its Call, or None.
+// add(x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype, names, backward_by_op): its Call, or None.
 PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 9, "add takes 9 arguments");
+  TORCH_CHECK(count == 10, "add takes 10 arguments");
   Given given;
   Key key;
   if (!parse(args, given) || !make_key(given, key)) {
@@ -482,7 +482,7 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call = std::make_shared<Call>(Call{{Made(given.x), Made(given.weight), Made(given.lora_A), Made(given.lora_B)},
                                        given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
                                        {}, {}, owned(args[6]), Py_NewRef(up), Py_NewRef(down),
-                                       PyUnicode_CompareWithASCIIString(down, "reference") == 0});
+                                       args[9] == Py_True});
   }
   return PyCapsule_New(new std::shared_ptr<Call>(call), CAPSULE, [](PyObject* capsule) {
     delete static_cast<std::shared_ptr<Call>*>(PyCapsule_GetPointer(capsule, CAPSULE));

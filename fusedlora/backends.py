@@ -32,7 +32,7 @@ class Call(NamedTuple):
     dropout: str  # "", "seed", "device seed" or "mask": what `dropout.draw` gave
     weight_layout: tuple[int, int, int]  # row stride, last stride, address % 16
     precision: str  # float32_matmul_precision, "" unless dtype is float32
-    rows: int = 1  # M rounded up to an eighth of a power of two, so that choices are few
+    rows: int = 1  # counted_rows(M)
     scale: bool = False  # whether scaling is read on the device
     direction: str = "forward"  # or "backward": "auto" may take one backend for the one and another for the other
     plain: bool = False  # the products of lora_linear and no more: "auto" may leave them to PyTorch where it is faster
@@ -85,11 +85,23 @@ def describe_call(
         noise = "mask"
     else:
         noise = "device seed" if mask.is_cuda else "seed"
-    M = max(1, x.numel() // x.shape[-1])
-    eighth = 1 << max(0, (M - 1).bit_length() - 4)
-    rows = -(-M // eighth) * eighth
+    rows = counted_rows(x.numel() // x.shape[-1])
     dtypes = dtype, adapter_dtype, lora_A.dtype
     return Call(named, x.device, *dtypes, N, K, r, noise, layout, precision, rows, scale is not None, direction, plain)
+
+
+def counted_rows(M: int) -> int:
+    """M rounded up, by less than a sixteenth, so that choices are few."""
+    step = 1 << max(0, (M - 1).bit_length() - 5)
+    return max(1, -(-M // step) * step)
+
+
+def backward_of(call: Call) -> Call:
+    """The call of a forward's backward. DoRA's is plain though its forward is not, unless the gain goes to W's rows."""
+    from .dora_gradients import by_weight
+
+    about = call.rows, call.K, call.r, call.dtype, call.adapter_dtype
+    return call._replace(direction="backward", plain=call.plain or not by_weight(*about))
 
 
 def float32_precision() -> str:
@@ -415,7 +427,7 @@ def select(name: str, call: Call) -> Backend:
     global last_used, last_backward
     found = _chosen.get((name, call))
     if found is None:
-        found = _chosen[(name, call)] = _choose(name, call), _choose(name, call._replace(direction="backward")).name
+        found = _chosen[(name, call)] = _choose(name, call), _choose(name, backward_of(call)).name
     backend, last_backward = found
     last_used = backend.name
     return backend

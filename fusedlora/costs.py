@@ -1,10 +1,11 @@
-"""How long a call takes, roughly, by the kernels and by PyTorch's own products: "auto" takes the fastest of them.
+"""How long a call takes, roughly, by the kernels and by PyTorch's own products: "auto" takes those where they should be
+faster, elsewhere the kernels, of which cuda_config.FASTER chooses.
 
-Microseconds of GPU time on an H200, fitted to 195 shapes of real models whose forwards and backwards were timed apart
-(bench/results/directions-h200.json; tests/test_costs.py says how far the choices made by them are from the best ones).
-Kernels lose where rows are too few to fill the GPU with tiles, since cuBLAS splits the depth as well, or a little more
-than whole tiles; and for wide ranks, whose S and T cost them more than a product of its own. Imports neither torch nor
-a kernel.
+Microseconds of GPU time on an H200, used for all of Hopper, fitted to 195 shapes of real models whose forwards and
+backwards (of all three gradients) were timed apart (bench/results/directions-h200.json; tests/test_costs.py says how
+far the choices made by them are from the best ones). Kernels lose where rows are too few to fill the GPU with tiles,
+since cuBLAS splits the depth as well, or a little more than whole tiles; and for wide ranks, whose S and T cost them
+more than a product of its own. Imports neither torch nor a kernel.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, n
     us = max(2 * M * N * K / (FLOP_PER_US * num_sms / 132), 2 * (M * K + N * K + M * N) / BYTES_PER_US) + 3.7
     streamed = 2 * (M * K + 2 * M * N if forward else 2 * M * N + 3 * M * K) / STREAMED_PER_US
     launches = (3 if forward else 5) + converts * (2 if forward else 4)
-    if not forward and r > 1 and r % 8 > 0:  # ranks that are not aligned to 16 bytes; dB of very few rows most of all
-        streamed = streamed * 1.8 + (40 if 1 < M < 8 else 0)
-    return us + streamed + launches * LAUNCH_US
+    unaligned = not forward and r > 1 and r % 8 > 0  # a row of S, T or dB begins at no multiple of 16 bytes
+    if unaligned:
+        streamed *= 1.8
+    few = 40 if unaligned and 1 < M < 8 else 0  # at three of six such shapes dB takes 50 to 140 µs
+    return us + streamed + launches * LAUNCH_US + few
 
 
 def cuda_us(p: Problem, forward: bool) -> float:

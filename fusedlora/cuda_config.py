@@ -69,10 +69,9 @@ FASTER: dict[str, tuple[Calls, ...]] = {
         Calls(rows=(1, 64), N=(256, 28672), K=(512, 28672), dropout=(False,), converts=(False,)),
         Calls(rows=(512, 32768), N=(3072, 28672), K=(2048, 14336)),
         Calls(rows=(2048, 32768), N=(256, 1024), K=(1536, 8192)),
-        Calls(rows=(512, 1024), N=(1024, 1024), K=(4096, 8192)),
-        Calls(rows=(512, 16384), N=(2048, 2048), K=(2048, 4096), dropout=(False,)),
+        Calls(rows=(2048, 16384), N=(2048, 2048), K=(2048, 4096), dropout=(False,)),
         Calls(rows=(8192, 16384), N=(2048, 2048), K=(4096, 4096)),
-        Calls(rows=(512, 2048), N=(2048, 2048), K=(8192, 8192), dropout=(False,)),
+        Calls(rows=(1024, 2048), N=(2048, 2048), K=(8192, 8192), dropout=(False,)),
         Calls(rows=(256, 256), N=(4096, 14336), K=(4096, 4096), dropout=(False,), converts=(False,)),
         *_PRECISE,
     ),
@@ -146,10 +145,10 @@ def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
 
 
 def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> float:
-    """Microseconds until the last cluster ends, roughly: as measured on an H200.
+    """Microseconds until the last cluster ends, roughly: as measured on an H200. Slices of S are not looked at.
 
-    64 columns of depth, of a tile and of two row blocks of S or T, and what these take beside; 128 rows of a job of 256
-    columns; and each part of a stripe that is left and added.
+    Known are the times of a tile and of two row blocks of S or T, for each 64 columns of depth, of 128 rows of a job of
+    dA or dB, and of a part of a stripe that is left and added.
     """
     wide, clusters = config.block_n == 256, config.programs // _CLUSTER
     steps, a_us, b_us = _cdiv(p.depth, 64), 1.1 if p.dropout else 0.55, 0.55

@@ -97,7 +97,7 @@ def explain(
     tensors = (x, weight, lora_A, lora_B, mask, scale)
     call = backends.describe_call(backend, *tensors, adapter_dtype, plain=not dora_gain)
     taker, reasons = _taker(backend, call)
-    backward, reasons_backward = _taker(backend, call._replace(direction="backward"))
+    backward, reasons_backward = _taker(backend, backends.backward_of(call))
     config = None
     flat = x.reshape(-1, x.shape[-1])
     configs = {name: _CONFIGS[name](flat, call) for name in (taker, backward) if name in _CONFIGS}

@@ -2,9 +2,9 @@
 gradients, backward, do without Python.
 
 What such a call needs is told to it once: for each launch a `Recipe`, which the launchers give. A backward that no
-kernels take is the op's, called from there. Every other call goes
-its way through Python: of a kind not seen yet, with a gradient for the weight or the bias, with some of the adapter's
-gradients only, with scaling as a tensor, inside a graph capture, under modes, transforms and compilers.
+kernels take is the op's, called from there. Every other call goes its way through Python: of a kind not seen yet, whose
+forward no kernels take, with a gradient for the weight or the bias, with some of the adapter's gradients only, with
+scaling as a tensor, inside a graph capture, under modes, transforms and compilers.
 """
 
 from __future__ import annotations
@@ -84,12 +84,17 @@ def add(
     dropout_p: float,
     backend: str,
     adapter_dtype: torch.dtype,
-    names: tuple[str, str],
+    plan: Any,
 ) -> Any:
-    """A kind of call that has no launches yet, for `tell`; None where the node takes none of it."""
+    """A kind of call that has no launches yet, for `tell`; None where the node takes none of it.
+
+    plan: the `PackedPlan` of these calls, whose forward kernels take.
+    """
     if not load(x.device.type):
         return None
-    return _module.add(x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype, names)
+    return _module.add(
+        x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype, plan.names, plan.backward_plan is None
+    )
 
 
 def tell(call: Any, which: int, recipe: Recipe | None) -> None:

@@ -104,7 +104,8 @@ def _backward(
     need_dB: bool,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    call = describe_call(backend, dy, weight, lora_A, lora_B, mask, scale, adapter_dtype, "backward", plain=True)
+    plain = need_dx and need_dA and need_dB  # fewer gradients are fewer products
+    call = describe_call(backend, dy, weight, lora_A, lora_B, mask, scale, adapter_dtype, "backward", plain=plain)
     return select(backend, call).backward(
         dy,
         x,

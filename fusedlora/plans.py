@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import node, ops
 from .arguments import check
-from .backends import describe_call, select
+from .backends import backward_of, describe_call, select
 from .dropout import MAX_P
 
 # what matmul itself uses: the result is no view, so that callers may write into it
@@ -127,13 +127,13 @@ def _make(
         kind = torch.int64 if dropout_p <= MAX_P else torch.bool  # as `draw` has it where kernels may take the call
         drawn = torch.empty(0, dtype=kind) if drops else None
         call = describe_call(backend, x, weight, lora_A, lora_B, drawn, scale, adapter_dtype, plain=True)
-        takers = select(backend, call), select(backend, call._replace(direction="backward"))
+        takers = select(backend, call), select(backend, backward_of(call))
         if any(taker.launchers is not None for taker in takers):
             from .packed import PackedPlan
 
             plan = PackedPlan(takers, x, weight, lora_A, dropout_p, adapter_dtype, backend)
-            if scale is None:
+            if scale is None and plan.forward_plan is not None:
                 rate = dropout_p if drops else 0.0
-                plan.call = node.add(x, weight, lora_A, lora_B, bias, rate, backend, adapter_dtype, plan.names)
+                plan.call = node.add(x, weight, lora_A, lora_B, bias, rate, backend, adapter_dtype, plan)
             return plan
     return Plan(dropout_p, adapter_dtype, backend)

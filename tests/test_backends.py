@@ -22,6 +22,7 @@ def hopper(monkeypatch):
     """A machine with a GPU and with kernels, as far as why_not looks."""
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
     monkeypatch.setattr(backends, "_triton_version", lambda: (3, 6))
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "_warned", set())
@@ -95,8 +96,6 @@ def test_the_kernels_do_not_take(hopper, call, reason: str) -> None:
 
 
 def test_auto_leaves_to_pytorch_what_that_does_faster(hopper, monkeypatch, recwarn) -> None:
-    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
-    monkeypatch.setattr(backends, "_chosen", {})
     wide = also(r=128, plain=True)
     expected = "PyTorch's own products are expected to take less time: "
     assert backends.TRITON.why_not(wide) == expected + "r is 128, above 64"
@@ -121,9 +120,7 @@ def test_auto_leaves_to_pytorch_what_that_does_faster(hopper, monkeypatch, recwa
 
 
 def test_both_kinds_of_kernels_are_compared(hopper, monkeypatch) -> None:
-    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
     monkeypatch.setattr(backends.cuda, "missing", lambda: None)
-    monkeypatch.setattr(backends, "_chosen", {})
     call = also(plain=True, rows=512, N=4096, K=4096, weight_layout=(4096, 1, 0))
     asked = []
     answers = {"cuda": "slow", "triton": None}
@@ -134,7 +131,7 @@ def test_both_kinds_of_kernels_are_compared(hopper, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "M, rows", [(0, 1), (1, 1), (16, 16), (17, 18), (197, 208), (500, 512), (577, 640), (8192, 8192)]
+    "M, rows", [(0, 1), (1, 1), (32, 32), (33, 34), (197, 200), (500, 512), (577, 608), (8192, 8192)]
 )
 def test_rows_are_counted_in_steps(M: int, rows: int) -> None:
     i = make_inputs(1, 16, 24, 4)

@@ -103,7 +103,8 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     up = cuda.forward_plan(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, **settings)
     assert up.work_size == 1000 * 16 * 2 and up.num_words >= 8 + 8
     s = torch.zeros(1000, 16, dtype=torch.bfloat16)
-    down = cuda.backward_plan(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, needs=(True, True, True), **settings)
+    whole = {"needs": (True, True, True), "config": CudaConfig(256, 4, 132, 2, parts=1)}
+    down = cuda.backward_plan(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, **whole, **settings)
     assert down.work_size == (1000 + 512) * 16 * 2, "T, and A with its ranks side by side"
     assert down.num_words >= 8 + 8 + 768 // 64 + 512 // 64
     wide = make_inputs(1000, 512, 768, 16, torch.bfloat16, torch.float32)

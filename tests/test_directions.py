@@ -99,7 +99,7 @@ def test_auto_may_take_another_backend_for_backward(two_kernels, way: str, monke
     got = [y, *torch.autograd.grad(y, wrt, dy)]
     assert backends.last_used == takers[1]
     verb = "launches " if way == "packed" else ""
-    expected_log = [f"{taker} {verb}{way}" for taker, way in zip(takers, ("forward", "backward"))]
+    expected_log = [f"{taker} {verb}{direction}" for taker, direction in zip(takers, ("forward", "backward"))]
     assert two_kernels == [line for line in expected_log if not line.startswith("reference")]
     assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
     explained = fusedlora.explain(x, layer)
