@@ -29,6 +29,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "_triton_missing", lambda: None)
     monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(backends.tuning, "gpu_of", lambda device: None)
     monkeypatch.setattr(cuda, "missing", lambda: None)
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import costs, cuda, reference
-from .config import MAX_RANK, MAX_RANK_FLOAT32
+from . import costs, cuda, reference, tuning
+from .config import MAX_RANK, MAX_RANK_FLOAT32, Problem
 from .cuda_config import MAX_RANK as MAX_RANK_CUDA
 from .cuda_config import MAX_RANK_PRECISE, prefers_cuda
 from .doctor import doctor_passed
@@ -206,11 +206,20 @@ def _why_slower(kernels: str, call: Call) -> str | None:
     """Why "auto" leaves the call to PyTorch's products. Beside those the reference would make a mask or copies of x."""
     if call.named or not call.plain or call.dropout or call.scale or call.adapter_dtype is not call.dtype:
         return None
-    # Where nobody has compared them the kernels' wide ranks are no others.
-    if call.device.type != "cuda" or (_capability(call.device) != (9, 0) and call.r <= costs.MAX_RANK):
+    if call.device.type != "cuda":
         return None
-    about = call.direction == "forward", call.rows, call.N, call.K, call.r, call.param_dtype is not call.dtype
-    why = costs.why_slower(kernels, *about, cuda.num_sms(call.device))
+    (major, minor), num_sms, forward = _capability(call.device), cuda.num_sms(call.device), call.direction == "forward"
+    if kernels == "triton":
+        sides = (call.N, call.K) if forward else (call.K, call.N)
+        problem = Problem(call.rows, *sides, call.r, call.dtype.itemsize, False, 10 * major + minor, num_sms)
+        if (found := tuning.compared(call.direction, problem, call.device)) is not None:
+            told = f"{SLOWER}: measured {found.products_us:.0f} µs, the kernels {found.us:.0f}"
+            return told if found.products_us < found.us else None
+    # Where nobody has compared them the kernels' wide ranks are no others.
+    if (major, minor) != (9, 0) and call.r <= costs.MAX_RANK:
+        return None
+    about = forward, call.rows, call.N, call.K, call.r, call.param_dtype is not call.dtype
+    why = costs.why_slower(kernels, *about, num_sms)
     return why and f"{SLOWER}: {why}"
 
 
@@ -411,7 +420,8 @@ NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
 last_used: str | None = None  # name of the backend that the latest forward or backward took
 last_backward: str | None = None  # that of the latest one's backward; its own, if it was a backward
-_chosen: dict[tuple[str, Call], tuple[Backend, str]] = {}
+# by the backend asked for, the call, and whether algorithms must be deterministic, which turns tuned tables off
+_chosen: dict[tuple[str, Call, bool], tuple[Backend, str]] = {}
 _warned: set[str] = set()
 
 
@@ -425,9 +435,10 @@ def select(name: str, call: Call) -> Backend:
         RuntimeError: the named backend does not take the call; the message says why.
     """
     global last_used, last_backward
-    found = _chosen.get((name, call))
+    key = name, call, torch.are_deterministic_algorithms_enabled()
+    found = _chosen.get(key)
     if found is None:
-        found = _chosen[(name, call)] = _choose(name, call), _choose(name, backward_of(call)).name
+        found = _chosen[key] = _choose(name, call), _choose(name, backward_of(call)).name
     backend, last_backward = found
     last_used = backend.name
     return backend

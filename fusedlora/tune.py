@@ -1,7 +1,8 @@
 """python -m fusedlora tune: measures which configurations of the kernels are fastest on this GPU, for given shapes.
 
 A configuration is only timed after a child process found its numbers right, and only kept where it beats the
-heuristic's in interleaved rounds. The table goes to the user's cache directory, where the launchers look for it.
+heuristic's in interleaved rounds. The one that is best is then timed beside PyTorch's own products. The table goes to
+the user's cache directory, where the launchers, and whoever chooses between these, look for it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Tools(Protocol):
     def reasons(self, kernel: str, shape: Shape, configs: Sequence[Config]) -> list[str | None]: ...
 
     def times(
-        self, kernel: str, shape: Shape, configs: Sequence[Config], rounds: int
+        self, kernel: str, shape: Shape, configs: Sequence[Config | None], rounds: int
     ) -> list[tuple[float, Spread] | None]: ...
 
 
@@ -47,6 +48,7 @@ class Outcome:
     entry: tuning.Entry | None
     us: float
     heuristic_us: float
+    products_us: float | None = None  # PyTorch's, where "auto" may take them
     tried: int = 0
     wrong: list[tuple[Config, str]] = dataclasses.field(default_factory=list)
 
@@ -74,12 +76,16 @@ def tune_kernel(
         if spread.median <= 1.0 - LEAST_GAIN and spread.p90 < 1.0:
             outcome.us = base[0] * spread.median
             outcome.entry = tuning.Entry(kernel, problem, best, outcome.us, base[0])
+    if shape.adapter == shape.dtype != "fp32" and not shape.dropout:
+        say(f"{kernel}: timing PyTorch's own products")
+        _, products = tools.times(kernel, shape, [best if outcome.entry else heuristic, None], LAST)
+        outcome.products_us = None if products is None else outcome.us * products[1].median
     return outcome
 
 
 def _fastest(kernel: str, shape: Shape, configs: list[Config], tools: Tools) -> Config:
     """The first of the configurations unless another takes less than its time."""
-    times = tools.times(kernel, shape, configs, LOOK)
+    times = tools.times(kernel, shape, [*configs], LOOK)
     shares = [(t[1].median, index) for index, t in enumerate(times) if t is not None and index > 0]
     share, index = min(shares, default=(1.0, 0))
     return configs[index if share < 1.0 else 0]
@@ -165,12 +171,15 @@ def run(args: argparse.Namespace) -> int:
         for kernel in STEPS:
             problem = shape.problem(kernel, gpu.capability, gpu.num_sms)
             outcome = tune_kernel(kernel, shape, problem, tuning.heuristic(kernel, problem), tools, bar.say)
-            table.drop(kernel, problem)
+            table.entries.drop(kernel, problem)
+            table.compared.drop(kernel, problem)
             if outcome.entry is not None:
-                table.put(outcome.entry)
+                table.entries.put(outcome.entry)
+            if outcome.products_us is not None:
+                table.compared.put(tuning.Compared(kernel, problem, outcome.us, outcome.products_us))
             tuning.write(table, path)  # after each: a run that is stopped keeps what it found
             bar.done(report(kernel, shape, outcome))
-    print(f"{len(table.entries)} entries in {path}")
+    print(f"{len(table.entries.items)} entries in {path}")
     return 0
 
 
@@ -202,7 +211,10 @@ def report(kernel: str, shape: Shape, outcome: Outcome) -> str:
     text = f"{str(shape):<44} {kernel:<8} {outcome.heuristic_us:9.1f} → {outcome.us:9.1f} µs"
     gain = 1.0 - outcome.us / outcome.heuristic_us
     text += f"  {-100 * gain:+5.1f} %" if outcome.entry else "  the heuristic's stays"
-    return f"{text}  ({outcome.tried} tried, {len(outcome.wrong)} of them wrong or not possible)"
+    text += f"  ({outcome.tried} tried, {len(outcome.wrong)} of them wrong or not possible)"
+    if outcome.products_us is not None and outcome.products_us < outcome.us:
+        text += f"; PyTorch's products take {outcome.products_us:.1f} µs: auto takes those"
+    return text
 
 
 class Bar:

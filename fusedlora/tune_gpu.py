@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import reference
 from .config import Config
 from .doctor import run_limited
 from .memory import device_memory
@@ -70,9 +71,12 @@ class OnGpu:
         return reasons, outcome.failure or "the child process said nothing of it"
 
     def times(
-        self, kernel: str, shape: Shape, configs: Sequence[Config], rounds: int
+        self, kernel: str, shape: Shape, configs: Sequence[Config | None], rounds: int
     ) -> list[tuple[float, Spread] | None]:
-        """Microseconds of each, and its time over that of the first in the same rounds; None where outputs differ."""
+        """Microseconds of each, and its time over that of the first in the same rounds; None where outputs differ.
+
+        A configuration of None stands for PyTorch's own products.
+        """
         stream = torch.cuda.Stream(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
             each = 2 * (shape.M * (shape.in_features + shape.out_features) + shape.in_features * shape.out_features)
@@ -104,5 +108,13 @@ class OnGpu:
         return [found[index] for index in range(len(configs))]
 
 
-def _call(kernel: str, i: Inputs, config: Config, s: torch.Tensor | None) -> Callable[[], object]:
-    return lambda: launch(kernel, i, config, s)
+def _call(kernel: str, i: Inputs, config: Config | None, s: torch.Tensor | None) -> Callable[[], object]:
+    if config is not None:
+        return lambda: launch(kernel, i, config, s)
+    settings: dict[str, Any] = {"scaling": i.scaling, "dropout_p": 0.0, "adapter_dtype": i.lora_A.dtype}
+    if kernel == "forward":
+        return lambda: reference.forward(
+            i.x, i.weight, i.lora_A, i.lora_B, None, None, None, None, save_s=True, **settings
+        )
+    settings |= {"need_dx": True, "need_dA": True, "need_dB": True}
+    return lambda: reference.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, None, None, **settings)

@@ -1,7 +1,8 @@
 """Tuned tables: the configurations that were measured fastest on a GPU, which the launchers take before the heuristic.
 
 `python -m fusedlora tune` writes one to the user's cache directory; others may come with the package, in its folder
-tuned. A table belongs to one GPU, one triton and these kernels. Importing this module imports neither torch nor triton.
+tuned. A table belongs to one GPU, one triton and these kernels. It also says where PyTorch's own products were faster.
+Importing this module imports neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .cache import cache_dir
 from .config import (
@@ -35,7 +36,7 @@ from .doctor import fingerprint
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).parent / "tuned"
 # An entry serves as many rows as it was measured with, and up to this many times more or fewer.
 NEAR = 2**0.5
@@ -62,49 +63,76 @@ class Entry:
     heuristic_us: float
 
 
-class Table:
-    """Entries of one GPU; of two for the same problem the later counts."""
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Microseconds of the "forward" or "backward" kernel, as it was tuned, and of PyTorch's own products."""
 
-    def __init__(self, gpu: Gpu, entries: Iterable[Entry] = (), path: Path | None = None) -> None:
-        self.gpu, self.path = gpu, path
-        self.entries: dict[tuple[str, Problem], Entry] = {}
-        self.groups: dict[tuple[str, Problem], list[Entry]] = {}
-        for entry in entries:
-            self.put(entry)
+    kernel: str
+    problem: Problem
+    us: float
+    products_us: float
 
-    def put(self, entry: Entry) -> None:
-        self.drop(entry.kernel, entry.problem)
-        self.entries[entry.kernel, entry.problem] = entry
-        self.groups.setdefault(_group(entry.kernel, entry.problem), []).append(entry)
+
+Item = TypeVar("Item", Entry, Compared)
+
+
+class Nearby(Generic[Item]):
+    """Items by kernel and problem; of two for the same problem the later counts."""
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        self.items: dict[tuple[str, Problem], Item] = {}
+        self.groups: dict[tuple[str, Problem], list[Item]] = {}
+        for item in items:
+            self.put(item)
+
+    def put(self, item: Item) -> None:
+        self.drop(item.kernel, item.problem)
+        self.items[item.kernel, item.problem] = item
+        self.groups.setdefault(_group(item.kernel, item.problem), []).append(item)
 
     def drop(self, kernel: str, problem: Problem) -> None:
-        entry = self.entries.pop((kernel, problem), None)
-        if entry is not None:
-            self.groups[_group(kernel, problem)].remove(entry)
+        item = self.items.pop((kernel, problem), None)
+        if item is not None:
+            self.groups[_group(kernel, problem)].remove(item)
 
-    def find(self, kernel: str, problem: Problem) -> Entry | None:
-        """The entry whose number of rows is nearest, None where none is near."""
+    def find(self, kernel: str, problem: Problem) -> Item | None:
+        """The item whose number of rows is nearest, None where none is near."""
         near = [
-            (abs(math.log(entry.problem.M / problem.M)), index, entry)
-            for index, entry in enumerate(self.groups.get(_group(kernel, problem), ()))
-            if entry.problem.M <= NEAR * problem.M
-            and problem.M <= NEAR * entry.problem.M
-            # the decode kernel's tiles are as high as its rows are padded
-            and (not isinstance(entry.config, DecodeConfig) or decode_rows(entry.problem.M) == decode_rows(problem.M))
+            (abs(math.log(item.problem.M / problem.M)), index, item)
+            for index, item in enumerate(self.groups.get(_group(kernel, problem), ()))
+            if item.problem.M <= NEAR * problem.M and problem.M <= NEAR * item.problem.M and _serves(item, problem)
         ]
         return min(near)[2] if near else None
 
-    def dump(self) -> str:
-        def plain(entry: Entry) -> dict[str, Any]:
-            problem = {name: getattr(entry.problem, name) for name in _PROBLEM}
-            return dataclasses.asdict(entry) | {"problem": problem}
 
-        head = {"format": FORMAT, "gpu": dataclasses.asdict(self.gpu), "versions": fingerprint()}
-        return json.dumps(head | {"entries": [plain(entry) for entry in self.entries.values()]}, indent=1)
+def _serves(item: Entry | Compared, problem: Problem) -> bool:
+    """The decode kernel's tiles are as high as its rows are padded."""
+    decodes = isinstance(item, Entry) and isinstance(item.config, DecodeConfig)
+    return not decodes or decode_rows(item.problem.M) == decode_rows(problem.M)
 
 
 def _group(kernel: str, problem: Problem) -> tuple[str, Problem]:
     return kernel, dataclasses.replace(problem, M=0)
+
+
+class Table:
+    """What was measured on one GPU."""
+
+    def __init__(
+        self, gpu: Gpu, entries: Iterable[Entry] = (), path: Path | None = None, compared: Iterable[Compared] = ()
+    ) -> None:
+        self.gpu, self.path = gpu, path
+        self.entries, self.compared = Nearby(entries), Nearby(compared)
+
+    def dump(self) -> str:
+        def plain(item: Entry | Compared) -> dict[str, Any]:
+            problem = {name: getattr(item.problem, name) for name in _PROBLEM}
+            return dataclasses.asdict(item) | {"problem": problem}
+
+        head = {"format": FORMAT, "gpu": dataclasses.asdict(self.gpu), "versions": fingerprint()}
+        head["entries"] = [plain(entry) for entry in self.entries.items.values()]
+        head["compared"] = [plain(compared) for compared in self.compared.items.values()]
+        return json.dumps(head, indent=1)
 
 
 def parse(text: str, gpu: Gpu, path: Path | None = None) -> Table:
@@ -115,20 +143,30 @@ def parse(text: str, gpu: Gpu, path: Path | None = None) -> Table:
         for name, value in own.items():
             if data[name] != value:
                 raise ValueError(f"{name} is {data[name]}, here it is {value}")
-        return Table(gpu, [_entry(entry, gpu) for entry in data["entries"]], path)
+        compared = [_compared(item, gpu) for item in data["compared"]]
+        return Table(gpu, [_entry(entry, gpu) for entry in data["entries"]], path, compared)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its form is not a table's ({type(error).__name__}: {error})") from error
 
 
 def _entry(data: dict[str, Any], gpu: Gpu) -> Entry:
     kernel = data["kernel"]
-    problem = Problem(**_typed(Problem, data["problem"]), capability=gpu.capability, num_sms=gpu.num_sms)
     cls = config_class(kernel, data["config"])
     config = cls(**_typed(cls, data["config"]))
     check_config(config)
+    return Entry(kernel, _problem(data, gpu), config, float(data["us"]), float(data["heuristic_us"]))
+
+
+def _compared(data: dict[str, Any], gpu: Gpu) -> Compared:
+    config_class(data["kernel"], {})
+    return Compared(data["kernel"], _problem(data, gpu), float(data["us"]), float(data["products_us"]))
+
+
+def _problem(data: dict[str, Any], gpu: Gpu) -> Problem:
+    problem = Problem(**_typed(Problem, data["problem"]), capability=gpu.capability, num_sms=gpu.num_sms)
     if problem.M < 1:
         raise ValueError(f"M is {problem.M}; it must be at least 1")
-    return Entry(kernel, problem, config, float(data["us"]), float(data["heuristic_us"]))
+    return problem
 
 
 def config_class(kernel: str, fields: dict[str, Any]) -> type[Config]:
@@ -210,7 +248,14 @@ def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> 
     """The configuration of the "forward" or "backward" kernel and where it comes from."""
     gpu = gpu_of(device) if tuned else None
     for table in () if gpu is None else tables(gpu):
-        entry = table.find(kernel, problem)
+        entry = table.entries.find(kernel, problem)
         if entry is not None:
             return entry.config, f"measured at M = {entry.problem.M}, {table.path}"
     return heuristic(kernel, problem), "heuristic"
+
+
+def compared(kernel: str, problem: Problem, device: torch.device) -> Compared | None:
+    """The kernel's time and that of PyTorch's products, where they were measured on this GPU at about as many rows."""
+    gpu = gpu_of(device) if in_use() else None
+    found = (table.compared.find(kernel, problem) for table in (() if gpu is None else tables(gpu)))
+    return next((item for item in found if item is not None), None)

@@ -23,6 +23,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "_triton_missing", lambda: None)
     monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(backends.tuning, "gpu_of", lambda device: None)
     monkeypatch.setattr(backends, "_triton_version", lambda: (3, 6))
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "_warned", set())

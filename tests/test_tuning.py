@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedlora import __main__ as cli
-from fusedlora import tune, tuning
+from fusedlora import backends, tune, tuning
 from fusedlora.config import SHARED_MEMORY, DecodeConfig, Problem, backward_config, check_config, forward_config
 from fusedlora.timing import Spread
 from fusedlora.tune_check import Shape
@@ -90,8 +90,8 @@ class TestCandidates:
 class FakeGpu:
     """Tools whose GPU takes `us(config)`, and finds those wrong for which `wrong(config)` is true."""
 
-    def __init__(self, us, wrong=lambda config: False, differs=lambda config: False) -> None:
-        self.us, self.wrong, self.differs = us, wrong, differs
+    def __init__(self, us, wrong=lambda config: False, differs=lambda config: False, products=200.0) -> None:
+        self.us, self.wrong, self.differs, self.products = us, wrong, differs, products
         self.timed: list = []
 
     def reasons(self, kernel, shape, configs):
@@ -99,10 +99,11 @@ class FakeGpu:
 
     def times(self, kernel, shape, configs, rounds):
         self.timed += configs
-        first = self.us(configs[0])
-        shares = [self.us(c) / first for c in configs]
+        us = [self.products if c is None else self.us(c) for c in configs]
+        shares = [each / us[0] for each in us]
         return [
-            None if self.differs(c) else (self.us(c), Spread(share, share, share)) for c, share in zip(configs, shares)
+            None if c is not None and self.differs(c) else (each, Spread(share, share, share))
+            for c, each, share in zip(configs, us, shares)
         ]
 
 
@@ -132,8 +133,20 @@ class TestSearch:
         outcome = tuned("forward", gpu)
         assert outcome.entry is None and outcome.us == outcome.heuristic_us == 100.0
         if kind == "wrong":
-            assert not any(c.GROUP_M == 4 for c in gpu.timed)
+            assert not any(c is not None and c.GROUP_M == 4 for c in gpu.timed)
             assert all(reason == "off by one" for _, reason in outcome.wrong) and outcome.wrong
+
+    def test_products_are_timed_beside_the_best(self) -> None:
+        gpu = FakeGpu(lambda c: 90.0 if c.GROUP_M == 4 else 100.0, products=80.0)
+        outcome = tuned("forward", gpu)
+        assert gpu.timed[-1] is None and gpu.timed[-2] == outcome.entry.config
+        assert (outcome.us, outcome.products_us) == (90.0, pytest.approx(80.0))
+        assert tune.report("forward", SHAPE, outcome).endswith("; PyTorch's products take 80.0 µs: auto takes those")
+        assert "products" not in tune.report("forward", SHAPE, tuned("forward", FakeGpu(lambda c: 100.0)))
+        for change in ({"adapter": "fp32"}, {"dropout": 0.1}, {"dtype": "fp32", "adapter": "fp32"}):
+            other = dataclasses.replace(SHAPE, **change)
+            outcome = tune.tune_kernel("forward", other, P, forward_config(P), gpu, lambda text: None)
+            assert outcome.products_us is None, "what auto never takes them for"
 
     def test_noise_is_no_gain(self) -> None:
         outcome = tuned("forward", FakeGpu(lambda c: 99.5 if c.GROUP_M == 4 else 100.0))
@@ -149,10 +162,12 @@ class TestSearch:
 
 class TestTable:
     def test_round_trip(self, cache: Path) -> None:
-        table = tuning.Table(GPU, [entry(), entry(kernel="backward"), entry(512)])
+        compared = [tuning.Compared("backward", P, 90.0, 80.0)]
+        table = tuning.Table(GPU, [entry(), entry(kernel="backward"), entry(512)], compared=compared)
         tuning.write(table, cache)
         again = tuning.read(cache, GPU)
-        assert again.entries == table.entries and again.path == cache
+        assert again.entries.items == table.entries.items and again.path == cache
+        assert again.compared.items == table.compared.items
         assert cache.name.startswith("Some-GPU-80GB-x-sm90-triton")
         assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
@@ -191,6 +206,31 @@ class TestTable:
         finally:
             torch.use_deterministic_algorithms(False)
 
+    def test_what_was_compared_decides(self, cache: Path, monkeypatch) -> None:
+        """On any GPU, and against what the cost model expects of one that it knows."""
+        compared = [tuning.Compared("backward", P, 90.0, 80.0), tuning.Compared("forward", P, 90.0, 100.0)]
+        tuning.write(tuning.Table(GPU, compared=compared), cache)
+        monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
+        monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
+        monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+        bf16, layout = torch.bfloat16, (4096, 1, 0)
+        call = backends.Call(
+            False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", rows=8192, plain=True
+        )
+        back = call._replace(direction="backward")
+        expected = "PyTorch's own products are expected to take less time: measured 80 µs, the kernels 90"
+        assert backends.TRITON.why_not(back) == backends.TRITON.why_not(back._replace(rows=6000)) == expected
+        assert backends.TRITON.why_not(call) is None
+        for other in ({"rows": 5000}, {"N": 4104}, {"dropout": "seed"}, {"named": True}):
+            assert backends.TRITON.why_not(back._replace(**other)) is None, other
+        monkeypatch.setattr(backends.costs, "why_slower", lambda *about: "so it seems")
+        assert backends.TRITON.why_not(call) is None and backends.TRITON.why_not(call._replace(rows=5000)) is not None
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert "so it seems" in (backends.TRITON.why_not(call) or "")
+        finally:
+            torch.use_deterministic_algorithms(False)
+
     @pytest.mark.parametrize(
         "change, reason",
         [
@@ -198,6 +238,9 @@ class TestTable:
             (lambda d: d["versions"].update(triton="1.0"), "versions is .*1.0"),
             (lambda d: d.update(format=99), "format is 99"),
             (lambda d: d.pop("entries"), "KeyError: 'entries'"),
+            (lambda d: d.pop("compared"), "KeyError: 'compared'"),
+            (lambda d: d["compared"][0].pop("products_us"), "KeyError: 'products_us'"),
+            (lambda d: d["compared"][0].update(kernel="sideways"), "sideways"),
             (lambda d: d["entries"][0]["config"].update(BLOCK_M=48), "BLOCK_M is 48"),
             (lambda d: d["entries"][0]["config"].update(BLOCK_M="64"), "BLOCK_M is '64'"),
             (lambda d: d["entries"][0]["config"].update(BLOCK_Q=64), "BLOCK_Q"),
@@ -206,7 +249,7 @@ class TestTable:
         ],
     )
     def test_a_table_that_does_not_fit_is_named_once_and_ignored(self, cache: Path, change, reason: str) -> None:
-        tuning.write(tuning.Table(GPU, [entry()]), cache)
+        tuning.write(tuning.Table(GPU, [entry()], compared=[tuning.Compared("forward", P, 2.0, 1.0)]), cache)
         data = json.loads(cache.read_text())
         change(data)
         cache.write_text(json.dumps(data))
@@ -226,10 +269,10 @@ class TestTable:
 
     def test_an_entry_that_no_longer_wins_is_dropped(self) -> None:
         table = tuning.Table(GPU, [entry(), entry(GROUP_M=2)])
-        assert table.find("forward", P).config.GROUP_M == 2 and len(table.entries) == 1
-        table.drop("forward", P)
-        table.drop("forward", P)
-        assert table.find("forward", P) is None
+        assert table.entries.find("forward", P).config.GROUP_M == 2 and len(table.entries.items) == 1
+        table.entries.drop("forward", P)
+        table.entries.drop("forward", P)
+        assert table.entries.find("forward", P) is None
 
     def test_without_a_gpu_nothing_is_read(self) -> None:
         assert tuning.gpu_of(DEVICE) is None

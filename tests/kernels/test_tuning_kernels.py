@@ -153,12 +153,15 @@ def test_one_tiny_shape(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixtu
     table = tuning.read(
         tuning.user_path(tuning.gpu_of(torch.device("cuda", 0))), tuning.gpu_of(torch.device("cuda", 0))
     )
-    assert table.path.exists() and lines[3].startswith(f"{len(table.entries)} entries")
+    assert table.path.exists() and lines[3].startswith(f"{len(table.entries.items)} entries")
     i = make_inputs(256, 512, 1024, 8, torch.bfloat16, device="cuda", bias=False)
     told = fusedlora.explain(i.x, i.weight, i.lora_A, i.lora_B, backend="triton").config
-    assert told.count("measured at M = 256") == len(table.entries)
+    assert told.count("measured at M = 256") == len(table.entries.items)
     checker = Checker("forward", Shape(256, 512, 1024, 8), torch.device("cuda", 0))
-    for entry in table.entries.values():
+    for entry in table.entries.items.values():
         assert entry.us < entry.heuristic_us
         if entry.kernel == "forward":
             assert checker.why_not(entry.config) is None
+    assert {kernel for kernel, _ in table.compared.items} == {"forward", "backward"}
+    for compared in table.compared.items.values():
+        assert compared.us > 0 and compared.products_us > 0
