@@ -144,35 +144,53 @@ def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
     return 4 if columns >= 4 else 2 if columns >= 2 else 0
 
 
+class Share(NamedTuple):
+    """What one cluster takes: tiles, pairs of row blocks of S or T before them, jobs of dB and of dA."""
+
+    tiles: int
+    units: int
+    db_jobs: int
+    da_jobs: int
+
+
+def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> list[Share]:
+    """Of each place, as csrc/shares.h has it. Slices of S are not looked at."""
+    clusters, pairs_m = config.programs // _CLUSTER, _cdiv(p.M, _BLOCK_M * _CLUSTER)
+    all_tiles = pairs_m * _cdiv(p.out, config.block_n) if tiles else 0
+    db_jobs, da_jobs = (0 if forward else config.parts * _cdiv(columns, 256) for columns in (p.depth, p.out))
+
+    def mine(place: int, count: int, among: int = clusters) -> int:
+        return max(0, _cdiv(count - place, among)) if place < among else 0
+
+    found = []
+    for place in range(clusters):
+        db = mine(place, db_jobs)
+        units = mine(place, pairs_m, config.shrink_clusters)
+        # the first tiles are for the last places
+        found.append(Share(mine(clusters - 1 - place, all_tiles), units, db, mine(place, db_jobs + da_jobs) - db))
+    return found
+
+
 def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> float:
-    """Microseconds until the last cluster ends, roughly: as measured on an H200. Slices of S are not looked at.
+    """Microseconds until the last cluster ends, roughly: as measured on an H200.
 
     Known are the times of a tile and of two row blocks of S or T, for each 64 columns of depth, of 128 rows of a job of
     dA or dB, and of a part of a stripe that is left and added.
     """
-    wide, clusters = config.block_n == 256, config.programs // _CLUSTER
+    wide = config.block_n == 256
     steps, a_us, b_us = _cdiv(p.depth, 64), 1.1 if p.dropout else 0.55, 0.55
     tile_us, unit_us = 2 + steps * (0.66 if wide else 0.33), 2 + steps * 0.26
-    pairs_m, rows = _cdiv(p.M, _BLOCK_M * _CLUSTER), 128 if wide else 64
+    rows = 128 if wide else 64
     job_rows = _cdiv(_cdiv(p.M, config.parts), rows) * rows / 128
-    # As csrc/shares.h shares them out: the nth of what is shared is for place n % clusters, and the first for the last.
-    all_tiles = pairs_m * _cdiv(p.out, config.block_n) if tiles else 0
-    db_jobs, da_jobs = (0 if forward else config.parts * _cdiv(columns, 256) for columns in (p.depth, p.out))
 
-    def mine(place: int, count: int, among: int) -> int:
-        return max(0, _cdiv(count - place, among)) if place < among else 0
+    def end(share: Share) -> float:
+        jobs = 0.5 * (share.db_jobs + share.da_jobs) + (b_us * share.db_jobs + a_us * share.da_jobs) * job_rows
+        return share.tiles * tile_us + share.units * unit_us + jobs
 
-    def end(place: int) -> float:
-        jobs, db = mine(place, db_jobs + da_jobs, clusters), mine(place, db_jobs, clusters)
-        before = (
-            mine(clusters - 1 - place, all_tiles, clusters) * tile_us
-            + mine(place, pairs_m, config.shrink_clusters) * unit_us
-        )
-        return before + 0.5 * jobs + (b_us * db + a_us * (jobs - db)) * job_rows
-
+    all_shares = shares(p, config, forward, tiles=tiles)
     # No tile ends before its rows of S or T are there.
-    ready = mine(0, pairs_m, config.shrink_clusters) * unit_us + 3 if all_tiles else 0.0
-    return max(ready, *map(end, range(clusters))) + 0.8 * (config.parts if config.parts > 1 else 0)
+    ready = max(share.units for share in all_shares) * unit_us + 3 if tiles else 0.0
+    return max(ready, *map(end, all_shares)) + 0.8 * (config.parts if config.parts > 1 else 0)
 
 
 def decode_config(p: Problem) -> tuple[int, int, bool]:

@@ -10,6 +10,8 @@ import pytest
 
 from fusedlora import __main__ as cli
 from fusedlora import cuda, cuda_build, dropout, node_build
+from fusedlora.config import Problem
+from fusedlora.cuda_config import CudaConfig, shares
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux")
 needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
@@ -268,6 +270,34 @@ int main() {{
         assert not is_da or tile >= min(2, max(own - 1, min(own, 1)))
     if tiles > 3:
         assert len({tile for _, _, tile, _ in turns}) >= tiles - 2
+
+
+@pytest.mark.parametrize(
+    "M, out, depth, parts", [(8192, 4096, 4096, 2), (8192, 4096, 1024, 3), (512, 4096, 4096, 1), (300, 520, 14336, 7)]
+)
+def test_the_cost_model_shares_out_as_the_kernels_do(M: int, out: int, depth: int, parts: int, tmp_path: Path) -> None:
+    config = CudaConfig(256, 4, 132, min(16, -(-M // 256)), parts)
+    program = f"""
+using namespace fusedlora;
+int main() {{
+  const int pairs_m = {-(-M // 256)}, shrink_clusters = {config.shrink_clusters};
+  const auto tiles = Tiles::of(pairs_m, {-(-out // 256)}, 4, 66, 0);
+  for (int place = 0; place < 66; place++) {{
+    const int own = tiles.owned(place);
+    const auto jobs = Jobs::of(job_count({depth}, {parts}), job_count({out}, {parts}), place, 66, own);
+    int units = 0, counts[2] = {{}};
+    for (int unit = place; place < shrink_clusters && unit < pairs_m; unit += shrink_clusters) units++;
+    for (int n = 0; n < jobs.count; n++) counts[jobs.is_da(n)]++;
+    printf("%d %d %d %d\\n", own, units, counts[0], counts[1]);
+  }}
+}}
+"""
+    problem = Problem(M, out, depth, 16, 2, False, 90, 132)
+    found = shares(problem, config, forward=False)
+    assert [tuple(share) for share in found] == [tuple(map(int, line.split())) for line in told_by(program, tmp_path)]
+    assert sum(share.units for share in found) == -(-M // 256)
+    assert not any(share.tiles for share in shares(problem, config, False, tiles=False))
+    assert not any(share.db_jobs + share.da_jobs for share in shares(problem, config, True))
 
 
 def test_the_decode_kernel_shares_everything_out_once(tmp_path: Path) -> None:
