@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import triton
 
 import fusedlora
-from fusedlora import dropout, plans
+from fusedlora import backends, dropout, plans
 from fusedlora.config import Problem, backward_config, forward_config
 from fusedlora.kernels import backward, forward, launch
 from fusedlora.memory import SLAB_WORDS, device_memory
@@ -72,6 +72,25 @@ def test_one_kernel_forward_and_one_backward(
     wanted = (i.x, i.lora_A, i.lora_B)
     (backward_name,) = gpu_work(lambda: torch.autograd.grad(y, wanted, i.dy, retain_graph=True))
     assert names[0] in forward_name and names[1] in backward_name
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="fitted to Hopper"
+)
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("M, r, forward_too", [(16, 16, False), (128, 128, True)], ids=str)
+def test_auto_takes_pytorchs_products_where_they_are_faster(M: int, r: int, forward_too: bool, autocast: bool) -> None:
+    """One direction or both, as `explain` says, again and again, with errors no larger than eager PEFT's."""
+    i = make_inputs(M, 4096, 11008, r, BF16, FP32 if autocast else BF16, "cuda", bias=True)
+    with torch.autocast("cuda", dtype=BF16, enabled=autocast):
+        told = fusedlora.explain(i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+        assert (told.backend == "reference") is forward_too
+        assert (told.backward or told.backend) == "reference" and backends.SLOWER in told.why_not["triton"]
+        for _ in range(3):
+            ours = run(fusedlora.lora_linear, i)
+            assert backends.last_used == "reference", "by its backward"
+        ratios = error_ratios(ours, run(eager_peft, i), exact(i))
+    assert max(ratios.values()) <= 1.02, ratios
 
 
 # dtype, dtype of lora_A and lora_B, r, bias: what a kernel is compiled for; the shapes vary within each.
