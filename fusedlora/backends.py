@@ -251,8 +251,7 @@ def _cuda_why_not(call: Call) -> str | None:
     if capability != (9, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
     precise, converts = call.adapter_dtype is not call.dtype, call.param_dtype is not call.dtype
-    rows = 1 << (call.rows - 1).bit_length()
-    about = (call.direction, rows, call.N, call.K, call.r, call.dropout != "", converts, precise)
+    about = (call.direction, call.rows, call.N, call.K, call.r, call.dropout != "", converts, precise)
     if not (call.named or prefers_cuda(*about)):
         return "these kernels have not been measured faster here"
     if (missing := cuda.missing()) is not None:

@@ -18,16 +18,16 @@ from .schedule import backward_end_us, forward_end_us
 
 # Up to this rank the kernels can be faster. For so few elements of W launches decide, of which they have one.
 MAX_RANK, SMALL = 64, 1 << 21
-FLOP_PER_US, BYTES_PER_US = 743e6, 3.4e6  # of cuBLAS
+FLOP_PER_US_SM, BYTES_PER_US = 743e6 / 132, 3.4e6  # of cuBLAS
 # Of a product with S, T, x or dy that only reads and writes; launches in a row.
 STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
 CUDA_FIXED_US, DECODE_FIXED_US = 8.0, 3.0
 TRITON_BYTES_PER_US, TRITON_FIXED_US = 2.2e6, {True: 9.0, False: 5.0}
 
 
-def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, num_sms: int = 132) -> float:
+def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, num_sms: int) -> float:
     """Of the reference: three products forward, five backward; where the adapter's parameters are cast, that too."""
-    us = max(2 * M * N * K / (FLOP_PER_US * num_sms / 132), 2 * (M * K + N * K + M * N) / BYTES_PER_US) + 3.7
+    us = max(2 * M * N * K / (FLOP_PER_US_SM * num_sms), 2 * (M * K + N * K + M * N) / BYTES_PER_US) + 3.7
     streamed = 2 * (M * K + 2 * M * N if forward else 2 * M * N + 3 * M * K) / STREAMED_PER_US
     launches = (3 if forward else 5) + converts * (2 if forward else 4)
     unaligned = not forward and r > 1 and r % 8 > 0  # a row of S, T or dB begins at no multiple of 16 bytes

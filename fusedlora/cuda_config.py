@@ -94,9 +94,10 @@ def prefers_cuda(
 ) -> bool:
     """Whether "auto" takes these kernels for "forward" or "backward" calls that they take: where FASTER has them.
 
-    `rows` is M rounded up to a power of two. A forward may be theirs and its backward Triton's, or the other way round:
-    S and the dropout's seed mean the same to both.
+    `rows`, M, counts as the power of two that it reaches. A forward may be theirs and its backward Triton's, or the
+    other way round: S and the dropout's seed mean the same to both.
     """
+    rows = 1 << (rows - 1).bit_length()
     return any(calls.hold(rows, N, K, r, dropout, converts, precise) for calls in FASTER[direction])
 
 

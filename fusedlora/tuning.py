@@ -244,10 +244,14 @@ def heuristic(kernel: str, problem: Problem) -> Config:
     return decode_config(problem) or forward_config(problem)
 
 
+def _asked(device: torch.device, tuned: bool) -> tuple[Table, ...]:
+    gpu = gpu_of(device) if tuned else None
+    return () if gpu is None else tables(gpu)
+
+
 def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[Any, str]:
     """The configuration of the "forward" or "backward" kernel and where it comes from."""
-    gpu = gpu_of(device) if tuned else None
-    for table in () if gpu is None else tables(gpu):
+    for table in _asked(device, tuned):
         entry = table.entries.find(kernel, problem)
         if entry is not None:
             return entry.config, f"measured at M = {entry.problem.M}, {table.path}"
@@ -256,6 +260,5 @@ def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> 
 
 def compared(kernel: str, problem: Problem, device: torch.device) -> Compared | None:
     """The kernel's time and that of PyTorch's products, where they were measured on this GPU at about as many rows."""
-    gpu = gpu_of(device) if in_use() else None
-    found = (table.compared.find(kernel, problem) for table in (() if gpu is None else tables(gpu)))
+    found = (table.compared.find(kernel, problem) for table in _asked(device, in_use()))
     return next((item for item in found if item is not None), None)

@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 import torch
 
-from fusedlora import node
+from fusedlora import backends, node
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -52,6 +52,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(not_slow)
         if INTERPRETING and item.path.parent.name != "kernels":
             item.add_marker(interpreting)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an H200 and with Triton's kernels, as far as why_not looks."""
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+    monkeypatch.setattr(backends, "_triton_version", lambda: (3, 6))
+    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(backends.tuning, "gpu_of", lambda device: None)
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "last_used", None)
 
 
 @pytest.fixture(autouse=True)

@@ -17,19 +17,6 @@ CUDA = torch.device("cuda", 0)
 GOOD = backends.Call(False, CUDA, BF16, BF16, BF16, 64, 128, 16, False, (128, 1, 0), "")
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """A machine with a GPU and with kernels, as far as why_not looks."""
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
-    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
-    monkeypatch.setattr(backends.tuning, "gpu_of", lambda device: None)
-    monkeypatch.setattr(backends, "_triton_version", lambda: (3, 6))
-    monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(backends, "last_used", None)
-
-
 def also(**changed) -> backends.Call:
     return GOOD._replace(**changed)
 

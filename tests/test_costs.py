@@ -4,16 +4,16 @@ import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+import torch
 
 from fusedlora import backends, costs
 from fusedlora.config import Problem
-from fusedlora.cuda_config import prefers_cuda
 
 MEASURED = Path(__file__).parents[1] / "bench" / "results" / "directions-h200.json"
-SMS = 132
+GPU, SMS = torch.device("cuda", 0), 132
 
 
 class Measured(NamedTuple):
@@ -28,33 +28,32 @@ class Measured(NamedTuple):
 
 def measured() -> Iterator[Measured]:
     for found in json.loads(MEASURED.read_text())["shapes"]:
-        us: dict[str, Any] = found["us"]
+        case, us = found["case"], found["us"]
         for way in range(2):
             times = {name: both[way] for name, both in us.items() if name != "linear"}
-            yield Measured(way == 0, (found["M"], found["N"], found["K"], found["r"]), times)
+            yield Measured(way == 0, (case["M"], case["N"], case["K"], case["r"]), times)
 
 
 ALL = list(measured())
 
 
-def chosen(call: Measured, *, built: bool = True) -> str:
-    """As backends.select does; `built`: the CUDA kernels are there."""
-    (M, N, K, r), forward = call.shape, call.forward
-    M = backends.counted_rows(M)
-    about = ("forward" if forward else "backward", 1 << (M - 1).bit_length(), N, K, r, False, False, False)
-    kinds = ("cuda", "triton") if built and "cuda" in call.us and prefers_cuda(*about) else ("triton",)
-    for kind in kinds:
-        if costs.why_slower(kind, forward, M, N, K, r, False, SMS) is None:
-            return kind
-    return "reference"
+def chosen(call: Measured) -> str:
+    M, N, K, r = call.shape
+    rows, bf16 = backends.counted_rows(M), torch.bfloat16
+    asked = backends.Call(False, GPU, bf16, bf16, bf16, N, K, r, "", (K, 1, 0), "", rows, plain=True)
+    if not call.forward:
+        asked = backends.backward_of(asked)
+    return backends.select("auto", asked).name
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_the_choice_is_near_the_best(built: bool) -> None:
+def test_the_choice_is_near_the_best(hopper, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`built`: the CUDA kernels are there."""
+    monkeypatch.setattr(backends.cuda, "missing", lambda: None if built else "not built")
     assert len(ALL) >= 390
     losses, over = [], []
     for call in ALL:
-        of_choice = call.us[chosen(call, built=built)]
+        of_choice = call.us[chosen(call)]
         losses.append(of_choice / min(us for name, us in call.us.items() if built or name != "cuda"))
         over.append(of_choice / call.us["reference"])
     assert statistics.mean(losses) < 1.03
@@ -72,7 +71,7 @@ def test_times_are_about_right() -> None:
                 continue
             p = Problem(M, *((N, K) if call.forward else (K, N)), r, 2, False, 90, SMS)
             if kind == "reference":
-                expected = costs.products_us(M, N, K, r, call.forward, False)
+                expected = costs.products_us(M, N, K, r, call.forward, False, SMS)
             else:
                 expected = (costs.cuda_us if kind == "cuda" else costs.triton_us)(p, call.forward)
             errors.append(abs(expected / us - 1))
@@ -95,5 +94,5 @@ def test_what_decides() -> None:
 def test_casts_are_counted() -> None:
     about = (2048, 4096, 4096, 16)
     for forward, count in ((True, 2), (False, 4)):
-        plain, cast = (costs.products_us(*about, forward, converts) for converts in (False, True))
+        plain, cast = (costs.products_us(*about, forward, converts, SMS) for converts in (False, True))
         assert cast - plain == pytest.approx(count * costs.LAUNCH_US)

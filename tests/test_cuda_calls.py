@@ -248,7 +248,12 @@ def test_configurations(M: int, out: int, depth: int, tiles: bool) -> None:
     assert config.block_n in (128, 256) and config.programs == 132
     pairs = -(-M // 256)
     assert 1 <= config.shrink_clusters <= min(pairs, 66)
-    assert config.parts == 1 or M > 64
+    several = {(2048, 4096, 4096): 2, (2048, 4096, 14336): 2, (8192, 4096, 4096): 2, (8192, 64, 64): 8}
+    if tiles:
+        several |= {(2048, 64, 64): 3, (8192, 14336, 4096): 2, (8192, 4096, 14336): 2}
+    else:
+        several |= {(2048, 14336, 4096): 2, (2048, 64, 64): 4, (8192, 14336, 4096): 4, (8192, 4096, 14336): 4}
+    assert config.parts == several.get((M, out, depth), 1)
     if config.block_n == 128:
         assert pairs * -(-out // 256) < 66
 
@@ -331,13 +336,8 @@ REFUSED = {
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an H100 and with the library, as far as why_not looks."""
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
-    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
-    monkeypatch.setattr(backends.tuning, "gpu_of", lambda device: None)
-    monkeypatch.setattr(backends, "_chosen", {})
+def hopper(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library too."""
     monkeypatch.setattr(cuda, "missing", lambda: None)
 
 
