@@ -216,9 +216,9 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
         const uint64_t right = matrix_descriptor(x + 32 * k, 16);
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
-          NarrowWgmma<T, 8 * TILES, 0, 0>::run(acc[h], matrix_descriptor(w + 8192 * h + 32 * k, 16), right);
+          Wgmma<T, 8 * TILES, 0, 0>::run(acc[h], matrix_descriptor(w + 8192 * h + 32 * k, 16), right);
         }
-        NarrowWgmma<T, 8 * TILES, 0, 0>::run(s, matrix_descriptor(a + 32 * k, 16), right);
+        Wgmma<T, 8 * TILES, 0, 0>::run(s, matrix_descriptor(a + 32 * k, 16), right);
       }
       wgmma_commit();
       wgmma_wait<1>();

@@ -226,14 +226,14 @@ bool takes_slices(const Arguments& a, int cols, int depth) {
          L::LEAD + (half > steps - half ? half : steps - half) + L::STAGES < steps;
 }
 
-template <typename T, int RANKS, bool BACKWARD, int TERMS>
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, int TERMS>
 int run(const Arguments& a, int64_t* sizes) {
-  [[maybe_unused]] constexpr int R = 16 * RANKS;
+  // A box is at most so wide, and boxes that both blocks of a cluster want come half by half.
+  [[maybe_unused]] constexpr int R = 16 * RANKS, WIDTH = R < 64 ? R : 64;
   Call<T> call;
   Operands<T> operands;
   const int64_t used = prepare_call<T, RANKS, BACKWARD, TERMS>(a, call, operands);
-  const auto takes = a.block_n == 256 ? takes_slices<256, RANKS, BACKWARD, TERMS> : takes_slices<128, RANKS, BACKWARD, TERMS>;
-  if (!takes(a, call.tiles ? call.cols : 0, call.depth)) return fail("slices", -6);
+  if (!takes_slices<BLOCK_N, RANKS, BACKWARD, TERMS>(a, call.tiles ? call.cols : 0, call.depth)) return fail("slices", -6);
   if (sizes) {
     sizes[0] = used;
     sizes[1] = words_of_rows(a.M);
@@ -247,41 +247,45 @@ int run(const Arguments& a, int64_t* sizes) {
   if (operands.skinny) {
     call.shrink.clusters = int(a.shrink_clusters);
     if (!encode(&call.left, a.is_bf16, left, a.M, call.depth, left_pitch, BLOCK_M) ||
-        !encode(&call.skinny, a.is_bf16, operands.skinny, BACKWARD ? call.depth : R, BACKWARD ? R : call.depth,
-                BACKWARD ? R : call.depth, BACKWARD ? BLOCK_K : R, BACKWARD ? R : BLOCK_K)) {
+        !(BACKWARD ? encode(&call.skinny, a.is_bf16, operands.skinny, call.depth, R, R, BLOCK_K / CLUSTER, WIDTH)
+                   : encode(&call.skinny, a.is_bf16, operands.skinny, R, call.depth, call.depth,
+                            a.in_tiles ? R : R / CLUSTER))) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }
   if (call.tiles) {
     void* out = BACKWARD ? a.dx : a.y;
-    if (!encode(&call.right, a.is_bf16, a.w, a.N, a.K, a.w_pitch, BACKWARD ? 64 : int(a.block_n) / 2) ||
+    if (!encode(&call.right, a.is_bf16, a.w, a.N, a.K, a.w_pitch, BACKWARD ? 64 : BLOCK_N / 2) ||
         !encode(&call.small, a.is_bf16, call.shrink.out, a.M, R, R, BLOCK_M) ||
-        !encode(&call.wide, a.is_bf16, operands.wide, call.cols, R, R, int(a.block_n) / 2) ||
+        !encode(&call.wide, a.is_bf16, operands.wide, call.cols, R, R, BLOCK_N / 2) ||
         !encode(&call.out, a.is_bf16, out, a.M, call.cols, call.cols, 64)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }
   if constexpr (BACKWARD) {
-    const int rows = a.block_n == 256 ? Layout<256, RANKS>::JOB_ROWS : Layout<128, RANKS>::JOB_ROWS;
+    const int rows = job_rows(BLOCK_N, R);
     const auto maps = [&](Stripes& p, const void* src, int64_t pitch, const void* small) {
       return !p.out || (encode(&p.src, a.is_bf16, src, a.M, p.cols, pitch, rows) &&
-                        encode(&p.small, a.is_bf16, small, a.M, R, R, rows, R));
+                        encode(&p.small, a.is_bf16, small, a.M, R, R, rows / CLUSTER, WIDTH));
     };
     if (!maps(call.stripes[0], a.dy, a.dy_pitch, operands.saved_s) || !maps(call.stripes[1], a.x, a.x_pitch, call.shrink.out)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }
-  const auto choose = [&](auto plain, auto with_dropout) { return (masked ? with_dropout : plain)(a, call); };
-  if constexpr (!BACKWARD && TERMS == 1) {
-    if (a.in_tiles && a.block_n == 256) return launch<T, 256, RANKS, false, false, 1, true>(a, call);
-    if constexpr (Layout<128, RANKS>::SLICES_FIT) {
-      if (a.in_tiles) return launch<T, 128, RANKS, false, false, 1, true>(a, call);
-    }
+  if constexpr (Layout<BLOCK_N, RANKS>::SLICES_FIT && !BACKWARD && TERMS == 1) {
+    if (a.in_tiles) return launch<T, BLOCK_N, RANKS, false, false, 1, true>(a, call);
   }
-  if (a.block_n == 256) {
-    return choose(launch<T, 256, RANKS, BACKWARD, false, TERMS>, launch<T, 256, RANKS, BACKWARD, true, TERMS>);
+  return masked ? launch<T, BLOCK_N, RANKS, BACKWARD, true, TERMS>(a, call)
+                : launch<T, BLOCK_N, RANKS, BACKWARD, false, TERMS>(a, call);
+}
+
+template <typename T, int RANKS, bool BACKWARD, int TERMS>
+int by_width(const Arguments& a, int64_t* sizes) {
+  if (a.block_n == 256) return run<T, 256, RANKS, BACKWARD, TERMS>(a, sizes);
+  if constexpr (RANKS <= 8) {  // more do not fit
+    if (a.block_n == 128) return run<T, 128, RANKS, BACKWARD, TERMS>(a, sizes);
   }
-  return choose(launch<T, 128, RANKS, BACKWARD, false, TERMS>, launch<T, 128, RANKS, BACKWARD, true, TERMS>);
+  return fail("block_n", -7);
 }
 
 }  // namespace
@@ -289,9 +293,9 @@ int run(const Arguments& a, int64_t* sizes) {
 template <int RANKS, bool BACKWARD, int TERMS>
 int by_type(const Arguments& a, int64_t* sizes) {
   if constexpr (TERMS == 1) {
-    if (!a.is_bf16) return run<__half, RANKS, BACKWARD, 1>(a, sizes);
+    if (!a.is_bf16) return by_width<__half, RANKS, BACKWARD, 1>(a, sizes);
   }
-  return run<__nv_bfloat16, RANKS, BACKWARD, TERMS>(a, sizes);
+  return by_width<__nv_bfloat16, RANKS, BACKWARD, TERMS>(a, sizes);
 }
 
 // A, in x's dtype, is one that a tensor map reads.
@@ -314,14 +318,15 @@ template int by_type<FUSEDLORA_UNIT_RANKS, FUSEDLORA_UNIT_BACKWARD, FUSEDLORA_UN
 #else
 
 #ifdef FUSEDLORA_UNITS
-extern template int by_type<1, false, 1>(const Arguments&, int64_t*);
-extern template int by_type<2, false, 1>(const Arguments&, int64_t*);
-extern template int by_type<4, false, 1>(const Arguments&, int64_t*);
-extern template int by_type<4, false, 3>(const Arguments&, int64_t*);
-extern template int by_type<1, true, 1>(const Arguments&, int64_t*);
-extern template int by_type<2, true, 1>(const Arguments&, int64_t*);
-extern template int by_type<4, true, 1>(const Arguments&, int64_t*);
-extern template int by_type<4, true, 3>(const Arguments&, int64_t*);
+#define FUSEDLORA_EXTERN(RANKS, TERMS)                                        \
+  extern template int by_type<RANKS, false, TERMS>(const Arguments&, int64_t*); \
+  extern template int by_type<RANKS, true, TERMS>(const Arguments&, int64_t*);
+FUSEDLORA_EXTERN(1, 1)
+FUSEDLORA_EXTERN(2, 1)
+FUSEDLORA_EXTERN(4, 1)
+FUSEDLORA_EXTERN(4, 3)
+FUSEDLORA_EXTERN(8, 1)
+FUSEDLORA_EXTERN(16, 1)
 extern template int decode<__half>(const Arguments&);
 extern template int decode<__nv_bfloat16>(const Arguments&);
 #endif
@@ -336,6 +341,8 @@ int by_rank(const Arguments& a, int64_t* sizes) {
   if (a.r <= 16) return by_type<1, BACKWARD, 1>(a, sizes);
   if (a.r <= 32) return by_type<2, BACKWARD, 1>(a, sizes);
   if (a.r <= 64) return by_type<4, BACKWARD, 1>(a, sizes);
+  if (a.r <= 128) return by_type<8, BACKWARD, 1>(a, sizes);
+  if (a.r <= 256) return by_type<16, BACKWARD, 1>(a, sizes);
   return fail("r", -3);
 }
 

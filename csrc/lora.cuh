@@ -66,25 +66,35 @@ struct Call {
 template <int BLOCK_N, int RANKS>
 struct Layout {
   static constexpr int R = 16 * RANKS;
+  // A row of 64 ranks is what a swizzled box holds, so there are as many of S, T or B, and steps of depth r.
+  static constexpr int GROUPS = (R + 63) / 64, GROUP_STEPS = RANKS / GROUPS;
   static constexpr int LEFT = BLOCK_M * BLOCK_K * 2, RIGHT = BLOCK_N * BLOCK_K * 2, STAGE = LEFT + RIGHT;
   static constexpr int STAGES = BLOCK_N == 256 ? 4 : 6;
   // A warpgroup's output leaves by boxes of [64, 64]; while TMA reads one the next is written.
   static constexpr int OUT_BOX = 64 * 64 * 2, OUT_BOXES = 2, OUT = CONSUMERS / 128 * OUT_BOXES * OUT_BOX;
-  // Shrinking takes as many boxes of BLOCK_K columns at a time as a stage holds.
-  static constexpr int SKINNY = R * BLOCK_K * 2, BOXES = BLOCK_N == 256 ? 2 : 1;
+  // Shrinking takes as many boxes of BLOCK_K columns at a time as a stage holds, up to two.
+  static constexpr int SKINNY = R * BLOCK_K * 2, BOXES = 2 * (LEFT + SKINNY) <= STAGE ? 2 : 1;
   static_assert(BOXES * (LEFT + SKINNY) <= STAGE);
   // A stage of a job: rows of 128 columns, of which each warpgroup takes one box of 64, and of small.
-  static constexpr int JOB_ROWS = BLOCK_N == 256 ? 128 : 64, BOX = JOB_ROWS * 128, JOB_STAGE = JOB_ROWS * (256 + 2 * R);
+  static constexpr int JOB_ROWS = job_rows(BLOCK_N, R), BOX = JOB_ROWS * 128, JOB_STAGE = JOB_ROWS * (256 + 2 * R);
   static_assert(JOB_STAGE <= STAGE);
   // A tile's slice takes skinny from where the output of the tile before was: LEAD steps later, as the TMA thread is up to
   // STAGES steps ahead.
   static constexpr int LEAD = STAGES + 2;
   static constexpr bool SLICES_FIT = STAGES * SKINNY <= OUT;
-  // What ptxas needs to spill nothing, of 64512 for 128 and 256 threads.
-  static constexpr int SIDE_REGISTERS = BLOCK_N == 256 ? 72 : 136;
-  static constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 80;
 };
+
+// TMA thread: ROWS rows from `row` on of a matrix of R ranks to both blocks of the cluster, each of which asks for half of
+// them.
+template <int R, int ROWS>
+__device__ __forceinline__ void load_ranks(uint32_t to, const CUtensorMap* map, uint32_t barrier, int row, uint32_t rank) {
+  constexpr int WIDTH = R < 64 ? R : 64;
+#pragma unroll
+  for (int k = 0; k < R; k += 64) {
+    tma_multicast(to + ROWS * (2 * k + rank * WIDTH), map, barrier, k, row + rank * (ROWS / 2), 3);
+  }
+}
 
 // How many tasks of preparation SKINNY_PREPARED and PREPARED count.
 template <typename T>
@@ -161,7 +171,7 @@ __device__ __forceinline__ void tell_side(uint32_t told, int& before, int group,
 
 // A warp, of a slice's sums that a warpgroup has left: if all are there it adds them, so that the bits do not depend on who
 // was last. Whoever leaves one a second time leaves the same bits.
-template <typename T, int R, int TERMS>
+template <typename T, int R, int TERMS, int EIGHTS>
 __device__ void add_slices(const Call<T>& c, int* words, int block, int group, int slice, int lane) {
   constexpr int SUMS = SUM_RANKS<R, TERMS>;
   const uint32_t bit = 1u << slice, all = (2u << (c.shrink.slices - 1)) - 1;
@@ -169,14 +179,9 @@ __device__ void add_slices(const Call<T>& c, int* words, int block, int group, i
   if ((__shfl_sync(0xFFFFFFFFu, before, 0) | bit) != all) return;
   __syncwarp();
   const float* from = c.shrink.template place<SUMS>(block, group, 0);
-  const int m = block * BLOCK_M + 64 * group + 16 * (lane / 8) + lane % 8;
-  add_sums<SUMS>(from, c.shrink.slices, lane, [&](int n, const float4(&sums)[4]) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float4 even = sums[2 * h], odd = sums[2 * h + 1];
-      const float row[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
-      put_small<T, R, TERMS>(c, row, m + 8 * h, 8 * n);
-    }
+  const int m = block * BLOCK_M + 64 * group;
+  add_sums<SUMS, EIGHTS>(from, c.shrink.slices, lane, [&](int k, int i, const float(&row)[8]) {
+    put_small<T, R, TERMS>(c, row, m + i, k);
   });
   fence_all_to_tma();  // by which tiles and dA's jobs read it
   __syncwarp();
@@ -248,11 +253,11 @@ __device__ void slice_rows(
 #pragma unroll
           for (int n = 0; n < PORTION_STEPS; n++) {
             const int i = q * PORTION_STEPS + n, accumulate = TERMS == 1 || i > 0;
-            const uint64_t b = BACKWARD ? narrow_descriptor<R>(right + 32 * R * i) : matrix_descriptor(right + 32 * i, 16);
+            const uint64_t b = BACKWARD ? ranks_descriptor<R, BLOCK_K>(right, i) : matrix_descriptor(right + 32 * i, 16);
             if constexpr (DROPOUT) {
-              RegisterWgmma<T>::run(acc[slot], a[q][n], b, accumulate);
+              RegisterWgmma<T, R>::run(acc[slot], a[q][n], b, accumulate);
             } else {
-              NarrowWgmma<T, R, 0, BACKWARD>::run(acc[slot], matrix_descriptor(left + 32 * i, 16), b, accumulate);
+              Wgmma<T, R, 0, BACKWARD>::run(acc[slot], matrix_descriptor(left + 32 * i, 16), b, accumulate);
             }
           }
           wgmma_commit();
@@ -325,8 +330,8 @@ __device__ __forceinline__ void stripe_job(
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < L::JOB_ROWS / 16; i++) {
-      const uint64_t b = narrow_descriptor<L::R>(small + 32 * L::R * i);
-      NarrowWgmma<T, L::R, 1, 1>::run(acc, matrix_descriptor(src + 2048 * i, 16), b, TERMS == 1 || i > 0);
+      const uint64_t b = ranks_descriptor<L::R, L::JOB_ROWS>(small, i);
+      Wgmma<T, L::R, 1, 1>::run(acc, matrix_descriptor(src + 2048 * i, 16), b, TERMS == 1 || i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -360,6 +365,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int STAGES = L::STAGES, ACCS = BLOCK_N / 2;
   constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD);
+  // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
+  constexpr int EIGHTS = BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1) ? 2 : 1;
+  constexpr int SIDE_REGISTERS = BLOCK_N == 128 ? 136 : EIGHTS == 2 ? 120 : 72;
+  constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
   // Terms are added up box by box, and a mask on x is put on registers: neither goes beside a tile's sums. And dA's jobs
   // would have to wait for a T that comes with the tiles.
   static_assert(!IN_TILES || (L::SLICES_FIT && TERMS == 1 && !DROPOUT && !BACKWARD));
@@ -463,7 +472,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   };
 
   if (warp < 4) {
-    give_registers<L::SIDE_REGISTERS>();
+    give_registers<SIDE_REGISTERS>();
     if (warp == 0) {
       if (lane == 0) {
         int stage = 0, phase = 0;
@@ -481,7 +490,13 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             fence_all_to_tma();
             skinny_prepared = true;
           }
-          tma_load(to, &c.skinny, barrier, BACKWARD ? 0 : k, BACKWARD ? k : 0);
+          if constexpr (BACKWARD) {
+            load_ranks<L::R, BLOCK_K>(to, &c.skinny, barrier, k, rank);
+          } else if constexpr (IN_TILES) {
+            tma_load(to, &c.skinny, barrier, k, 0);  // to a place that the other block may still need
+          } else {
+            tma_multicast(to + rank * (L::SKINNY / 2), &c.skinny, barrier, k, rank * (L::R / 2), 3);
+          }
         };
         const auto load_step = [&](int row, int col, int k, bool with_skinny) {
           const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
@@ -554,7 +569,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
                 barrier_expect(barrier, L::JOB_STAGE);
                 tma_load(to, &p.src, barrier, col, m);
                 tma_load(to + L::BOX, &p.src, barrier, col + 64, m);
-                tma_load(to + 2 * L::BOX, &p.small, barrier, 0, m);
+                load_ranks<L::R, L::JOB_ROWS>(to + 2 * L::BOX, &p.small, barrier, m, rank);
                 advance();
               }
             }
@@ -586,16 +601,18 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             n--;
             continue;
           }
-          // The step of depth r, in rows padded with zeros to those of a stage.
+          // The steps of depth r, in rows padded with zeros to those of a stage.
           wait_for_prepared();
           if (row < c.M) wait_for(c.words + PROGRESS + row / BLOCK_M, 3);
           fence_all_to_tma();
-          const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
-          barrier_wait(empty + 8 * stage, phase ^ 1);
-          barrier_expect(barrier, L::STAGE);
-          tma_load(left, &c.small, barrier, 0, row);
-          tma_multicast(right + rank * (L::RIGHT / 2), &c.wide, barrier, 0, col + rank * (BLOCK_N / 2), 3);
-          advance();
+          for (int k = 0; k < L::R; k += 64) {
+            const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            barrier_expect(barrier, L::STAGE);
+            tma_load(left, &c.small, barrier, k, row);
+            tma_multicast(right + rank * (L::RIGHT / 2), &c.wide, barrier, k, col + rank * (BLOCK_N / 2), 3);
+            advance();
+          }
         }
       }
       // The last block to need no words any more zeroes them, while others store their last tiles.
@@ -638,7 +655,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         };
         const auto take_slice = [&](int pair_m, int slice) {
           take_sums();
-          add_slices<T, L::R, TERMS>(c, slice_words, pair_m * CLUSTER + rank, group, slice, lane);
+          add_slices<T, L::R, TERMS, EIGHTS>(c, slice_words, pair_m * CLUSTER + rank, group, slice, lane);
         };
         if (CUT && slices > 1) take_units([] {}, take_slice);
         if (!IN_TILES && lane == 0) barrier_arrive(words_left);
@@ -649,7 +666,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
               if (p.parts == 1) continue;
               take_sums();
               const int stripe = jobs.index(done) / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
-              add_parts<T, SUM_RANKS<L::R, TERMS>>(p, stripe, c.r, lane);
+              add_parts<T, SUM_RANKS<L::R, TERMS>, EIGHTS>(p, stripe, c.r, lane);
             }
           }
           if (n == own_tiles) break;
@@ -663,10 +680,14 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       }
     }
   } else {
-    take_registers<L::CONSUMER_REGISTERS>();
+    take_registers<CONSUMER_REGISTERS>();
     const int group = warp / 4 - 1, thread = threadIdx.x - 128, in_group = thread % 128;
     const int g = lane / 4, t = lane % 4;
     int stage = 0, phase = 0;
+    const auto before = [&] { return stage == 0 ? STAGES - 1 : stage - 1; };
+    const auto advance = [&] {
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+    };
     const auto release = [&](int stage) {
       if (in_group < CLUSTER) barrier_arrive(empty + 8 * stage, in_group);
     };
@@ -721,16 +742,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         for (int i = 0; i < BLOCK_K / 16; i++) {
           const uint64_t a = matrix_descriptor(left + 32 * i, 16);
           if constexpr (BACKWARD) {
-            Wgmma<T, BLOCK_N, 1>::run(acc, a, matrix_descriptor(right + 2048 * i, 8192), k + i > 0);
+            Wgmma<T, BLOCK_N, 0, 1>::run(acc, a, matrix_descriptor(right + 2048 * i, 8192), k + i > 0);
           } else {
-            Wgmma<T, BLOCK_N, 0>::run(acc, a, matrix_descriptor(right + 32 * i, 16), k + i > 0);
+            Wgmma<T, BLOCK_N, 0, 0>::run(acc, a, matrix_descriptor(right + 32 * i, 16), k + i > 0);
           }
           beside(i, a);
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (k > 0) release(stage == 0 ? STAGES - 1 : stage - 1);
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if (k > 0) release(before());
+        advance();
       };
       const auto nothing = [](int, uint64_t) {};
       int k = 0;
@@ -750,7 +771,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           looked = true;
           if (*begun < stride) {
             wgmma_wait<0>();
-            release(stage == 0 ? STAGES - 1 : stage - 1);
+            release(before());
             units = true;
             n--;
             continue;
@@ -762,7 +783,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           for (; k < end; k++) {
             const uint32_t skinny = out + stage * L::SKINNY;
             multiply(k, [&](int i, uint64_t a) {
-              NarrowWgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny + 32 * i, 16), k > begin || i > 0);
+              Wgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny + 32 * i, 16), k > begin || i > 0);
             });
           }
           wgmma_wait<0>();
@@ -773,34 +794,60 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       }
 #pragma unroll 1
       for (; k < steps; k++) multiply(k, nothing);
-      // The step of depth r. The dropout's mask is on its products alone, so there they are formed beside the others below.
-      const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2), right = stages + stage * L::STAGE + L::LEFT;
-      barrier_wait(full + 8 * stage, phase);
+      // The steps of depth r. The dropout's mask is on their products alone, so there these are formed beside the others
+      // below.
+      const int first = stage;
+      const auto stage_of = [&](int i) { return first + i < STAGES ? first + i : first + i - STAGES; };
       float product[32];  // of 64 columns, under the dropout
       const auto form_product = [&](int i) {
-        wgmma_fence();
+#pragma unroll 1  // registers are few
+        for (int j = 0; j < L::GROUPS; j++) {
+          const uint32_t left = stages + stage_of(j) * L::STAGE;
+          wgmma_fence();
 #pragma unroll
-        for (int q = 0; q < RANKS; q++) {
-          const uint64_t b = matrix_descriptor(right + 8192 * i + 32 * q, 16);
-          NarrowWgmma<T, 64, 0, 0>::run(product, matrix_descriptor(left + 32 * q, 16), b, q > 0);
+          for (int q = 0; q < L::GROUP_STEPS; q++) {
+            const uint64_t a = matrix_descriptor(left + group * (L::LEFT / 2) + 32 * q, 16);
+            Wgmma<T, 64, 0, 0>::run(product, a, matrix_descriptor(left + L::LEFT + 8192 * i + 32 * q, 16), j + q > 0);
+          }
+          wgmma_commit();
         }
-        wgmma_commit();
       };
       if constexpr (DROPOUT && BACKWARD) {
+        if (L::GROUPS > 1) {  // of all stages the last products' may be one that these want
+          wgmma_wait<0>();
+          release(before());
+        }
+#pragma unroll
+        for (int i = 0; i < L::GROUPS; i++) {
+          barrier_wait(full + 8 * stage, phase);
+          if (i < L::GROUPS - 1) advance();
+        }
         form_product(0);
         wgmma_wait<1>();
+        settle(acc);
+        if (L::GROUPS == 1) release(before());
       } else {
-        wgmma_fence();
 #pragma unroll
-        for (int q = 0; q < RANKS; q++) {
-          Wgmma<T, BLOCK_N, 0>::run(acc, matrix_descriptor(left + 32 * q, 16), matrix_descriptor(right + 32 * q, 16), 1);
+        for (int i = 0; i < L::GROUPS; i++) {
+          const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2), right = stages + stage * L::STAGE + L::LEFT;
+          barrier_wait(full + 8 * stage, phase);
+          wgmma_fence();
+#pragma unroll
+          for (int q = 0; q < L::GROUP_STEPS; q++) {
+            Wgmma<T, BLOCK_N, 0, 0>::run(acc, matrix_descriptor(left + 32 * q, 16), matrix_descriptor(right + 32 * q, 16), 1);
+          }
+          wgmma_commit();
+          if (i < L::GROUPS - 1) {
+            wgmma_wait<1>();
+            release(before());
+            advance();
+          }
         }
-        wgmma_commit();
         wgmma_wait<0>();
+        settle(acc);
+        release(before());
+        release(stage);
       }
-      settle(acc);
-      release(stage == 0 ? STAGES - 1 : stage - 1);
-      if constexpr (!(DROPOUT && BACKWARD)) release(stage);
       if constexpr (!BACKWARD) {
         if (c.gain) {
 #pragma unroll
@@ -829,7 +876,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           if (i < BLOCK_N / 64 - 1) {
             form_product(i + 1);
           } else {
-            release(stage);
+            for (int j = 0; j < L::GROUPS; j++) release(stage_of(j));
           }
         }
         const uint32_t own = out + (group * L::OUT_BOXES + i % L::OUT_BOXES) * L::OUT_BOX;
@@ -848,7 +895,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           tma_commit();
         }
       }
-      if (++stage == STAGES) stage = 0, phase ^= 1;
+      advance();
     }
     if (in_group == 0) tma_wait();
   }

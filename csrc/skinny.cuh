@@ -187,6 +187,21 @@ __device__ void put(const Stripes& p, int k, int col, float value) {
   }
 }
 
+// Eight ranks of a column, k and on: in one piece where they lie so.
+template <typename T>
+__device__ void put_row(const Stripes& p, int k, int col, const float (&row)[8], int r) {
+  if (p.rank_out == 1 && r % 8 == 0 && !p.out_is_float) {
+    const uint4 packed = {Type<T>::pack(row[0], row[1]), Type<T>::pack(row[2], row[3]), Type<T>::pack(row[4], row[5]),
+                          Type<T>::pack(row[6], row[7])};
+    if (k < r) *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + col * p.long_out + k) = packed;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    if (k + i < r) put<T>(p, k + i, col, row[i]);
+  }
+}
+
 // The mask of a warpgroup's [64, 64] elements in shared memory, of row `row` and column `col` on, swizzled as TMA leaves
 // them. It may be hashed before they are there.
 struct BoxMask {
@@ -232,23 +247,40 @@ __device__ void leave_sums(float* to, const float (&acc)[R / 2], int thread) {
   for (int i = 0; i < R / 2; i++) to[128 * i + thread] = acc[i];
 }
 
-// A warp: what warpgroups have left, `parts` times from `from` on, added in their order. put(n, sums) gets it for columns
-// 8 n to 8 n + 7 of four threads, from 4 · lane on: as vectors over the threads, in the order of wgmma's registers.
-template <int R, typename Put>
+// A warp: what warpgroups have left, `parts` times from `from` on, added in their order. put(k, i, row)
+// gets eight ranks, k and on, of row i of the warpgroup's 64. Loads wait long beside wgmma, so those of EIGHTS times eight
+// ranks are under way together.
+template <int R, int EIGHTS, typename Put>
 __device__ void add_sums(const float* from, int parts, int lane, Put put) {
   const float4* first = reinterpret_cast<const float4*>(from) + lane;
 #pragma unroll 1
-  for (int n = 0; n < R / 8; n++) {
-    float4 sums[4] = {};
-#pragma unroll 2
-    for (int q = 0; q < parts; q++) {
+  for (int n = 0; n < R / 8; n += EIGHTS) {
+    float4 sums[EIGHTS][4] = {};
+#pragma unroll 1
+    for (int q = 0; q < parts; q += 2) {
+      float4 pair[2][4 * EIGHTS] = {};
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float4 part = __ldcg(first + (q * (R / 2) + 4 * n + i) * 32);
-        sums[i].x += part.x, sums[i].y += part.y, sums[i].z += part.z, sums[i].w += part.w;
+      for (int h = 0; h < 2; h++) {
+        if (q + h == parts) break;
+#pragma unroll
+        for (int i = 0; i < 4 * EIGHTS; i++) pair[h][i] = __ldcg(first + ((q + h) * (R / 2) + 4 * n + i) * 32);
+      }
+#pragma unroll
+      for (int i = 0; i < 8 * EIGHTS; i++) {
+        const float4 part = pair[i % 2][i / 2];
+        float4& sum = sums[i / 8][i / 2 % 4];
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
       }
     }
-    put(n, sums);
+#pragma unroll
+    for (int j = 0; j < EIGHTS; j++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {  // each vector is of four threads' columns, in the order of wgmma's registers
+        const float4 even = sums[j][2 * h], odd = sums[j][2 * h + 1];
+        const float row[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+        put(8 * (n + j), 16 * (lane / 8) + lane % 8 + 8 * h, row);
+      }
+    }
   }
 }
 
@@ -260,22 +292,14 @@ __device__ float* part_place(const Stripes& p, int stripe, int part) {
 
 // A warp, of sums that a warpgroup has left: if they are the last of their stripe it adds all parts, so that the bits do
 // not depend on who was last.
-template <typename T, int R>
+template <typename T, int R, int EIGHTS>
 __device__ void add_parts(const Stripes& p, int stripe, int r, int lane) {
   const int before = lane == 0 ? arrive(p.arrived + stripe) : 0;
   if (__shfl_sync(0xFFFFFFFFu, before, 0) != p.parts - 1) return;
   __syncwarp();
-  add_sums<R>(part_place<R>(p, stripe, 0), p.parts, lane, [&](int n, const float4(&sums)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int col = stripe * STRIPE + 16 * (lane / 8) + lane % 8 + i / 2 * 8;
-      const float values[4] = {sums[i].x, sums[i].y, sums[i].z, sums[i].w};
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int k = 8 * n + 2 * e + i % 2;
-        if (col < p.cols && k < r) put<T>(p, k, col, values[e]);
-      }
-    }
+  add_sums<R, EIGHTS>(part_place<R>(p, stripe, 0), p.parts, lane, [&](int k, int i, const float(&row)[8]) {
+    const int col = stripe * STRIPE + i;
+    if (col < p.cols) put_row<T>(p, k, col, row, r);
   });
   if (lane == 0) p.arrived[stripe] = 0;
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 
 from .config import Problem, backward_config, decode_config, forward_config
-from .cuda_config import DECODE_UP_TO, cuda_config, end_us
+from .cuda_config import DECODE_UP_TO, MAX_DECODE_RANK, cuda_config, end_us
 from .schedule import backward_end_us, forward_end_us
 
 # Up to this rank the kernels can be faster. For so few elements of W launches decide, of which they have one.
@@ -39,7 +39,7 @@ def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, n
 
 def cuda_us(p: Problem, forward: bool) -> float:
     """Of the CUDA C++ kernels."""
-    if forward and p.M <= DECODE_UP_TO:
+    if forward and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK:
         return 2 * p.out * p.depth / BYTES_PER_US + DECODE_FIXED_US
     return end_us(p, cuda_config(p, forward), forward) + CUDA_FIXED_US
 

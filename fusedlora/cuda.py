@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import Problem
 from .cuda_build import find_library
-from .cuda_config import MAX_DECODE, CudaConfig, cuda_config
+from .cuda_config import MAX_DECODE, MAX_DECODE_RANK, CudaConfig, cuda_config
 from .dropout import launch_dropout
 from .memory import device_memory, row_major, skinny_rows
 from .recipe import SOURCES, Recipe, address
@@ -183,7 +183,8 @@ def _plan(
     }
     # The decode kernel reads A in place.
     in_place = param_dtype is dtype and there[POINTERS.index("a")] == 16 and pitches[3] % 8 == 0
-    if config.decode_rows and forward and M <= MAX_DECODE and in_place and not drops:
+    decodes = forward and not drops and M <= MAX_DECODE and r <= MAX_DECODE_RANK
+    if config.decode_rows and decodes and in_place:
         settings |= {f"decode_{name}": getattr(config, f"decode_{name}") for name in ("rows", "split", "early")}
     settings |= dict(zip(SETTINGS[-9:], (*sizes, *pitches)))
     plan = ForwardPlan if forward else BackwardPlan
@@ -247,7 +248,7 @@ def lora_forward(
     Args:
         x: [M, K], bf16 or fp16. Copied where a tensor map can't read it (see `memory.row_major`).
         weight: [N, K] of x's dtype, rows readable by a tensor map.
-        lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 64; fp32 is rounded to adapter_dtype first.
+        lora_A, lora_B: [r, K] and [N, r], x's dtype or fp32, r ≤ 256; fp32 is rounded to adapter_dtype first.
         bias: [N] of x's dtype or fp32, or None.
         scaling: multiplies S in fp32, before it is rounded.
         gain: [N] fp32, multiplies y before the bias; None is 1.

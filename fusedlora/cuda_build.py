@@ -37,7 +37,7 @@ UNITS = {
         f"-DFUSEDLORA_UNIT_BACKWARD={backward}",
         f"-DFUSEDLORA_UNIT_TERMS={terms}",
     )
-    for ranks, terms in ((4, 1), (4, 3), (2, 1), (1, 1))  # the longest first
+    for ranks, terms in ((4, 1), (16, 1), (8, 1), (4, 3), (2, 1), (1, 1))  # the longest first
     for backward, direction in ((1, "backward"), (0, "forward"))
 } | {
     "decode_bf16": ("-DFUSEDLORA_UNIT_DECODE=1",),

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from .config import Problem
 
-MAX_RANK = 64
+MAX_RANK = 256
+MAX_RANK_NARROW = 128  # where tiles are 128 columns wide
 MAX_RANK_PRECISE = 16  # of adapters that keep fp32's precision
-MAX_DECODE = 64
+MAX_DECODE, MAX_DECODE_RANK = 64, 64  # rows of x and ranks that the decode kernel takes
 # Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
 DECODE_UP_TO = 64
 # Rows of a tile; two tiles of a pair, one under the other, are a cluster's.
@@ -67,7 +68,7 @@ _PRECISE = (
 FASTER: dict[str, tuple[Calls, ...]] = {
     "forward": (
         # the decode kernel
-        Calls(rows=(1, 64), N=(256, 28672), K=(512, 28672), dropout=(False,), converts=(False,)),
+        Calls(rows=(1, 64), N=(256, 28672), K=(512, 28672), r=(1, MAX_DECODE_RANK), dropout=(False,), converts=(False,)),
         Calls(rows=(512, 32768), N=(3072, 28672), K=(2048, 14336)),
         Calls(rows=(2048, 32768), N=(256, 1024), K=(1536, 8192)),
         Calls(rows=(512, 1024), N=(1024, 1024), K=(4096, 8192), dropout=(True,)),
@@ -107,7 +108,7 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
     programs = p.num_sms // _CLUSTER * _CLUSTER
     clusters = programs // _CLUSTER
     pairs_m = _cdiv(p.M, _BLOCK_M * _CLUSTER)
-    block_n = 256 if pairs_m * _cdiv(p.out, 256) >= clusters else 128
+    block_n = 256 if pairs_m * _cdiv(p.out, 256) >= clusters or p.r > MAX_RANK_NARROW else 128
     # Clusters that have a tile less than the others do the shrinking, unless that makes them late.
     slack = -(pairs_m * _cdiv(p.out, block_n)) % clusters if tiles else 0
     late = slack == 0 or _cdiv(pairs_m, slack) > 3
@@ -129,7 +130,7 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
         1,
         slices,
         in_tile_slices > 0,
-        *(decode_config(p) if p.M <= DECODE_UP_TO else ()),
+        *(decode_config(p) if p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK else ()),
     )
     if forward:
         return config
@@ -140,7 +141,7 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
 def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
     """Into how many slices S is cut where tiles sum it; 0 where the kernel has no room for that."""
     stages = 4 if block_n == 256 else 6  # csrc/lora.cuh's Layout
-    if _cdiv(p.depth, 64) <= 2 * (2 * stages + 2) + 2 or (block_n == 128 and p.r > 32):
+    if _cdiv(p.depth, 64) <= 2 * (2 * stages + 2) + 2 or p.r > (64 if block_n == 256 else 32):
         return 0
     # All within the columns whose tiles are computed within a turn.
     columns = min(_cdiv(p.out, block_n), 1 + (clusters - 1) // min(_GROUP, _cdiv(p.M, 256)))
@@ -183,17 +184,22 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     wide = config.block_n == 256
     steps, a_us, b_us = _cdiv(p.depth, 64), 1.1 if p.dropout else 0.55, 0.55
     tile_us, unit_us = 2 + steps * (0.66 if wide else 0.33), 2 + steps * 0.26
-    rows = 128 if wide else 64
-    job_rows = _cdiv(_cdiv(p.M, config.parts), rows) * rows / 128
+    rows = job_rows(config.block_n, p.r)
+    part = _cdiv(_cdiv(p.M, config.parts), rows) * rows / 128
 
     def end(share: Share) -> float:
-        jobs = 0.5 * (share.db_jobs + share.da_jobs) + (b_us * share.db_jobs + a_us * share.da_jobs) * job_rows
+        jobs = 0.5 * (share.db_jobs + share.da_jobs) + (b_us * share.db_jobs + a_us * share.da_jobs) * part
         return share.tiles * tile_us + share.units * unit_us + jobs
 
     all_shares = shares(p, config, forward, tiles=tiles)
     # No tile ends before its rows of S or T are there.
     ready = max(share.units for share in all_shares) * unit_us + 3 if tiles else 0.0
     return max(ready, *map(end, all_shares)) + 0.8 * (config.parts if config.parts > 1 else 0)
+
+
+def job_rows(block_n: int, r: int) -> int:
+    """Rows of a stage of a job, as csrc/shares.h has it."""
+    return 128 if block_n == 256 and r <= 64 else 64
 
 
 def decode_config(p: Problem) -> tuple[int, int, bool]:

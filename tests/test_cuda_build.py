@@ -147,18 +147,19 @@ def test_changed_sources_are_another_library(nvcc, monkeypatch, tmp_path: Path) 
 
 def test_every_direction_rank_and_number_of_terms_is_a_unit() -> None:
     text = (cuda_build.sources_dir() / "lora.cu").read_text()
-    instances = re.findall(r"extern template int by_type<(\d), (true|false), (\d)>", text)
+    instances = re.findall(r"^FUSEDLORA_EXTERN\((\d+), (\d)\)", text, re.MULTILINE)
     decoding = re.findall(r"extern template int decode<(\w+)>", text)
     defines = {
         (
             f"-DFUSEDLORA_UNIT_RANKS={ranks}",
-            f"-DFUSEDLORA_UNIT_BACKWARD={int(backward == 'true')}",
+            f"-DFUSEDLORA_UNIT_BACKWARD={backward}",
             f"-DFUSEDLORA_UNIT_TERMS={terms}",
         )
-        for ranks, backward, terms in instances
+        for ranks, terms in instances
+        for backward in (0, 1)
     }
     decode_defines = {(f"-DFUSEDLORA_UNIT_DECODE={int(dtype == '__nv_bfloat16')}",) for dtype in decoding}
-    assert len(instances) == 8 and len(decode_defines) == 2
+    assert len(instances) == 6 and len(decode_defines) == 2
     assert defines | decode_defines | {("-DFUSEDLORA_UNITS",)} == set(cuda_build.UNITS.values())
 
 

@@ -149,7 +149,7 @@ def test_one_tiny_shape(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixtu
     command = ["tune", "--rows", "256", "--in-features", "512", "--out-features", "1024", "--r", "8"]
     assert cli.main([*command, "--jobs", str(min(8, os.cpu_count() or 1))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[8] for line in lines[1:3]] == ["forward", "backward"], lines
+    assert [line.split()[8:9] for line in lines[1:3]] == [["forward"], ["backward"]], lines
     table = tuning.read(
         tuning.user_path(tuning.gpu_of(torch.device("cuda", 0))), tuning.gpu_of(torch.device("cuda", 0))
     )
