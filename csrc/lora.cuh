@@ -81,7 +81,9 @@ struct Layout {
   // A tile's slice takes skinny from where the output of the tile before was: LEAD steps later, as the TMA thread is up to
   // STAGES steps ahead.
   static constexpr int LEAD = STAGES + 2;
-  static constexpr bool SLICES_FIT = STAGES * SKINNY <= OUT;
+  // The sums of more ranks would take longer than what tiles gain.
+  static constexpr bool SLICES_FIT = RANKS <= 2;
+  static_assert(!SLICES_FIT || STAGES * SKINNY <= OUT);
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 80;
 };
 
@@ -110,7 +112,7 @@ __device__ int other_tasks(const Call<T>& c) {
 }
 
 // Side warps: what others read is made ready.
-template <typename T, int RANKS, int TERMS>
+template <typename T, int RANKS, int TERMS, int AT_ONCE>
 __device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int lane) {
   const int thread = warp * 32 + lane, tickets = skinny_tasks(c) + other_tasks(c);
   while (tickets > 0) {
@@ -121,7 +123,7 @@ __device__ void prepare_all(const Call<T>& c, volatile int* next, int warp, int 
     if (ticket >= tickets) return;
     for (int i = 0, task = ticket; i < c.num_preparations; i++) {
       const int count = preparation_tasks(c.preparations[i]);
-      if (task >= 0 && task < count) prepare<T, RANKS, TERMS>(c.preparations[i], task, c.r, thread);
+      if (task >= 0 && task < count) prepare<T, RANKS, TERMS, AT_ONCE>(c.preparations[i], task, c.r, thread);
       task -= count;
     }
     meet(1, SIDE_THREADS);
@@ -367,7 +369,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD);
   // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
   constexpr int EIGHTS = BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1) ? 2 : 1;
-  constexpr int SIDE_REGISTERS = BLOCK_N == 128 ? 136 : EIGHTS == 2 ? 120 : 72;
+  constexpr int SIDE_REGISTERS = BLOCK_N == 128 ? 136 : EIGHTS == 2 ? 120 : BACKWARD ? 72 : 88;
   constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
   // Terms are added up box by box, and a mask on x is put on registers: neither goes beside a tile's sums. And dA's jobs
   // would have to wait for a T that comes with the tiles.
@@ -625,7 +627,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         if (lane < PROGRESS) c.words[lane] = 0;
       }
     } else {
-      prepare_all<T, RANKS, TERMS>(c, next, warp - 1, lane);
+      prepare_all<T, RANKS, TERMS, EIGHTS == 2 && RANKS >= 4 ? 2 : 1>(c, next, warp - 1, lane);
       if (warp == 3) {
         if (BACKWARD && c.stripes[1].out) {
           for (int b = lane; b < tiles_m; b += 32) {

@@ -119,39 +119,44 @@ __host__ __device__ inline int preparation_tasks(const Preparation& p) {
   return (p.length + PREPARE_LENGTH - 1) / PREPARE_LENGTH;
 }
 
-template <typename T, typename From, int RANKS, int TERMS>
+// Loads wait long beside wgmma, so those of AT_ONCE times 16 ranks are under way together.
+template <typename T, typename From, int RANKS, int TERMS, int AT_ONCE>
 __device__ void prepare_from(const Preparation& p, int task, int r, int thread) {
+  constexpr int READ = TERMS == 1 ? AT_ONCE : 1;  // with terms all groups are of the same 16 ranks
   const int64_t i = int64_t(task) * PREPARE_LENGTH + thread;
   if (i >= p.length) return;
-  float read[16];
+  float read[16 * READ];
 #pragma unroll 1  // these threads have few registers
-  for (int first = 0; first < 16 * RANKS; first += 16) {
-    if (TERMS == 1 || first == 0) {  // once, since loads wait long beside wgmma
+  for (int first = 0; first < 16 * RANKS; first += 16 * READ) {
+    if (TERMS == 1 || first == 0) {
 #pragma unroll
-      for (int k = 0; k < 16; k++) {
+      for (int k = 0; k < 16 * READ; k++) {
         const From* from = static_cast<const From*>(p.from) + i * p.long_in + (first + k) * p.rank_in;
         read[k] = first + k < r ? float(*from) : 0.0f;
       }
     }
-    alignas(16) T values[16];
 #pragma unroll
-    for (int k = 0; k < 16; k++) values[k] = term<T>(read[k], TERMS == 1 ? 1 : p.groups >> first / 4 & 15);
-    T* to = static_cast<T*>(p.to) + i * p.long_out + first * p.rank_out;
-    if (p.rank_out == 1) {
-      for (int h = 0; h < 2; h++) reinterpret_cast<uint4*>(to)[h] = reinterpret_cast<const uint4*>(values)[h];
-      continue;
+    for (int group = 0; group < READ; group++) {
+      alignas(16) T values[16];
+#pragma unroll
+      for (int k = 0; k < 16; k++) values[k] = term<T>(read[16 * group + k], TERMS == 1 ? 1 : p.groups >> first / 4 & 15);
+      T* to = static_cast<T*>(p.to) + i * p.long_out + (first + 16 * group) * p.rank_out;
+      if (p.rank_out == 1) {
+        for (int h = 0; h < 2; h++) reinterpret_cast<uint4*>(to)[h] = reinterpret_cast<const uint4*>(values)[h];
+        continue;
+      }
+#pragma unroll
+      for (int k = 0; k < 16; k++) to[k * p.rank_out] = values[k];
     }
-#pragma unroll
-    for (int k = 0; k < 16; k++) to[k * p.rank_out] = values[k];
   }
 }
 
-template <typename T, int RANKS, int TERMS>
+template <typename T, int RANKS, int TERMS, int AT_ONCE>
 __device__ void prepare(const Preparation& p, int task, int r, int thread) {
   if (TERMS > 1 || p.is_float) {
-    prepare_from<T, float, RANKS, TERMS>(p, task, r, thread);
+    prepare_from<T, float, RANKS, TERMS, AT_ONCE>(p, task, r, thread);
   } else {
-    prepare_from<T, T, RANKS, 1>(p, task, r, thread);
+    prepare_from<T, T, RANKS, 1, AT_ONCE>(p, task, r, thread);
   }
 }
 

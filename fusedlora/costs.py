@@ -16,13 +16,14 @@ from .config import Problem, backward_config, decode_config, forward_config
 from .cuda_config import DECODE_UP_TO, MAX_DECODE_RANK, cuda_config, end_us
 from .schedule import backward_end_us, forward_end_us
 
-# Up to this rank the kernels can be faster. For so few elements of W launches decide, of which they have one.
+# Up to this rank Triton's kernels can be faster. For so few elements of W, and up to 2048 rows, launches decide, of which
+# kernels have one.
 MAX_RANK, SMALL = 64, 1 << 21
 FLOP_PER_US_SM, BYTES_PER_US = 743e6 / 132, 3.4e6  # of cuBLAS
 # Of a product with S, T, x or dy that only reads and writes; launches in a row.
 STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
 CUDA_FIXED_US, DECODE_FIXED_US = 8.0, 3.0
-TRITON_BYTES_PER_US, TRITON_FIXED_US = 2.2e6, {True: 9.0, False: 5.0}
+TRITON_BYTES_PER_US, TRITON_FIXED_US = {True: 2.2e6, False: 1.9e6}, {True: 9.0, False: 5.0}
 
 
 def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, num_sms: int) -> float:
@@ -41,7 +42,10 @@ def cuda_us(p: Problem, forward: bool) -> float:
     """Of the CUDA C++ kernels."""
     if forward and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK:
         return 2 * p.out * p.depth / BYTES_PER_US + DECODE_FIXED_US
-    return end_us(p, cuda_config(p, forward), forward) + CUDA_FIXED_US
+    us = end_us(p, cuda_config(p, forward), forward) + CUDA_FIXED_US
+    if p.r > MAX_RANK:  # more products than power is there for, and A with its ranks side by side
+        us = 1.05 * us + (0 if forward else 10 if p.r <= 128 else 20)
+    return us
 
 
 def triton_us(p: Problem, forward: bool) -> float:
@@ -52,7 +56,7 @@ def triton_us(p: Problem, forward: bool) -> float:
     end = forward_end_us(p, forward_config(p)) if forward else backward_end_us(p, backward_config(p))
     us = (1.13 if forward else 1.17) * end
     if p.M <= 256:  # memory has less to do than where depths are split
-        us = max(us, weight / TRITON_BYTES_PER_US)
+        us = max(us, weight / TRITON_BYTES_PER_US[forward] + (0 if forward else 7))
     return us + TRITON_FIXED_US[forward]
 
 
@@ -62,9 +66,9 @@ def why_slower(kernels: str, forward: bool, M: int, N: int, K: int, r: int, conv
 
     x is bf16 or fp16, and there is no dropout; `converts`: lora_A and lora_B are fp32, rounded to x's dtype.
     """
-    if r > MAX_RANK:
+    if r > MAX_RANK and (kernels == "triton" or M <= DECODE_UP_TO):
         return f"r is {r}, above {MAX_RANK}"
-    if N * K <= SMALL:
+    if N * K <= SMALL and M <= 2048 and r <= MAX_RANK:
         return None
     out, depth = (N, K) if forward else (K, N)
     p = Problem(M, out, depth, r, 2, False, 90, num_sms)

@@ -10,6 +10,7 @@ from .config import Problem
 
 MAX_RANK = 256
 MAX_RANK_NARROW = 128  # where tiles are 128 columns wide
+MAX_RANK_IN_TILES = 32  # of slices of S: for more, tiles wait longer for their sums than for S before them
 MAX_RANK_PRECISE = 16  # of adapters that keep fp32's precision
 MAX_DECODE, MAX_DECODE_RANK = 64, 64  # rows of x and ranks that the decode kernel takes
 # Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
@@ -68,7 +69,9 @@ _PRECISE = (
 FASTER: dict[str, tuple[Calls, ...]] = {
     "forward": (
         # the decode kernel
-        Calls(rows=(1, 64), N=(256, 28672), K=(512, 28672), r=(1, MAX_DECODE_RANK), dropout=(False,), converts=(False,)),
+        Calls(
+            rows=(1, 64), N=(256, 28672), K=(512, 28672), r=(1, MAX_DECODE_RANK), dropout=(False,), converts=(False,)
+        ),
         Calls(rows=(512, 32768), N=(3072, 28672), K=(2048, 14336)),
         Calls(rows=(2048, 32768), N=(256, 1024), K=(1536, 8192)),
         Calls(rows=(512, 1024), N=(1024, 1024), K=(4096, 8192), dropout=(True,)),
@@ -132,16 +135,17 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
         in_tile_slices > 0,
         *(decode_config(p) if p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK else ()),
     )
-    if forward:
-        return config
-    several = [dataclasses.replace(config, parts=parts) for parts in range(1, 9)]
+    several = [config] if forward else [dataclasses.replace(config, parts=parts) for parts in range(1, 9)]
+    if p.r > 64:  # S and T take long: one to three of their units a cluster
+        among = {shrink_clusters, *(min(clusters, _cdiv(pairs_m, units)) for units in (1, 2, 3))}
+        several = [dataclasses.replace(config, shrink_clusters=n) for n in sorted(among) for config in several]
     return min(several, key=lambda config: end_us(p, config, forward, tiles=tiles))
 
 
 def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
     """Into how many slices S is cut where tiles sum it; 0 where the kernel has no room for that."""
     stages = 4 if block_n == 256 else 6  # csrc/lora.cuh's Layout
-    if _cdiv(p.depth, 64) <= 2 * (2 * stages + 2) + 2 or p.r > (64 if block_n == 256 else 32):
+    if _cdiv(p.depth, 64) <= 2 * (2 * stages + 2) + 2 or p.r > MAX_RANK_IN_TILES:
         return 0
     # All within the columns whose tiles are computed within a turn.
     columns = min(_cdiv(p.out, block_n), 1 + (clusters - 1) // min(_GROUP, _cdiv(p.M, 256)))
@@ -178,12 +182,14 @@ def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
 def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> float:
     """Microseconds until the last cluster ends, roughly: as measured on an H200.
 
-    Known are the times of a tile and of two row blocks of S or T, for each 64 columns of depth, of 128 rows of a job of
-    dA or dB, and of a part of a stripe that is left and added.
+    Known are the times of a tile and of two row blocks of S or T, for each 64 columns of depth, of a tile's further 64
+    ranks, of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added.
     """
-    wide = config.block_n == 256
-    steps, a_us, b_us = _cdiv(p.depth, 64), 1.1 if p.dropout else 0.55, 0.55
-    tile_us, unit_us = 2 + steps * (0.66 if wide else 0.33), 2 + steps * 0.26
+    wide, steps = config.block_n == 256, _cdiv(p.depth, 64)
+    times = (0.26, 0.55, 0.8) if p.r <= 64 else (0.49, 1.05, 6.0) if p.r <= 128 else (0.69, 1.75, 12.0)
+    unit_step_us, b_us, part_us = times
+    a_us = 2 * b_us if p.dropout else b_us
+    tile_us, unit_us = 2 + steps * (0.66 if wide else 0.33) + 1.8 * (_cdiv(p.r, 64) - 1), 2 + steps * unit_step_us
     rows = job_rows(config.block_n, p.r)
     part = _cdiv(_cdiv(p.M, config.parts), rows) * rows / 128
 
@@ -194,7 +200,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     all_shares = shares(p, config, forward, tiles=tiles)
     # No tile ends before its rows of S or T are there.
     ready = max(share.units for share in all_shares) * unit_us + 3 if tiles else 0.0
-    return max(ready, *map(end, all_shares)) + 0.8 * (config.parts if config.parts > 1 else 0)
+    return max(ready, *map(end, all_shares)) + (0.8 + part_us * (config.parts - 1) if config.parts > 1 else 0)
 
 
 def job_rows(block_n: int, r: int) -> int:

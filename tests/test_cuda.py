@@ -177,16 +177,15 @@ def test_slices_of_a_masked_x(case: Case) -> None:
     [
         Case(1000, 2056, 520, 16),
         Case(1300, 4096, 1032, 5, FP16, bias=True),
-        Case(700, 2304, 1536, 64),
-        Case(520, 2304, 520, 32, fp32_adapters=True),
+        Case(520, 2304, 1536, 32, fp32_adapters=True),
         Case(5000, 4096, 1024, 16),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("block_n, slices", [(256, 2), (256, 4), (128, 4)])
 def test_slices_in_tiles(case: Case, block_n: int, slices: int) -> None:
-    if (block_n == 128 and case.r > 32) or case.N <= block_n * (slices - 1):
-        pytest.skip("the kernel has no room for them")
+    if case.N <= block_n * (slices - 1):
+        pytest.skip("no column for each slice")
     i = case.inputs()
     config = dataclasses.replace(WIDE, block_n=block_n, group=2, shrink_clusters=0, slices=slices, in_tiles=True)
     tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)

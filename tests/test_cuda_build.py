@@ -11,7 +11,7 @@ import pytest
 from fusedlora import __main__ as cli
 from fusedlora import cuda, cuda_build, dropout, node_build
 from fusedlora.config import Problem
-from fusedlora.cuda_config import CudaConfig, shares
+from fusedlora.cuda_config import CudaConfig, job_rows, shares
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux")
 needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
@@ -299,6 +299,17 @@ int main() {{
     assert sum(share.units for share in found) == -(-M // 256)
     assert not any(share.tiles for share in shares(problem, config, False, tiles=False))
     assert not any(share.db_jobs + share.da_jobs for share in shares(problem, config, True))
+
+
+def test_rows_of_a_jobs_stage(tmp_path: Path) -> None:
+    program = """
+int main() {
+  for (int block_n : {128, 256})
+    for (int ranks : {16, 64, 128, 256}) printf("%d %d %d\\n", block_n, ranks, fusedlora::job_rows(block_n, ranks));
+}
+"""
+    told = [tuple(map(int, line.split())) for line in told_by(program, tmp_path)]
+    assert told == [(block_n, r, job_rows(block_n, r)) for block_n in (128, 256) for r in (16, 64, 128, 256)]
 
 
 def test_the_decode_kernel_shares_everything_out_once(tmp_path: Path) -> None:

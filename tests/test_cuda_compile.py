@@ -17,9 +17,6 @@ from fusedlora import cuda, cuda_build
 from fusedlora.cuda_config import CudaConfig
 from fusedlora.testing import make_inputs
 
-# Bytes that a kernel may spill, as stores and as loads: a few registers at r = 64. None at r ≤ 32.
-SPILLS_ALLOWED = {1: (0, 0), 2: (0, 0), 4: (16, 16)}
-
 
 @pytest.fixture(scope="module")
 def library() -> Path:
@@ -40,8 +37,9 @@ def kernel_of(symbol: str) -> tuple[str, str, tuple[int, ...]]:
 def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
     # block_n, ranks, backward, dropout, terms, slices in tiles
     tiles = [
-        *itertools.product((128, 256), (1, 2, 4), (0, 1), (0, 1), (1,), (0,)),
-        *((block_n, ranks, 0, 0, 1, 1) for block_n, ranks in ((128, 1), (128, 2), (256, 1), (256, 2), (256, 4))),
+        *itertools.product((128, 256), (1, 2, 4, 8), (0, 1), (0, 1), (1,), (0,)),
+        *itertools.product((256,), (16,), (0, 1), (0, 1), (1,), (0,)),
+        *itertools.product((128, 256), (1, 2), (0,), (0,), (1,), (1,)),
     ]
     precise = itertools.product((128, 256), (4,), (0, 1), (0, 1), (3,), (0,))
     # 8 rows of x, 64 rows of W
@@ -53,12 +51,8 @@ def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
     } | {("lora_kernel", "__nv_bfloat16", arguments) for arguments in precise}
 
 
-def spills_allowed(kernel: tuple[str, str, tuple[int, ...]]) -> tuple[int, int]:
-    return SPILLS_ALLOWED[kernel[2][1]] if kernel[0] == "lora_kernel" else (0, 0)
-
-
 @pytest.mark.slow
-def test_no_warnings_and_few_spills(library: Path) -> None:
+def test_no_warnings_and_no_spills(library: Path) -> None:
     log = (library.parent / cuda_build.LOG).read_text()
     assert not [line for line in log.splitlines() if re.search(r"warning|C75\d\d", line)]
     pattern = (
@@ -66,12 +60,7 @@ def test_no_warnings_and_few_spills(library: Path) -> None:
     )
     spills = {kernel_of(symbol): (int(stores), int(loads)) for symbol, stores, loads in re.findall(pattern, log)}
     assert set(spills) == all_kernels()
-    too_many = {
-        kernel: found
-        for kernel, found in spills.items()
-        if any(n > most for n, most in zip(found, spills_allowed(kernel)))
-    }
-    assert not too_many
+    assert not {kernel: found for kernel, found in spills.items() if found != (0, 0)}
 
 
 @pytest.mark.slow
@@ -145,14 +134,20 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
         cuda.lora_forward(*tensors, scaling=1.0, adapter_dtype=torch.bfloat16, save_s=True, config=cut)
     # What the table chooses is never refused: its rules for slices say again what the library asks for.
     sliced = 0
-    for M, N, K, r in itertools.product((65, 512, 8192), (256, 512, 520, 2048), range(1280, 2112, 64), (16, 64)):
+    for M, N, K, r in itertools.product((65, 512, 8192), (256, 512, 520, 2048), range(1280, 2112, 64), (32, 48)):
         shapes = ((M, K), (N, K), (r, K), (N, r))
         chosen = cuda.forward_plan(
             *(torch.empty(s, dtype=torch.bfloat16) for s in shapes), None, save_s=True, **settings
         )
         sliced += chosen.work_size > M * r * 2 + 255  # S and its sums, not S alone
     assert 0 < sliced < 3 * 4 * 13 * 2
-    wide = make_inputs(100, 512, 768, 65, torch.bfloat16)
+    wide = make_inputs(100, 512, 768, 256, torch.bfloat16)
+    tensors = (wide.x, wide.weight, wide.lora_A, wide.lora_B, None)
+    up = cuda.forward_plan(*tensors, save_s=True, **settings)
+    assert up.work_size == 100 * 256 * 2, "S, and A and B as they are"
+    with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: block_n: error -7"):
+        cuda.forward_plan(*tensors, save_s=True, config=CudaConfig(128, 4, 132, 2, parts=1), **settings)
+    wide = make_inputs(100, 512, 768, 257, torch.bfloat16)
     with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: r: error -3"):
         cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **settings)
     cuda._plan.cache_clear()
