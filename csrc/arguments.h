@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-// Null: not there, or not wanted. Pitches: elements from a row to the next. terms: 1, or 3 where the adapters, fp32, and S
+// Null: not there, or not wanted. Outputs start at multiples of 16 bytes. Pitches: elements from a row to the next. terms: 1, or 3 where the adapters, fp32, and S
 // keep their precision (see skinny.cuh); s and saved_s are fp32 then. has_seed: 0, 1, or 2 where `seed` is the address of
 // the seed.
 typedef struct {

@@ -1,7 +1,7 @@
 // The C interface: workspaces' layout, tensor maps and the launch. No torch header is needed.
 //
-// Compiled as it is this file gives everything. To compile it in parallel, it gives with -DFUSEDLORA_UNIT_RANKS=1, 2 or
-// 4, -DFUSEDLORA_UNIT_BACKWARD=0 or 1 and -DFUSEDLORA_UNIT_TERMS=1, or 3 beside 4, the kernels of so many 16 ranks, that
+// Compiled as it is this file gives everything. To compile it in parallel, it gives with -DFUSEDLORA_UNIT_RANKS=1, 2, 4, 8
+// or 16, -DFUSEDLORA_UNIT_BACKWARD=0 or 1 and -DFUSEDLORA_UNIT_TERMS=1, or 3 beside 4, the kernels of so many 16 ranks, that
 // direction and so many terms, with -DFUSEDLORA_UNIT_DECODE=0 or 1 those of decoding in fp16 or bf16, with
 // -DFUSEDLORA_UNITS what lies above them.
 #include <atomic>
@@ -222,7 +222,7 @@ bool takes_slices(const Arguments& a, int cols, int depth) {
   const int pairs_m = int(row_pairs(a.M)), tiles_n = (cols + BLOCK_N - 1) / BLOCK_N;
   const Tiles tiles = Tiles::of(pairs_m, tiles_n, int(a.group), int(a.programs) / CLUSTER, slices);
   const int steps = (depth + BLOCK_K - 1) / BLOCK_K, half = slice_begin(depth, slices / 2, slices);
-  return L::SLICES_FIT && TERMS == 1 && slices % 2 == 0 && tiles.window >= slices &&
+  return L::SLICES_IN_TILES && TERMS == 1 && slices % 2 == 0 && tiles.window >= slices &&
          L::LEAD + (half > steps - half ? half : steps - half) + L::STAGES < steps;
 }
 
@@ -272,7 +272,7 @@ int run(const Arguments& a, int64_t* sizes) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }
-  if constexpr (Layout<BLOCK_N, RANKS>::SLICES_FIT && !BACKWARD && TERMS == 1) {
+  if constexpr (Layout<BLOCK_N, RANKS>::SLICES_IN_TILES && !BACKWARD && TERMS == 1) {
     if (a.in_tiles) return launch<T, BLOCK_N, RANKS, false, false, 1, true>(a, call);
   }
   return masked ? launch<T, BLOCK_N, RANKS, BACKWARD, true, TERMS>(a, call)
@@ -327,6 +327,7 @@ FUSEDLORA_EXTERN(4, 1)
 FUSEDLORA_EXTERN(4, 3)
 FUSEDLORA_EXTERN(8, 1)
 FUSEDLORA_EXTERN(16, 1)
+#undef FUSEDLORA_EXTERN
 extern template int decode<__half>(const Arguments&);
 extern template int decode<__nv_bfloat16>(const Arguments&);
 #endif

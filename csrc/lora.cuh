@@ -4,7 +4,7 @@
 //     backward    out = left · right + small · wideᵀ      dy, W [N, K], T, Aᵀ     T = scaling · dy B, and dA, dB
 //
 // Two consumer warpgroups multiply tiles of 128 rows, fed by one TMA thread; two blocks of a cluster take two row
-// blocks beside the same columns and share what they load of `right`. S or T is summed in slices of its depth: before all
+// blocks beside the same columns and share what they load of `right`, and of all that both need else. S or T is summed in slices of its depth: before all
 // tiles by some clusters, or, S alone, by some tiles beside their own sums. Between tiles, which leave memory idle, clusters
 // take jobs of dB and dA. The three other warps of the first warpgroup, the side warps, make operands ready
 // and add up what slices and jobs leave.
@@ -66,7 +66,7 @@ struct Call {
 template <int BLOCK_N, int RANKS>
 struct Layout {
   static constexpr int R = 16 * RANKS;
-  // A row of 64 ranks is what a swizzled box holds, so there are as many of S, T or B, and steps of depth r.
+  // A swizzled row holds 64 ranks: more are GROUPS boxes, and as many stages of depth r.
   static constexpr int GROUPS = (R + 63) / 64, GROUP_STEPS = RANKS / GROUPS;
   static constexpr int LEFT = BLOCK_M * BLOCK_K * 2, RIGHT = BLOCK_N * BLOCK_K * 2, STAGE = LEFT + RIGHT;
   static constexpr int STAGES = BLOCK_N == 256 ? 4 : 6;
@@ -82,8 +82,8 @@ struct Layout {
   // STAGES steps ahead.
   static constexpr int LEAD = STAGES + 2;
   // The sums of more ranks would take longer than what tiles gain.
-  static constexpr bool SLICES_FIT = RANKS <= 2;
-  static_assert(!SLICES_FIT || STAGES * SKINNY <= OUT);
+  static constexpr bool SLICES_IN_TILES = RANKS <= 2;
+  static_assert(!SLICES_IN_TILES || STAGES * SKINNY <= OUT);
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 80;
 };
 
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
   // Terms are added up box by box, and a mask on x is put on registers: neither goes beside a tile's sums. And dA's jobs
   // would have to wait for a T that comes with the tiles.
-  static_assert(!IN_TILES || (L::SLICES_FIT && TERMS == 1 && !DROPOUT && !BACKWARD));
+  static_assert(!IN_TILES || (L::SLICES_IN_TILES && TERMS == 1 && !DROPOUT && !BACKWARD));
   extern __shared__ uint8_t raw[];
   const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
   uint8_t* memory = raw + (base - shared_address(raw));

@@ -330,14 +330,18 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
 // A shared-memory matrix in rows of 2 · R = 32, 64 or 128 bytes, swizzled as TMA does it at that width, its depth in rows.
 template <int R>
 __device__ __forceinline__ uint64_t narrow_descriptor(uint32_t address) {
-  constexpr uint64_t SWIZZLE = R >= 64 ? 1 : R == 32 ? 2 : 3;
+  constexpr uint64_t SWIZZLE = R == 64 ? 1 : R == 32 ? 2 : 3;
   return (SWIZZLE << 62) | (uint64_t(16 * R >> 4) << 32) | (uint64_t(1) << 16) | ((address & 0x3FFFF) >> 4);
 }
 
 // Step i, of 16 rows of depth, of an operand in boxes of ROWS rows of depth and up to 64 of its R ranks.
 template <int R, int ROWS>
 __device__ __forceinline__ uint64_t ranks_descriptor(uint32_t address, int i) {
-  return R > 64 ? matrix_descriptor(address + 2048 * i, 128 * ROWS) : narrow_descriptor<R>(address + 32 * R * i);
+  if constexpr (R > 64) {
+    return matrix_descriptor(address + 2048 * i, 128 * ROWS);
+  } else {
+    return narrow_descriptor<R>(address + 32 * R * i);
+  }
 }
 
 template <int REGISTERS>

@@ -12,7 +12,7 @@ namespace fusedlora {
 // dB and dA: a job of a cluster is 256 columns and a part of the rows; its blocks' warpgroups take a stripe of 64 each.
 constexpr int JOB_COLS = 256, STRIPE = 64;
 
-// Rows of a stage of a job, with those of S or T: as many as a stage of the tiles holds.
+// Rows of a stage of a job, with those of S or T beside them; a stage of the tiles holds both.
 FUSEDLORA_BOTH constexpr int job_rows(int block_n, int ranks) { return block_n == 256 && ranks <= 64 ? 128 : 64; }
 
 FUSEDLORA_BOTH constexpr int job_count(int cols, int parts) { return (cols + JOB_COLS - 1) / JOB_COLS * parts; }

@@ -1,7 +1,7 @@
 """How long a call takes, roughly, by the kernels and by PyTorch's own products: "auto" takes those where they should be
 faster, elsewhere the kernels, of which cuda_config.FASTER chooses.
 
-Microseconds of GPU time on an H200, used for all of Hopper, fitted to 195 shapes of real models whose forwards and
+Microseconds of GPU time on an H200, used for all of Hopper, fitted to 200 shapes of real models whose forwards and
 backwards (of all three gradients) were timed apart (bench/results/directions-h200.json; tests/test_costs.py says how
 far the choices made by them are from the best ones). Kernels lose where rows are too few to fill the GPU with tiles,
 since cuBLAS splits the depth as well, or a little more than whole tiles; and for wide ranks, whose S and T cost them
@@ -43,7 +43,7 @@ def cuda_us(p: Problem, forward: bool) -> float:
     if forward and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK:
         return 2 * p.out * p.depth / BYTES_PER_US + DECODE_FIXED_US
     us = end_us(p, cuda_config(p, forward), forward) + CUDA_FIXED_US
-    if p.r > MAX_RANK:  # more products than power is there for, and A with its ranks side by side
+    if p.r > 64:  # more products than power is there for, and A with its ranks side by side
         us = 1.05 * us + (0 if forward else 10 if p.r <= 128 else 20)
     return us
 

@@ -10,7 +10,7 @@ from .config import Problem
 
 MAX_RANK = 256
 MAX_RANK_NARROW = 128  # where tiles are 128 columns wide
-MAX_RANK_IN_TILES = 32  # of slices of S: for more, tiles wait longer for their sums than for S before them
+MAX_RANK_IN_TILES = 32  # for more, tiles wait longer for the sums of S's slices in tiles than for S before them
 MAX_RANK_PRECISE = 16  # of adapters that keep fp32's precision
 MAX_DECODE, MAX_DECODE_RANK = 64, 64  # rows of x and ranks that the decode kernel takes
 # Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
@@ -61,7 +61,7 @@ class Calls(NamedTuple):
 
 
 # Where these kernels have been measured faster than Triton's on the whole (pytest bench/ --benchmark shows both), on an
-# H200.
+# H200; above r = 64 only calls with neither a mask nor a gain, and of all three gradients.
 _PRECISE = (
     Calls(rows=(2048, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,)),
     Calls(rows=(8192, 8192), N=(1024, 1024), K=(4096, 4096), r=(1, MAX_RANK_PRECISE), precise=(True,)),
@@ -136,14 +136,14 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
         *(decode_config(p) if p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK else ()),
     )
     several = [config] if forward else [dataclasses.replace(config, parts=parts) for parts in range(1, 9)]
-    if p.r > 64:  # S and T take long: one to three of their units a cluster
+    if p.r > 64 and slices == 1:  # S and T take long: one to three of their units a cluster
         among = {shrink_clusters, *(min(clusters, _cdiv(pairs_m, units)) for units in (1, 2, 3))}
         several = [dataclasses.replace(config, shrink_clusters=n) for n in sorted(among) for config in several]
     return min(several, key=lambda config: end_us(p, config, forward, tiles=tiles))
 
 
 def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
-    """Into how many slices S is cut where tiles sum it; 0 where the kernel has no room for that."""
+    """Into how many slices S is cut where tiles sum it; 0 where tiles are too short for that or sums take too long."""
     stages = 4 if block_n == 256 else 6  # csrc/lora.cuh's Layout
     if _cdiv(p.depth, 64) <= 2 * (2 * stages + 2) + 2 or p.r > MAX_RANK_IN_TILES:
         return 0

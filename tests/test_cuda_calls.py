@@ -302,6 +302,9 @@ def test_how_s_is_cut() -> None:
     )
     assert cut(512, 4096, drops=True) == (16, False, 32) and cut(1024, 4096, drops=True) == (16, False, 64)
     assert cut(100, 4096, drops=True, depth=520) == (5, False, 5)
+    assert cut(512, 4096, r=128, drops=True) == (16, False, 32)
+    assert cut(8192, 3584, r=128) == (1, False, 32), "a unit of S takes long: no cluster has two"
+    assert cut(8192, 3584, r=64) == (1, False, 14)
     assert cut(512, 4096, drops=True, forward=False) == (1, False, 2)
 
 
