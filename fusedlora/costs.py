@@ -16,8 +16,8 @@ from .config import Problem, backward_config, decode_config, forward_config
 from .cuda_config import DECODE_UP_TO, MAX_DECODE_RANK, cuda_config, end_us
 from .schedule import backward_end_us, forward_end_us
 
-# Up to this rank Triton's kernels can be faster. For so few elements of W, and up to 2048 rows, launches decide, of which
-# kernels have one.
+# Up to this rank Triton's kernels can be faster. For so few elements of W, and up to 2048 rows, launches decide, of
+# which kernels have one.
 MAX_RANK, SMALL = 64, 1 << 21
 FLOP_PER_US_SM, BYTES_PER_US = 743e6 / 132, 3.4e6  # of cuBLAS
 # Of a product with S, T, x or dy that only reads and writes; launches in a row.
