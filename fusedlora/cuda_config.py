@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 from .config import Problem
@@ -161,8 +162,8 @@ class Share(NamedTuple):
     da_jobs: int
 
 
-def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> list[Share]:
-    """Of each place, as csrc/shares.h has it. Slices of S are not looked at."""
+def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> list[tuple[range, Share]]:
+    """Of all places, as csrc/shares.h has it: runs of places that take as much. Slices of S are not looked at."""
     clusters, pairs_m = config.programs // _CLUSTER, _cdiv(p.M, _BLOCK_M * _CLUSTER)
     all_tiles = pairs_m * _cdiv(p.out, config.block_n) if tiles else 0
     db_jobs, da_jobs = (0 if forward else config.parts * _cdiv(columns, 256) for columns in (p.depth, p.out))
@@ -170,13 +171,18 @@ def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     def mine(place: int, count: int, among: int = clusters) -> int:
         return max(0, _cdiv(count - place, among)) if place < among else 0
 
-    found = []
-    for place in range(clusters):
+    def of(place: int) -> Share:
         db = mine(place, db_jobs)
         units = mine(place, pairs_m, config.shrink_clusters)
         # the first tiles are for the last places
-        found.append(Share(mine(clusters - 1 - place, all_tiles), units, db, mine(place, db_jobs + da_jobs) - db))
-    return found
+        return Share(mine(clusters - 1 - place, all_tiles), units, db, mine(place, db_jobs + da_jobs) - db)
+
+    # Who takes one less of something than the place before, or, of tiles, one more.
+    firsts = {0, clusters - all_tiles % clusters, *(jobs % clusters for jobs in (db_jobs, db_jobs + da_jobs))}
+    if config.shrink_clusters:
+        firsts |= {pairs_m % config.shrink_clusters, config.shrink_clusters}
+    bounds = [*sorted(first for first in firsts if first < clusters), clusters]
+    return [(range(first, end), of(first)) for first, end in itertools.pairwise(bounds)]
 
 
 def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> float:
@@ -197,7 +203,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
         jobs = 0.5 * (share.db_jobs + share.da_jobs) + (b_us * share.db_jobs + a_us * share.da_jobs) * part
         return share.tiles * tile_us + share.units * unit_us + jobs
 
-    all_shares = shares(p, config, forward, tiles=tiles)
+    all_shares = [share for _, share in shares(p, config, forward, tiles=tiles)]
     # No tile ends before its rows of S or T are there.
     ready = max(share.units for share in all_shares) * unit_us + 3 if tiles else 0.0
     return max(ready, *map(end, all_shares)) + (0.8 + part_us * (config.parts - 1) if config.parts > 1 else 0)

@@ -11,7 +11,7 @@ import pytest
 from fusedlora import __main__ as cli
 from fusedlora import cuda, cuda_build, dropout, node_build
 from fusedlora.config import Problem
-from fusedlora.cuda_config import CudaConfig, job_rows, shares
+from fusedlora.cuda_config import CudaConfig, Share, job_rows, shares
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux")
 needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on PATH")
@@ -274,10 +274,17 @@ int main() {{
 
 
 @pytest.mark.parametrize(
-    "M, out, depth, parts", [(8192, 4096, 4096, 2), (8192, 4096, 1024, 3), (512, 4096, 4096, 1), (300, 520, 14336, 7)]
+    "M, out, depth, parts, units",
+    [
+        *((8192, 4096, 4096, 2, 16), (8192, 4096, 1024, 3, 16), (512, 4096, 4096, 1, 2), (300, 520, 14336, 7, 2)),
+        *((8192, 4096, 4096, 8, 11), (16384, 3584, 512, 3, 64), (33 * 256, 66 * 256, 66 * 256, 1, 66)),
+    ],
 )
-def test_the_cost_model_shares_out_as_the_kernels_do(M: int, out: int, depth: int, parts: int, tmp_path: Path) -> None:
-    config = CudaConfig(256, 4, 132, min(16, -(-M // 256)), parts)
+def test_the_cost_model_shares_out_as_the_kernels_do(
+    M: int, out: int, depth: int, parts: int, units: int, tmp_path: Path
+) -> None:
+    """`units`: how many clusters sum S or T."""
+    config = CudaConfig(256, 4, 132, units, parts)
     program = f"""
 using namespace fusedlora;
 int main() {{
@@ -294,11 +301,15 @@ int main() {{
 }}
 """
     problem = Problem(M, out, depth, 16, 2, False, 90, 132)
-    found = shares(problem, config, forward=False)
+
+    def of_each(forward: bool, **kind: bool) -> list[Share]:
+        return [share for places, share in shares(problem, config, forward, **kind) for _ in places]
+
+    found = of_each(False)
     assert [tuple(share) for share in found] == [tuple(map(int, line.split())) for line in told_by(program, tmp_path)]
     assert sum(share.units for share in found) == -(-M // 256)
-    assert not any(share.tiles for share in shares(problem, config, False, tiles=False))
-    assert not any(share.db_jobs + share.da_jobs for share in shares(problem, config, True))
+    assert not any(share.tiles for share in of_each(False, tiles=False))
+    assert not any(share.db_jobs + share.da_jobs for share in of_each(True))
 
 
 def test_rows_of_a_jobs_stage(tmp_path: Path) -> None:
