@@ -17,6 +17,8 @@ from fusedlora import cuda, cuda_build
 from fusedlora.cuda_config import CudaConfig
 from fusedlora.testing import make_inputs
 
+SEED = torch.tensor([1])
+
 
 @pytest.fixture(scope="module")
 def library() -> Path:
@@ -122,7 +124,7 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
         with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: the decode kernel: error -4"):
             cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(decode, **wrong), **settings)
     cut = CudaConfig(256, 4, 132, 2, parts=1, slices=4)
-    tensors, drops = (i.x, i.weight, i.lora_A, i.lora_B, None), settings | {"seed": torch.tensor([1])}
+    tensors, drops = (i.x, i.weight, i.lora_A, i.lora_B, None), settings | {"seed": SEED}
     up = cuda.forward_plan(*tensors, save_s=True, config=cut, **drops)
     assert up.work_size == 1000 * 16 * 2 + 1024 * 4 * 16 * 4, "S, and sums of its slices"
     assert up.num_words >= 8 + 3 * 8
@@ -141,6 +143,11 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
         )
         sliced += chosen.work_size > M * r * 2 + 255  # S and its sums, not S alone
     assert 0 < sliced < 3 * 4 * 13 * 2
+    for M, N, K, r, drops in itertools.product((65, 577, 8192), (256, 3584), (512, 4096), (65, 128, 256), (None, SEED)):
+        shapes = ((M, K), (N, K), (r, K), (N, r), (M, N), (M, r))
+        x, w, a, b, dy, s = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
+        cuda.forward_plan(x, w, a, b, None, save_s=True, **settings | {"seed": drops})
+        cuda.backward_plan(dy, x, w, a, b, s, needs=(True, True, True), **settings | {"seed": drops})
     wide = make_inputs(100, 512, 768, 256, torch.bfloat16)
     tensors = (wide.x, wide.weight, wide.lora_A, wide.lora_B, None)
     up = cuda.forward_plan(*tensors, save_s=True, **settings)
