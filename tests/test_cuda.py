@@ -179,7 +179,8 @@ def test_slices_of_a_masked_x(case: Case) -> None:
     [
         Case(1000, 2056, 520, 16),
         Case(1300, 4096, 1032, 5, FP16, bias=True),
-        Case(520, 2304, 1536, 32, fp32_adapters=True),
+        Case(700, 2304, 1536, 32),
+        Case(520, 2304, 520, 32, fp32_adapters=True),
         Case(5000, 4096, 1024, 16),
     ],
     ids=str,
