@@ -2,9 +2,9 @@
 #pragma once
 #include <stdint.h>
 
-// Null: not there, or not wanted. Outputs start at multiples of 16 bytes. Pitches: elements from a row to the next. terms: 1, or 3 where the adapters, fp32, and S
-// keep their precision (see skinny.cuh); s and saved_s are fp32 then. has_seed: 0, 1, or 2 where `seed` is the address of
-// the seed.
+// Null: not there, or not wanted. Outputs start at multiples of 16 bytes. Pitches: elements from a row to the next. terms:
+// 1, or 3 where the adapters, fp32, and S keep their precision (see skinny.cuh); s and saved_s are fp32 then. has_seed: 0,
+// 1, or 2 where `seed` is the address of the seed.
 typedef struct {
   int64_t is_bf16, param_is_float, bias_is_float, terms, block_n, group, programs, shrink_clusters, slices, in_tiles, parts_a,
       parts_b;

@@ -1,8 +1,8 @@
 // The C interface: workspaces' layout, tensor maps and the launch. No torch header is needed.
 //
 // Compiled as it is this file gives everything. To compile it in parallel, it gives with -DFUSEDLORA_UNIT_RANKS=1, 2, 4, 8
-// or 16, -DFUSEDLORA_UNIT_BACKWARD=0 or 1 and -DFUSEDLORA_UNIT_TERMS=1, or 3 beside 4, the kernels of so many 16 ranks, that
-// direction and so many terms, with -DFUSEDLORA_UNIT_DECODE=0 or 1 those of decoding in fp16 or bf16, with
+// or 16, -DFUSEDLORA_UNIT_BACKWARD=0 or 1 and -DFUSEDLORA_UNIT_TERMS=1, or 3 beside 4, the kernels of so many 16 ranks,
+// that direction and so many terms, with -DFUSEDLORA_UNIT_DECODE=0 or 1 those of decoding in fp16 or bf16, with
 // -DFUSEDLORA_UNITS what lies above them.
 #include <atomic>
 #include <cstdio>
@@ -228,8 +228,8 @@ bool takes_slices(const Arguments& a, int cols, int depth) {
 
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, int TERMS>
 int run(const Arguments& a, int64_t* sizes) {
-  // A box is at most so wide, and boxes that both blocks of a cluster want come half by half.
-  [[maybe_unused]] constexpr int R = 16 * RANKS, WIDTH = R < 64 ? R : 64;
+  using L = Layout<BLOCK_N, RANKS>;
+  [[maybe_unused]] constexpr int R = L::R;
   Call<T> call;
   Operands<T> operands;
   const int64_t used = prepare_call<T, RANKS, BACKWARD, TERMS>(a, call, operands);
@@ -244,10 +244,11 @@ int run(const Arguments& a, int64_t* sizes) {
   if (a.in_tiles ? masked : a.slices > 1 && !masked) return fail("slices", -6);
   const void* left = BACKWARD ? a.dy : a.x;
   const int64_t left_pitch = BACKWARD ? a.dy_pitch : a.x_pitch;
+  // Boxes that both blocks of a cluster want come half by half.
   if (operands.skinny) {
     call.shrink.clusters = int(a.shrink_clusters);
     if (!encode(&call.left, a.is_bf16, left, a.M, call.depth, left_pitch, BLOCK_M) ||
-        !(BACKWARD ? encode(&call.skinny, a.is_bf16, operands.skinny, call.depth, R, R, BLOCK_K / CLUSTER, WIDTH)
+        !(BACKWARD ? encode(&call.skinny, a.is_bf16, operands.skinny, call.depth, R, R, BLOCK_K / CLUSTER, BOX_RANKS<R>)
                    : encode(&call.skinny, a.is_bf16, operands.skinny, R, call.depth, call.depth,
                             a.in_tiles ? R : R / CLUSTER))) {
       return fail("cuTensorMapEncodeTiled", -2);
@@ -263,16 +264,15 @@ int run(const Arguments& a, int64_t* sizes) {
     }
   }
   if constexpr (BACKWARD) {
-    const int rows = job_rows(BLOCK_N, R);
     const auto maps = [&](Stripes& p, const void* src, int64_t pitch, const void* small) {
-      return !p.out || (encode(&p.src, a.is_bf16, src, a.M, p.cols, pitch, rows) &&
-                        encode(&p.small, a.is_bf16, small, a.M, R, R, rows / CLUSTER, WIDTH));
+      return !p.out || (encode(&p.src, a.is_bf16, src, a.M, p.cols, pitch, L::JOB_ROWS) &&
+                        encode(&p.small, a.is_bf16, small, a.M, R, R, L::JOB_ROWS / CLUSTER, BOX_RANKS<R>));
     };
     if (!maps(call.stripes[0], a.dy, a.dy_pitch, operands.saved_s) || !maps(call.stripes[1], a.x, a.x_pitch, call.shrink.out)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }
-  if constexpr (Layout<BLOCK_N, RANKS>::SLICES_IN_TILES && !BACKWARD && TERMS == 1) {
+  if constexpr (L::SLICES_IN_TILES && !BACKWARD && TERMS == 1) {
     if (a.in_tiles) return launch<T, BLOCK_N, RANKS, false, false, 1, true>(a, call);
   }
   return masked ? launch<T, BLOCK_N, RANKS, BACKWARD, true, TERMS>(a, call)

@@ -4,10 +4,10 @@
 //     backward    out = left · right + small · wideᵀ      dy, W [N, K], T, Aᵀ     T = scaling · dy B, and dA, dB
 //
 // Two consumer warpgroups multiply tiles of 128 rows, fed by one TMA thread; two blocks of a cluster take two row
-// blocks beside the same columns and share what they load of `right`, and of all that both need else. S or T is summed in slices of its depth: before all
-// tiles by some clusters, or, S alone, by some tiles beside their own sums. Between tiles, which leave memory idle, clusters
-// take jobs of dB and dA. The three other warps of the first warpgroup, the side warps, make operands ready
-// and add up what slices and jobs leave.
+// blocks beside the same columns and share what they load of `right`, and of all that both need else. S or T is summed in
+// slices of its depth: before all tiles by some clusters, or, S alone, by some tiles beside their own sums. Between tiles,
+// which leave memory idle, clusters take jobs of dB and dA. The three other warps of the first warpgroup, the side warps,
+// make operands ready and add up what slices and jobs leave.
 #pragma once
 #include "skinny.cuh"
 #include "wgmma.cuh"
@@ -63,10 +63,14 @@ struct Call {
   int* words;
 };
 
+// Of R ranks in rows, those of a box: a swizzled row holds 64.
+template <int R>
+constexpr int BOX_RANKS = R < 64 ? R : 64;
+
 template <int BLOCK_N, int RANKS>
 struct Layout {
   static constexpr int R = 16 * RANKS;
-  // A swizzled row holds 64 ranks: more are GROUPS boxes, and as many stages of depth r.
+  // More than 64 ranks are GROUPS boxes, and as many stages of depth r.
   static constexpr int GROUPS = (R + 63) / 64, GROUP_STEPS = RANKS / GROUPS;
   static constexpr int LEFT = BLOCK_M * BLOCK_K * 2, RIGHT = BLOCK_N * BLOCK_K * 2, STAGE = LEFT + RIGHT;
   static constexpr int STAGES = BLOCK_N == 256 ? 4 : 6;
@@ -91,10 +95,9 @@ struct Layout {
 // them.
 template <int R, int ROWS>
 __device__ __forceinline__ void load_ranks(uint32_t to, const CUtensorMap* map, uint32_t barrier, int row, uint32_t rank) {
-  constexpr int WIDTH = R < 64 ? R : 64;
 #pragma unroll
   for (int k = 0; k < R; k += 64) {
-    tma_multicast(to + ROWS * (2 * k + rank * WIDTH), map, barrier, k, row + rank * (ROWS / 2), 3);
+    tma_multicast(to + ROWS * (2 * k + rank * BOX_RANKS<R>), map, barrier, k, row + rank * (ROWS / 2), 3);
   }
 }
 
@@ -831,12 +834,14 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       } else {
 #pragma unroll
         for (int i = 0; i < L::GROUPS; i++) {
-          const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2), right = stages + stage * L::STAGE + L::LEFT;
+          const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2);
+          const uint32_t right = stages + stage * L::STAGE + L::LEFT;
           barrier_wait(full + 8 * stage, phase);
           wgmma_fence();
 #pragma unroll
           for (int q = 0; q < L::GROUP_STEPS; q++) {
-            Wgmma<T, BLOCK_N, 0, 0>::run(acc, matrix_descriptor(left + 32 * q, 16), matrix_descriptor(right + 32 * q, 16), 1);
+            const uint64_t a = matrix_descriptor(left + 32 * q, 16), b = matrix_descriptor(right + 32 * q, 16);
+            Wgmma<T, BLOCK_N, 0, 0>::run(acc, a, b, 1);
           }
           wgmma_commit();
           if (i < L::GROUPS - 1) {

@@ -252,9 +252,9 @@ __device__ void leave_sums(float* to, const float (&acc)[R / 2], int thread) {
   for (int i = 0; i < R / 2; i++) to[128 * i + thread] = acc[i];
 }
 
-// A warp: what warpgroups have left, `parts` times from `from` on, added in their order. put(k, i, row)
-// gets eight ranks, k and on, of row i of the warpgroup's 64. Loads wait long beside wgmma, so those of EIGHTS times eight
-// ranks are under way together.
+// A warp: what warpgroups have left, `parts` times from `from` on, added in their order. put(k, i, row) gets eight ranks, k
+// and on, of row i of the warpgroup's 64. Loads wait long beside wgmma, so those of EIGHTS times eight ranks of two parts are
+// under way together.
 template <int R, int EIGHTS, typename Put>
 __device__ void add_sums(const float* from, int parts, int lane, Put put) {
   const float4* first = reinterpret_cast<const float4*>(from) + lane;

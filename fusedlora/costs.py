@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 
 from .config import Problem, backward_config, decode_config, forward_config
-from .cuda_config import DECODE_UP_TO, MAX_DECODE_RANK, cuda_config, end_us
+from .cuda_config import DECODE_UP_TO, cuda_config, end_us
 from .schedule import backward_end_us, forward_end_us
 
 # Up to this rank Triton's kernels can be faster. For so few elements of W, and up to 2048 rows, launches decide, of
@@ -40,9 +40,10 @@ def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, n
 
 def cuda_us(p: Problem, forward: bool) -> float:
     """Of the CUDA C++ kernels."""
-    if forward and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK:
+    config = cuda_config(p, forward)
+    if forward and config.decode_rows:
         return 2 * p.out * p.depth / BYTES_PER_US + DECODE_FIXED_US
-    us = end_us(p, cuda_config(p, forward), forward) + CUDA_FIXED_US
+    us = end_us(p, config, forward) + CUDA_FIXED_US
     if p.r > 64:  # more products than power is there for, and A with its ranks side by side
         us = 1.05 * us + (0 if forward else 10 if p.r <= 128 else 20)
     return us
