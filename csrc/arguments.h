@@ -7,7 +7,7 @@
 // 1, or 2 where `seed` is the address of the seed.
 typedef struct {
   int64_t is_bf16, param_is_float, bias_is_float, terms, block_n, group, programs, shrink_clusters, slices, in_tiles, parts_a,
-      parts_b;
+      parts_b, db_with_t, first_job;
   int64_t decode_rows, decode_split, decode_early;  // of the decode kernel; zero: the tile kernel
   int64_t M, N, K, r;
   int64_t x_pitch, dy_pitch, w_pitch, a_pitch, b_pitch;

@@ -126,10 +126,17 @@ int run_decode(const Arguments& a) {
   return a.decode_rows == 128 ? launch_decode<T, TILES, 2>(a, c) : launch_decode<T, TILES, 1>(a, c);
 }
 
-// Operands in global memory as the kernel reads them, each null where there is none.
+// An operand of as many columns or rows as there are ranks, in global memory as the kernel reads it; null where there is
+// none.
+template <typename T>
+struct Operand {
+  const T* from;
+  int64_t ranks, pitch;  // TMA fills up ranks with zeros
+};
+
 template <typename T>
 struct Operands {
-  const T *skinny, *wide, *saved_s;
+  Operand<T> skinny, wide, saved_s;
 };
 
 [[maybe_unused]] int64_t row_pairs(int64_t M) { return (M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M); }
@@ -138,13 +145,14 @@ struct Operands {
 [[maybe_unused]] int64_t words_of_rows(int64_t M) { return PROGRESS + 3 * CLUSTER * row_pairs(M); }
 
 // The bytes of workspace it takes.
-template <typename T, int RANKS, bool BACKWARD, int TERMS>
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, int TERMS>
 int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
-  constexpr int R = 16 * RANKS;
+  using L = Layout<BLOCK_N, RANKS>;
+  constexpr int R = L::R;
   [[maybe_unused]] constexpr int SUMS = SUM_RANKS<R, TERMS>;
   Places places{static_cast<char*>(a.workspace)};
   c = {}, operands = {};
-  c.M = int(a.M), c.r = int(a.r), c.group = int(a.group), c.words = static_cast<int*>(a.words);
+  c.M = int(a.M), c.r = int(a.r), c.group = int(a.group), c.first_job = int(a.first_job), c.words = static_cast<int*>(a.words);
   c.cols = int(BACKWARD ? a.K : a.N), c.depth = int(BACKWARD ? a.N : a.K);
   c.mask = {uint32_t(a.seed), uint32_t(uint64_t(a.seed) >> 32), uint32_t(a.bound) * 0x10001u, nullptr};
   if (a.has_seed == 2) c.mask.seed = reinterpret_cast<const uint64_t*>(a.seed);
@@ -152,20 +160,23 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   const int N = int(a.N), K = int(a.K), M = int(a.M);
   Shrink<T>& shrink = c.shrink;
   shrink.scaling = float(a.scaling), shrink.slices = int(a.slices);
-  [[maybe_unused]] const bool as_is = TERMS == 1 && !is_float && a.r == R;
+  // Whether TMA can read it as it lies.
+  [[maybe_unused]] const auto lies = [](const void* from, int64_t pitch, bool other) {
+    return TERMS == 1 && !other && pitch % 8 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  };
   if constexpr (!BACKWARD) {
-    operands.skinny = static_cast<const T*>(a.a);
-    if (!as_is || a.a_pitch != K || reinterpret_cast<uintptr_t>(a.a) % 16) {
+    operands.skinny = {static_cast<const T*>(a.a), a.r, a.a_pitch};
+    if (!lies(a.a, a.a_pitch, is_float)) {
       T* skinny = places.take<T>(int64_t(R) * K);
       c.preparations[c.num_preparations++] = {a.a, skinny, K, 1, a.a_pitch, 1, K, is_float, EACH_TERM};
       c.prepares_skinny = true;
-      operands.skinny = skinny;
+      operands.skinny = {skinny, R, K};
     }
-    operands.wide = static_cast<const T*>(a.b);
-    if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
+    operands.wide = {static_cast<const T*>(a.b), a.r, a.b_pitch};
+    if (!lies(a.b, a.b_pitch, is_float)) {
       T* wide = places.take<T>(int64_t(N) * R);
       c.preparations[c.num_preparations++] = {a.b, wide, N, a.b_pitch, 1, R, 1, is_float, WIDE_TERMS};
-      operands.wide = wide;
+      operands.wide = {wide, R, R};
     }
     shrink.out = places.take<T>(int64_t(M) * R);
     shrink.saved = a.saved_s;
@@ -174,35 +185,37 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   } else {
     const bool needs_t = a.dx || a.da;
     if (needs_t) {
-      operands.skinny = static_cast<const T*>(a.b);
-      if (!as_is || a.b_pitch != R || reinterpret_cast<uintptr_t>(a.b) % 16) {
+      operands.skinny = {static_cast<const T*>(a.b), a.r, a.b_pitch};
+      if (!lies(a.b, a.b_pitch, is_float)) {
         T* skinny = places.take<T>(int64_t(R) * N);
         c.preparations[c.num_preparations++] = {a.b, skinny, N, a.b_pitch, 1, R, 1, is_float, EACH_TERM};
         c.prepares_skinny = true;
-        operands.skinny = skinny;
+        operands.skinny = {skinny, R, R};
       }
       shrink.out = places.take<T>(int64_t(M) * R);
     }
     if (a.dx) {
       T* wide = places.take<T>(int64_t(K) * R);
       c.preparations[c.num_preparations++] = {a.a, wide, K, 1, a.a_pitch, R, 1, is_float, WIDE_TERMS};
-      operands.wide = wide;
+      operands.wide = {wide, R, R};
       c.tiles = true;
     }
     int* arrived = c.words + words_of_rows(a.M);
     if (a.db) {
-      operands.saved_s = static_cast<const T*>(a.s);
-      if (TERMS > 1 || a.r != R || reinterpret_cast<uintptr_t>(a.s) % 16) {
+      operands.saved_s = {static_cast<const T*>(a.s), a.r, a.r};
+      if (!lies(a.s, a.r, false)) {
         T* small = places.take<T>(int64_t(M) * R);
         c.preparations[c.num_preparations++] = {a.s, small, M, a.r, 1, R, 1, TERMS > 1, EACH_TERM};
-        operands.saved_s = small;
+        operands.saved_s = {small, R, R};
       }
-      float* partial = a.parts_b > 1 ? places.take<float>(a.parts_b * stripe_count(N) * STRIPE * SUMS) : nullptr;
-      c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(a.parts_b)};
+      const int64_t units = (row_pairs(M) + L::BOXES - 1) / L::BOXES, parts = a.db_with_t ? units * CLUSTER : a.parts_b;
+      const bool left = parts > 1 || a.db_with_t;
+      float* partial = left ? places.take<float>(parts * stripe_count(N) * STRIPE * SUMS) : nullptr;
+      c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(parts), a.db_with_t != 0};
     }
     if (a.da) {
       float* partial = a.parts_a > 1 ? places.take<float>(a.parts_a * stripe_count(K) * STRIPE * SUMS) : nullptr;
-      c.stripes[1] = {{}, {}, partial, arrived + stripe_count(N), a.da, 1, a.K, is_float, K, int(a.parts_a)};
+      c.stripes[1] = {{}, {}, partial, arrived + stripe_count(N), a.da, 1, a.K, is_float, K, int(a.parts_a), false};
     }
   }
   const bool shrinks = !BACKWARD || a.dx || a.da;  // pointers say nothing before there is a workspace
@@ -232,8 +245,11 @@ int run(const Arguments& a, int64_t* sizes) {
   [[maybe_unused]] constexpr int R = L::R;
   Call<T> call;
   Operands<T> operands;
-  const int64_t used = prepare_call<T, RANKS, BACKWARD, TERMS>(a, call, operands);
+  const int64_t used = prepare_call<T, BLOCK_N, RANKS, BACKWARD, TERMS>(a, call, operands);
   if (!takes_slices<BLOCK_N, RANKS, BACKWARD, TERMS>(a, call.tiles ? call.cols : 0, call.depth)) return fail("slices", -6);
+  // T is computed, and S can be read as it lies.
+  const bool both = BACKWARD && a.db && (a.dx || a.da) && operands.saved_s.from == a.s;
+  if (a.db_with_t && !(both && L::DB_WITH_T && TERMS == 1)) return fail("db_with_t", -8);
   if (sizes) {
     sizes[0] = used;
     sizes[1] = words_of_rows(a.M);
@@ -245,30 +261,34 @@ int run(const Arguments& a, int64_t* sizes) {
   const void* left = BACKWARD ? a.dy : a.x;
   const int64_t left_pitch = BACKWARD ? a.dy_pitch : a.x_pitch;
   // Boxes that both blocks of a cluster want come half by half.
-  if (operands.skinny) {
+  if (const Operand<T>& skinny = operands.skinny; skinny.from) {
     call.shrink.clusters = int(a.shrink_clusters);
     if (!encode(&call.left, a.is_bf16, left, a.M, call.depth, left_pitch, BLOCK_M) ||
-        !(BACKWARD ? encode(&call.skinny, a.is_bf16, operands.skinny, call.depth, R, R, BLOCK_K / CLUSTER, BOX_RANKS<R>)
-                   : encode(&call.skinny, a.is_bf16, operands.skinny, R, call.depth, call.depth,
+        !(BACKWARD ? encode(&call.skinny, a.is_bf16, skinny.from, call.depth, skinny.ranks, skinny.pitch, BLOCK_K / CLUSTER,
+                            BOX_RANKS<R>)
+                   : encode(&call.skinny, a.is_bf16, skinny.from, skinny.ranks, call.depth, skinny.pitch,
                             a.in_tiles ? R : R / CLUSTER))) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }
   if (call.tiles) {
     void* out = BACKWARD ? a.dx : a.y;
+    const Operand<T>& wide = operands.wide;
     if (!encode(&call.right, a.is_bf16, a.w, a.N, a.K, a.w_pitch, BACKWARD ? 64 : BLOCK_N / 2) ||
-        !encode(&call.small, a.is_bf16, call.shrink.out, a.M, R, R, BLOCK_M) ||
-        !encode(&call.wide, a.is_bf16, operands.wide, call.cols, R, R, BLOCK_N / 2) ||
+        !encode(&call.small, a.is_bf16, call.shrink.out, a.M, R, R, BLOCK_M, BOX_RANKS<R>) ||
+        !encode(&call.wide, a.is_bf16, wide.from, call.cols, wide.ranks, wide.pitch, BLOCK_N / 2, BOX_RANKS<R>) ||
         !encode(&call.out, a.is_bf16, out, a.M, call.cols, call.cols, 64)) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }
   if constexpr (BACKWARD) {
-    const auto maps = [&](Stripes& p, const void* src, int64_t pitch, const void* small) {
-      return !p.out || (encode(&p.src, a.is_bf16, src, a.M, p.cols, pitch, L::JOB_ROWS) &&
-                        encode(&p.small, a.is_bf16, small, a.M, R, R, L::JOB_ROWS / CLUSTER, BOX_RANKS<R>));
+    const auto maps = [&](Stripes& p, const void* src, int64_t pitch, const Operand<T>& small) {
+      return !p.out ||
+             (encode(&p.src, a.is_bf16, src, a.M, p.cols, pitch, L::JOB_ROWS) &&
+              encode(&p.small, a.is_bf16, small.from, a.M, small.ranks, small.pitch, L::JOB_ROWS / CLUSTER, BOX_RANKS<R>));
     };
-    if (!maps(call.stripes[0], a.dy, a.dy_pitch, operands.saved_s) || !maps(call.stripes[1], a.x, a.x_pitch, call.shrink.out)) {
+    if (!maps(call.stripes[0], a.dy, a.dy_pitch, operands.saved_s) ||
+        !maps(call.stripes[1], a.x, a.x_pitch, {call.shrink.out, R, R})) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
   }

@@ -59,7 +59,7 @@ struct Call {
   bool bias_is_float;
   Mask mask;
   bool tiles;
-  int M, cols, depth, r, group;
+  int M, cols, depth, r, group, first_job;
   int* words;
 };
 
@@ -71,7 +71,7 @@ template <int BLOCK_N, int RANKS>
 struct Layout {
   static constexpr int R = 16 * RANKS;
   // More than 64 ranks are GROUPS boxes, and as many stages of depth r.
-  static constexpr int GROUPS = (R + 63) / 64, GROUP_STEPS = RANKS / GROUPS;
+  static constexpr int GROUPS = (R + 63) / 64, GROUP_STEPS = RANKS / GROUPS, BOX_ROW = 2 * BOX_RANKS<R>;
   static constexpr int LEFT = BLOCK_M * BLOCK_K * 2, RIGHT = BLOCK_N * BLOCK_K * 2, STAGE = LEFT + RIGHT;
   static constexpr int STAGES = BLOCK_N == 256 ? 4 : 6;
   // A warpgroup's output leaves by boxes of [64, 64]; while TMA reads one the next is written.
@@ -88,6 +88,11 @@ struct Layout {
   // The sums of more ranks would take longer than what tiles gain.
   static constexpr bool SLICES_IN_TILES = RANKS <= 2;
   static_assert(!SLICES_IN_TILES || STAGES * SKINNY <= OUT);
+  // Beside T, dB: BOXES boxes of rows of dy a stage. Their rows of S wait where later a tile's output is. With more ranks
+  // T would come too late.
+  static constexpr bool DB_WITH_T = RANKS == 1;
+  static constexpr int S_ROWS = BLOCK_M * R * 2;
+  static_assert(!DB_WITH_T || BOXES * S_ROWS <= OUT);
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 80;
 };
 
@@ -193,6 +198,20 @@ __device__ void add_slices(const Call<T>& c, int* words, int block, int group, i
   if (lane == 0) publish_bit(c.words + PROGRESS + block, 1u << group);
 }
 
+// Consumers: what a warpgroup has summed of the row block from `row` on, all of the depth, is there for all.
+template <typename T, int R, int TERMS, int COUNT>
+__device__ __forceinline__ void publish_rows(const Call<T>& c, const float (&sums)[COUNT], int row, int warp, int lane) {
+  const int g = lane / 4, t = lane % 4, group = warp / 4;
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 2) {
+    const float pair[2] = {sums[i], sums[i + 1]};
+    put_small<T, R, TERMS>(c, pair, row + 16 * warp + g + i / 2 % 2 * 8, i / 4 * 8 + 2 * t);
+  }
+  fence_all_to_tma();  // by which tiles and dA's jobs read it
+  meet(3 + group, 128);
+  if (warp % 4 == 0 && lane == 0) publish_bit(c.words + PROGRESS + row / BLOCK_M, 1u << group);
+}
+
 // Consumers: a slice of S or T for the row block from `row` on, left for side warps or, if there is but one, published.
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS>
 __device__ void slice_rows(
@@ -296,14 +315,69 @@ __device__ void slice_rows(
     tell_side(told, left_before, group, thread);
     return;
   }
+  publish_rows<T, R, TERMS>(c, sums, row, warp, lane);
+}
+
+// Consumers: T for BOXES row blocks of this block's, every other from `row` on, and what dB is of their dy and S: each
+// warpgroup leaves the sums of every other stripe of 64 columns, as number `part` of the stripe. One takes its stripes when
+// they come, the other a stage later, so that both run the same instructions; the number of stages is odd.
+template <typename T, int BLOCK_N, int RANKS>
+__device__ void rows_with_db(
+    const Call<T>& c, int row, int part, uint32_t stages, uint32_t s_rows, uint32_t full, uint32_t empty, int& stage, int& phase,
+    int warp, int lane) {
+  using L = Layout<BLOCK_N, RANKS>;
+  constexpr int R = L::R;
+  const int group = warp / 4, thread = warp % 4 * 32 + lane, stripes = (c.depth + STRIPE - 1) / STRIPE;
+  float acc[L::BOXES][R / 2] = {};
+  const auto multiply = [&] {
+    const uint32_t lefts = stages + stage * L::STAGE, right = lefts + L::BOXES * L::LEFT;
+    barrier_wait(full + 8 * stage, phase);
+    wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < SUMS / 2; i += 2) {
-    const float pair[2] = {sums[i], sums[i + 1]};
-    put_small<T, R, TERMS>(c, pair, row + 16 * warp + g + i / 2 % 2 * 8, i / 4 * 8 + 2 * t);
+    for (int box = 0; box < L::BOXES; box++) {
+#pragma unroll
+      for (int i = 0; i < BLOCK_K / 16; i++) {
+        const uint64_t a = matrix_descriptor(lefts + box * L::LEFT + group * (L::LEFT / 2) + 32 * i, 16);
+        Wgmma<T, R, 0, 1>::run(acc[box], a, ranks_descriptor<R, BLOCK_K>(right, i));
+      }
+    }
+    wgmma_commit();
+    const int multiplied = stage;
+    if (++stage == L::STAGES) stage = 0, phase ^= 1;
+    return multiplied;
+  };
+  int before = -1;
+#pragma unroll 1
+  for (int n = 0;; n += 2) {
+    const int now = multiply(), own = stages + (group == 0 || before < 0 ? now : before) * L::STAGE;
+    float sums[R / 2];
+    wgmma_fence();
+#pragma unroll
+    for (int box = 0; box < L::BOXES; box++) {
+#pragma unroll
+      for (int i = 0; i < BLOCK_M / 16; i++) {
+        const uint64_t a = matrix_descriptor(own + box * L::LEFT + 2048 * i, 16);
+        Wgmma<T, R, 1, 1>::run(sums, a, ranks_descriptor<R, BLOCK_M>(s_rows + box * L::S_ROWS, i), box + i > 0);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(sums);
+    if (thread < CLUSTER) {
+      if (before >= 0) barrier_arrive(empty + 8 * before, thread);
+      barrier_arrive(empty + 8 * now, thread);
+    }
+    const int stripe = n - group;
+    if (stripe >= 0 && stripe < stripes) leave_sums<R>(part_place<R>(c.stripes[0], stripe, part), sums, thread);
+    if (n + 1 >= stripes) break;
+    before = multiply();
   }
-  fence_all_to_tma();  // by which tiles and dA's jobs read it
-  meet(3 + group, 128);
-  if (thread == 0) publish_bit(c.words + PROGRESS + row / BLOCK_M, 1u << group);
+#pragma unroll
+  for (int box = 0; box < L::BOXES; box++) {
+    settle(acc[box]);
+    const int own = row + box * CLUSTER * BLOCK_M;
+    if (own < c.M) publish_rows<T, R, 1>(c, acc[box], own, warp, lane);
+  }
 }
 
 // A warpgroup: the sums of `stripe` over the rows of `part`. Parts are left for a side warp.
@@ -430,7 +504,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   __syncwarp();
   cluster_meet();
 
-  if (threadIdx.x == 0) jobs = Jobs::of(db_jobs, da_jobs, *own_place, tiles.stride, tiles.owned(*own_place));
+  if (threadIdx.x == 0) jobs = Jobs::of(db_jobs, da_jobs, *own_place, c.first_job, tiles.stride, tiles.owned(*own_place));
   __syncthreads();
   const int &place = jobs.place, &stride = tiles.stride, &own_tiles = jobs.tiles;
   const int slices = CUT ? c.shrink.slices : 1, half_steps = slice_begin(c.depth, slices / 2, slices);
@@ -439,12 +513,14 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   // take(pair_m, slice) for what a cluster sums of S or T outside of its tiles: first its own units, then those, or the
   // slices of those tiles, of all places that nobody has by then, so that it never waits for a cluster which may find no
   // SM before this one ends. If that comes after all, it computes the same bits once more.
+  const bool with_t = BACKWARD && L::DB_WITH_T && TERMS == 1 && c.stripes[0].with_t;
+  const int unit_pairs = with_t ? L::BOXES : 1, units_m = (pairs_m + unit_pairs - 1) / unit_pairs;
   const auto take_units = [&](auto tell, auto take) {
     const int owners = IN_TILES ? stride : c.shrink.clusters;
     if (place >= owners || (IN_TILES && own_tiles == 0)) return;  // who has no tile waits for nobody
     for (int owner = place; owner < owners;) {
       if (!IN_TILES) {
-        for (int unit = owner; unit < pairs_m * slices; unit += c.shrink.clusters) take(unit / slices, unit % slices);
+        for (int unit = owner; unit < units_m * slices; unit += c.shrink.clusters) take(unit / slices * unit_pairs, unit % slices);
       } else if (owner != place) {
         for (int index = tiles.first(owner); index < tiles.count(); index += stride) {
           int pair_m, tile_n;
@@ -519,6 +595,25 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           advance();
         };
 
+        [[maybe_unused]] const auto load_with_db = [&](int row) {
+          // S's rows take the place of those of the unit before, once all of that has been multiplied.
+          barrier_wait(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), stage == 0 ? phase ^ 1 : phase);
+          const int columns = (c.depth + BLOCK_K - 1) / BLOCK_K | 1;  // past the depth come zeros
+          for (int k = 0; k < columns * BLOCK_K; k += BLOCK_K) {
+            const uint32_t left = stages + stage * L::STAGE, barrier = full + 8 * stage;
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            barrier_expect(barrier, L::BOXES * L::LEFT + L::SKINNY + (k == 0 ? L::BOXES * L::S_ROWS : 0));
+            for (int b = 0; b < L::BOXES; b++) {
+              const int own = row + b * CLUSTER * BLOCK_M;
+              tma_load(left + b * L::LEFT, &c.left, barrier, k, own);
+              for (int m = 0; k == 0 && m < BLOCK_M; m += L::JOB_ROWS / CLUSTER) {
+                tma_load(out + b * L::S_ROWS + m * L::R * 2, &c.stripes[0].small, barrier, 0, own + m);
+              }
+            }
+            load_skinny(left + L::BOXES * L::LEFT, barrier, k);
+            advance();
+          }
+        };
         const auto load_units = [&] {
           take_units(
               [&] {
@@ -527,6 +622,12 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
                 }
               },
               [&](int pair_m, int slice) {
+                if constexpr (BACKWARD && L::DB_WITH_T && TERMS == 1) {
+                  if (with_t) {
+                    load_with_db((pair_m * CLUSTER + rank) * BLOCK_M);
+                    return;
+                  }
+                }
                 const int end = min(c.depth, slice_begin(c.depth, slice + 1, slices) * BLOCK_K);
                 for (int k = slice_begin(c.depth, slice, slices) * BLOCK_K; k < end; k += L::BOXES * BLOCK_K) {
                   const uint32_t left = stages + stage * L::STAGE, right = left + L::BOXES * L::LEFT, barrier = full + 8 * stage;
@@ -606,16 +707,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
             n--;
             continue;
           }
-          // The steps of depth r, in rows padded with zeros to those of a stage.
+          // The steps of depth r.
           wait_for_prepared();
           if (row < c.M) wait_for(c.words + PROGRESS + row / BLOCK_M, 3);
           fence_all_to_tma();
           for (int k = 0; k < L::R; k += 64) {
             const uint32_t left = stages + stage * L::STAGE, right = left + L::LEFT, barrier = full + 8 * stage;
             barrier_wait(empty + 8 * stage, phase ^ 1);
-            barrier_expect(barrier, L::STAGE);
+            barrier_expect(barrier, (BLOCK_M + BLOCK_N) * L::BOX_ROW);
             tma_load(left, &c.small, barrier, k, row);
-            tma_multicast(right + rank * (L::RIGHT / 2), &c.wide, barrier, k, col + rank * (BLOCK_N / 2), 3);
+            tma_multicast(right + rank * (BLOCK_N / 2) * L::BOX_ROW, &c.wide, barrier, k, col + rank * (BLOCK_N / 2), 3);
             advance();
           }
         }
@@ -632,7 +733,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     } else {
       prepare_all<T, RANKS, TERMS, EIGHTS == 2 && RANKS >= 4 ? 2 : 1>(c, next, warp - 1, lane);
       if (warp == 3) {
-        if (BACKWARD && c.stripes[1].out) {
+        if (BACKWARD && (c.stripes[1].out || with_t)) {
           for (int b = lane; b < tiles_m; b += 32) {
             while (published(c.words + PROGRESS + b) < 3) __nanosleep(200);
           }
@@ -651,6 +752,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           barrier_wait(told, 0);  // or this block could end before it is told
         }
         if (lane == 0) barrier_arrive(words_left);
+        if constexpr (BACKWARD && L::DB_WITH_T && TERMS == 1) {
+          if (with_t) add_all_parts<T, L::R, EIGHTS>(c.stripes[0], c.r, lane);
+        }
       } else {
         const int group = warp - 1;
         int seen = 0;
@@ -699,8 +803,16 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     int left_before = 0;
     const auto sum_units = [&] {
       take_units([] {}, [&](int pair_m, int slice) {
+        const int row = (pair_m * CLUSTER + int(rank)) * BLOCK_M;
+        if constexpr (BACKWARD && L::DB_WITH_T && TERMS == 1) {
+          if (with_t) {
+            rows_with_db<T, BLOCK_N, RANKS>(
+                c, row, pair_m / L::BOXES * CLUSTER + rank, stages, out, full, empty, stage, phase, warp - 4, lane);
+            return;
+          }
+        }
         slice_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD, TERMS>(
-            c, mask, (pair_m * CLUSTER + int(rank)) * BLOCK_M, slice, slices, stages, full, empty, stage, phase, warp - 4, lane,
+            c, mask, row, slice, slices, stages, full, empty, stage, phase, warp - 4, lane,
             sums_left + 8 * group, left_before);
       });
     };
@@ -807,12 +919,13 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       const auto form_product = [&](int i) {
 #pragma unroll 1  // registers are few
         for (int j = 0; j < L::GROUPS; j++) {
-          const uint32_t left = stages + stage_of(j) * L::STAGE;
+          const uint32_t left = stages + stage_of(j) * L::STAGE + group * 64 * L::BOX_ROW;
+          const uint32_t right = stages + stage_of(j) * L::STAGE + L::LEFT + i * 64 * L::BOX_ROW;
           wgmma_fence();
 #pragma unroll
           for (int q = 0; q < L::GROUP_STEPS; q++) {
-            const uint64_t a = matrix_descriptor(left + group * (L::LEFT / 2) + 32 * q, 16);
-            Wgmma<T, 64, 0, 0>::run(product, a, matrix_descriptor(left + L::LEFT + 8192 * i + 32 * q, 16), j + q > 0);
+            const uint64_t a = narrow_descriptor<BOX_RANKS<L::R>>(left + 32 * q);
+            Wgmma<T, 64, 0, 0>::run(product, a, narrow_descriptor<BOX_RANKS<L::R>>(right + 32 * q), j + q > 0);
           }
           wgmma_commit();
         }
@@ -834,14 +947,14 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       } else {
 #pragma unroll
         for (int i = 0; i < L::GROUPS; i++) {
-          const uint32_t left = stages + stage * L::STAGE + group * (L::LEFT / 2);
+          const uint32_t left = stages + stage * L::STAGE + group * 64 * L::BOX_ROW;
           const uint32_t right = stages + stage * L::STAGE + L::LEFT;
           barrier_wait(full + 8 * stage, phase);
           wgmma_fence();
 #pragma unroll
           for (int q = 0; q < L::GROUP_STEPS; q++) {
-            const uint64_t a = matrix_descriptor(left + 32 * q, 16), b = matrix_descriptor(right + 32 * q, 16);
-            Wgmma<T, BLOCK_N, 0, 0>::run(acc, a, b, 1);
+            const uint64_t a = narrow_descriptor<BOX_RANKS<L::R>>(left + 32 * q);
+            Wgmma<T, BLOCK_N, 0, 0>::run(acc, a, narrow_descriptor<BOX_RANKS<L::R>>(right + 32 * q), 1);
           }
           wgmma_commit();
           if (i < L::GROUPS - 1) {

@@ -327,7 +327,8 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
          ((address & 0x3FFFF) >> 4);
 }
 
-// A shared-memory matrix in rows of 2 · R = 32, 64 or 128 bytes, swizzled as TMA does it at that width, its depth in rows.
+// A shared-memory matrix in rows of 2 · R = 32, 64 or 128 bytes, swizzled as TMA does it at that width, its depth in rows or
+// across them.
 template <int R>
 __device__ __forceinline__ uint64_t narrow_descriptor(uint32_t address) {
   constexpr uint64_t SWIZZLE = R == 64 ? 1 : R == 32 ? 2 : 3;

@@ -56,24 +56,25 @@ FUSEDLORA_BOTH constexpr int slice_begin(int depth, int slice, int slices) {
   return (depth + 127) / 128 * slice / slices * 2;
 }
 
-// The jobs of one cluster: of all, dB's and then dA's, every `stride`th from its place on, and when it takes them.
+// The jobs of one cluster: of all, dB's and then dA's, every `stride`th, and when it takes them. The first one is for
+// `first_place`.
 struct Jobs {
-  int place, stride, tiles, db_jobs, count;
+  int place, first, stride, tiles, db_jobs, count;
 
-  FUSEDLORA_BOTH static constexpr Jobs of(int db_jobs, int da_jobs, int place, int stride, int tiles) {
-    const int jobs = db_jobs + da_jobs;
-    return {place, stride, tiles, db_jobs, place < jobs ? (jobs - place + stride - 1) / stride : 0};
+  FUSEDLORA_BOTH static constexpr Jobs of(int db_jobs, int da_jobs, int place, int first_place, int stride, int tiles) {
+    const int jobs = db_jobs + da_jobs, first = (place + stride - first_place % stride) % stride;
+    return {place, first, stride, tiles, db_jobs, first < jobs ? (jobs - first + stride - 1) / stride : 0};
   }
 
   // Number n of the cluster's: whether it is dA's, and its index among those.
-  FUSEDLORA_BOTH constexpr bool is_da(int n) const { return place + n * stride >= db_jobs; }
-  FUSEDLORA_BOTH constexpr int index(int n) const { return place + n * stride - (is_da(n) ? db_jobs : 0); }
+  FUSEDLORA_BOTH constexpr bool is_da(int n) const { return first + n * stride >= db_jobs; }
+  FUSEDLORA_BOTH constexpr int index(int n) const { return first + n * stride - (is_da(n) ? db_jobs : 0); }
 
   // Whether it comes before the cluster's tile number `tile` at the latest. Other places have other turns, since tiles
   // leave memory idle. As a rule T is there after two tiles, and the last tile hides the adding of parts.
   FUSEDLORA_BOTH constexpr bool due(int n, int tile) const {
     if (n >= count) return false;
-    const int wanted = (8 * n + place % 8) * tiles / (8 * count) + 1, least = is_da(n) ? 2 : 1;
+    const int wanted = (8 * n + first % 8) * tiles / (8 * count) + 1, least = is_da(n) ? 2 : 1;
     const int most = tiles < 2 ? tiles : tiles - 1, turn = wanted > least ? wanted : least;
     return (turn < most ? turn : most) <= tile;
   }

@@ -161,7 +161,7 @@ __device__ void prepare(const Preparation& p, int task, int r, int thread) {
 }
 
 // Stripes of out [R, cols] = small [M, R]ᵀ · src [M, cols], src under the mask for dA. Each is summed in `parts` runs of
-// rows.
+// rows: by jobs or, dB's, by those who read the same dy for T.
 struct Stripes {
   CUtensorMap src, small;
   float* partial;  // where there are parts: for each 64 columns and part the sums, as the threads hold them
@@ -170,9 +170,10 @@ struct Stripes {
   int64_t long_out, rank_out;  // where element (k, column) goes: column · long_out + k · rank_out
   bool out_is_float;
   int cols, parts;
+  bool with_t;
 };
 
-__host__ __device__ inline int job_count(const Stripes& p) { return p.out ? job_count(p.cols, p.parts) : 0; }
+__host__ __device__ inline int job_count(const Stripes& p) { return p.out && !p.with_t ? job_count(p.cols, p.parts) : 0; }
 
 __host__ __device__ inline int64_t stripe_count(int64_t cols) { return (cols + JOB_COLS - 1) / JOB_COLS * (JOB_COLS / STRIPE); }
 
@@ -252,41 +253,46 @@ __device__ void leave_sums(float* to, const float (&acc)[R / 2], int thread) {
   for (int i = 0; i < R / 2; i++) to[128 * i + thread] = acc[i];
 }
 
-// A warp: what warpgroups have left, `parts` times from `from` on, added in their order. put(k, i, row) gets eight ranks, k
-// and on, of row i of the warpgroup's 64. Loads wait long beside wgmma, so those of EIGHTS times eight ranks of two parts are
-// under way together.
+// A warp: what warpgroups have left, `parts` times from `from` on, added in their order, of the n-th EIGHTS times eight ranks.
+// put(k, i, row) gets eight, k and on, of row i of the warpgroup's 64. Loads wait long beside wgmma, so those of two parts
+// are under way together.
 template <int R, int EIGHTS, typename Put>
-__device__ void add_sums(const float* from, int parts, int lane, Put put) {
-  const float4* first = reinterpret_cast<const float4*>(from) + lane;
+__device__ void add_eights(const float* from, int parts, int n, int lane, Put put) {
+  const float4* first = reinterpret_cast<const float4*>(from) + 4 * EIGHTS * 32 * n + lane;
+  float4 sums[EIGHTS][4] = {};
 #pragma unroll 1
-  for (int n = 0; n < R / 8; n += EIGHTS) {
-    float4 sums[EIGHTS][4] = {};
-#pragma unroll 1
-    for (int q = 0; q < parts; q += 2) {
-      float4 pair[2][4 * EIGHTS] = {};
+  for (int q = 0; q < parts; q += 2) {
+    float4 pair[2][4 * EIGHTS] = {};
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        if (q + h == parts) break;
+    for (int h = 0; h < 2; h++) {
+      if (q + h == parts) break;
 #pragma unroll
-        for (int i = 0; i < 4 * EIGHTS; i++) pair[h][i] = __ldcg(first + ((q + h) * (R / 2) + 4 * n + i) * 32);
-      }
-#pragma unroll
-      for (int i = 0; i < 8 * EIGHTS; i++) {
-        const float4 part = pair[i % 2][i / 2];
-        float4& sum = sums[i / 8][i / 2 % 4];
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
+      for (int i = 0; i < 4 * EIGHTS; i++) pair[h][i] = __ldcg(first + ((q + h) * (R / 2) + i) * 32);
     }
 #pragma unroll
-    for (int j = 0; j < EIGHTS; j++) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {  // each vector is of four threads' columns, in the order of wgmma's registers
-        const float4 even = sums[j][2 * h], odd = sums[j][2 * h + 1];
-        const float row[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
-        put(8 * (n + j), 16 * (lane / 8) + lane % 8 + 8 * h, row);
-      }
+    for (int i = 0; i < 8 * EIGHTS; i++) {
+      const float4 part = pair[i % 2][i / 2];
+      float4& sum = sums[i / 8][i / 2 % 4];
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
   }
+  asm volatile("" : "+r"(lane));
+#pragma unroll
+  for (int j = 0; j < EIGHTS; j++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {  // each vector is of four threads' columns, in the order of wgmma's registers
+      const float4 even = sums[j][2 * h], odd = sums[j][2 * h + 1];
+      const float row[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+      put(8 * (EIGHTS * n + j), 16 * (lane / 8) + lane % 8 + 8 * h, row);
+    }
+  }
+}
+
+// All R ranks of them.
+template <int R, int EIGHTS, typename Put>
+__device__ void add_sums(const float* from, int parts, int lane, Put put) {
+#pragma unroll 1
+  for (int n = 0; n < R / (8 * EIGHTS); n++) add_eights<R, EIGHTS>(from, parts, n, lane, put);
 }
 
 // Where the part of a stripe leaves its sums.
@@ -307,6 +313,19 @@ __device__ void add_parts(const Stripes& p, int stripe, int r, int lane) {
     if (col < p.cols) put_row<T>(p, k, col, row, r);
   });
   if (lane == 0) p.arrived[stripe] = 0;
+}
+
+// A warp, once all parts are there: what is its of them, by eights of ranks, if each block has one such warp.
+template <typename T, int R, int EIGHTS>
+__device__ void add_all_parts(const Stripes& p, int r, int lane) {
+  constexpr int TASKS = R / (8 * EIGHTS);  // of a stripe
+  for (int task = blockIdx.x; task < (p.cols + STRIPE - 1) / STRIPE * TASKS; task += gridDim.x) {
+    const int stripe = task / TASKS;
+    add_eights<R, EIGHTS>(part_place<R>(p, stripe, 0), p.parts, task % TASKS, lane, [&](int k, int i, const float(&row)[8]) {
+      const int col = stripe * STRIPE + i;
+    if (col < p.cols) put_row<T>(p, k, col, row, r);
+    });
+  }
 }
 
 }  // namespace fusedlora

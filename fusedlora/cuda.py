@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import Problem
 from .cuda_build import find_library
-from .cuda_config import MAX_DECODE, MAX_DECODE_RANK, CudaConfig, cuda_config
+from .cuda_config import MAX_DECODE, MAX_DECODE_RANK, RANKS_DB_WITH_T, CudaConfig, cuda_config
 from .dropout import launch_dropout
 from .memory import device_memory, row_major, skinny_rows
 from .recipe import SOURCES, Recipe, address
@@ -24,7 +24,8 @@ from .recipe import SOURCES, Recipe, address
 # The struct's members: those that a plan fixes, then those of each call. test_cuda_build.py compares them with C's.
 SETTINGS = (
     *("is_bf16", "param_is_float", "bias_is_float", "terms", "block_n", "group", "programs", "shrink_clusters"),
-    *("slices", "in_tiles", "parts_a", "parts_b", "decode_rows", "decode_split", "decode_early"),
+    *("slices", "in_tiles", "parts_a", "parts_b", "db_with_t", "first_job"),
+    *("decode_rows", "decode_split", "decode_early"),
     *("M", "N", "K", "r", "x_pitch", "dy_pitch", "w_pitch", "a_pitch", "b_pitch"),
 )
 POINTERS = (
@@ -161,11 +162,11 @@ def _plan(
     """
     M, N, K, r = sizes
     dtype, adapter_dtype, param_dtype, bias_dtype = dtypes
-    forward = direction == "forward"
+    forward, pointers = direction == "forward", dict(zip(POINTERS, there))
     if config is None:
         out, depth = (N, K) if forward else (K, N)
         problem = Problem(M, out, depth, r, dtype.itemsize, False, 90, num_sms(device), drops)
-        tiles = forward or there[POINTERS.index("dx")] > 0
+        tiles = forward or pointers["dx"] > 0
         config = cuda_config(problem, forward, tiles=tiles, precise=adapter_dtype is not dtype)
     settings = {
         "is_bf16": dtype is torch.bfloat16,
@@ -180,9 +181,13 @@ def _plan(
         "in_tiles": config.in_tiles,
         "parts_a": config.parts,
         "parts_b": config.parts,
+        "first_job": config.first_job,
     }
+    s_as_it_lies = adapter_dtype is dtype and r in RANKS_DB_WITH_T and pointers["s"] == 16
+    if config.db_with_t and s_as_it_lies and pointers["db"] and (pointers["dx"] or pointers["da"]):
+        settings["db_with_t"] = True
     # The decode kernel reads A in place.
-    in_place = param_dtype is dtype and there[POINTERS.index("a")] == 16 and pitches[3] % 8 == 0
+    in_place = param_dtype is dtype and pointers["a"] == 16 and pitches[3] % 8 == 0
     decodes = forward and not drops and M <= MAX_DECODE and r <= MAX_DECODE_RANK
     if config.decode_rows and decodes and in_place:
         settings |= {f"decode_{name}": getattr(config, f"decode_{name}") for name in ("rows", "split", "early")}

@@ -13,6 +13,8 @@ MAX_RANK = 256
 MAX_RANK_NARROW = 128  # where tiles are 128 columns wide
 MAX_RANK_IN_TILES = 32  # for more, tiles wait longer for the sums of S's slices in tiles than for S before them
 MAX_RANK_PRECISE = 16  # of adapters that keep fp32's precision
+RANKS_DB_WITH_T = (8, 16)  # whose S is read as it lies, and for which T does not come too late
+DEPTH_DB_WITH_T = 2048  # from here on that is faster
 MAX_DECODE, MAX_DECODE_RANK = 64, 64  # rows of x and ranks that the decode kernel takes
 # Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
 DECODE_UP_TO = 64
@@ -26,7 +28,8 @@ class CudaConfig:
     """`programs` blocks work in clusters of two; tiles are 128 × block_n, `group` pairs of rows at a time for L2.
 
     The depth of S or T is summed in `slices` runs: with `in_tiles` S by the tiles of so many columns beside their own
-    sums, else by `shrink_clusters` clusters before their tiles. A stripe of dA or dB is summed in `parts` runs of rows.
+    sums, else by `shrink_clusters` clusters before their tiles. A stripe of dA or dB is summed in `parts` runs of rows;
+    with `db_with_t` dB by those who sum T, from the same read of dy. Place number `first_job` takes the first of them.
     With `decode_rows`, a forward that the decode kernel takes is its: that many rows of W a block, 64 or 128, and
     their depth split over a cluster of `decode_split`, 1 (with 64 rows), 2, 4 or 8. `decode_early`: its blocks may
     take their places while the launch before it on the stream ends, and wait there for what that has written.
@@ -39,6 +42,8 @@ class CudaConfig:
     parts: int
     slices: int = 1
     in_tiles: bool = False
+    db_with_t: bool = False
+    first_job: int = 0
     decode_rows: int = 0
     decode_split: int = 1
     decode_early: bool = True
@@ -106,41 +111,71 @@ def prefers_cuda(
     return any(calls.hold(rows, N, K, r, dropout, converts, precise) for calls in FASTER[direction])
 
 
-@functools.lru_cache(maxsize=4096)
 def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool = False) -> CudaConfig:
-    """The configuration of one direction; without `tiles`, of a backward that asks for no dX."""
+    """The configuration of one direction; without `tiles`, of a backward that asks for no dX.
+
+    One for all M of as many pairs of row blocks, since it takes some milliseconds to find.
+    """
+    if p.M > DECODE_UP_TO:
+        p = dataclasses.replace(p, M=_cdiv(p.M, _BLOCK_M * _CLUSTER) * _BLOCK_M * _CLUSTER)
+    return _cuda_config(p, forward, tiles, precise)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaConfig:
     programs = p.num_sms // _CLUSTER * _CLUSTER
     clusters = programs // _CLUSTER
     pairs_m = _cdiv(p.M, _BLOCK_M * _CLUSTER)
-    block_n = 256 if pairs_m * _cdiv(p.out, 256) >= clusters or p.r > MAX_RANK_NARROW else 128
-    # Clusters that have a tile less than the others do the shrinking, unless that makes them late.
-    slack = -(pairs_m * _cdiv(p.out, block_n)) % clusters if tiles else 0
-    late = slack == 0 or _cdiv(pairs_m, slack) > 3
-    slices, shrink_clusters = 1, min(clusters if late else slack, pairs_m)
+    wide_tiles = pairs_m * _cdiv(p.out, 256)
+    block_n = 256 if wide_tiles >= clusters or p.r > MAX_RANK_NARROW else 128  # unless times say otherwise
+    decodes = decode_config(p) if p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK else ()
+
+    def config(block_n: int, shrink_clusters: int, slices: int = 1, in_tiles: bool = False) -> CudaConfig:
+        return CudaConfig(block_n, _GROUP, programs, shrink_clusters, 1, slices, in_tiles, False, 0, *decodes)
+
+    def slack(block_n: int) -> int:
+        """How many clusters have a tile less than the others."""
+        return -(pairs_m * _cdiv(p.out, block_n)) % clusters if tiles else 0
+
     # Narrow outputs would wait for S, which takes as long as for wide ones, a quarter of the time of 1024 columns.
-    in_tiles = forward and not p.dropout and not precise and p.out <= 2048
-    in_tile_slices = _in_tile_slices(p, clusters, block_n) if in_tiles else 0
-    if in_tile_slices:
-        slices, shrink_clusters = in_tile_slices, 0
-    elif forward and p.dropout and not precise and pairs_m <= 4:
+    if forward and not p.dropout and not precise and p.out <= 2048:
+        if slices := _in_tile_slices(p, clusters, block_n):
+            return config(block_n, 0, slices, True)
+    # These shrink, unless that makes them late.
+    few = slack(block_n)
+    shrink_clusters = min(clusters if few == 0 or _cdiv(pairs_m, few) > 3 else few, pairs_m)
+    if forward and p.dropout and not precise and pairs_m <= 4:
         # The mask takes so long that few clusters would keep all waiting.
         slices = max(1, min(16, clusters // pairs_m, _cdiv(p.depth, 128)))
-        shrink_clusters = pairs_m * slices
-    config = CudaConfig(
-        block_n,
-        _GROUP,
-        programs,
-        shrink_clusters,
-        1,
-        slices,
-        in_tile_slices > 0,
-        *(decode_config(p) if p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK else ()),
-    )
-    several = [config] if forward else [dataclasses.replace(config, parts=parts) for parts in range(1, 9)]
-    if p.r > 64 and slices == 1:  # S and T take long: one to three of their units a cluster
-        among = {shrink_clusters, *(min(clusters, _cdiv(pairs_m, units)) for units in (1, 2, 3))}
-        several = [dataclasses.replace(config, shrink_clusters=n) for n in sorted(among) for config in several]
-    return min(several, key=lambda config: end_us(p, config, forward, tiles=tiles))
+        return config(block_n, pairs_m * slices, slices)
+
+    def cost(config: CudaConfig) -> float:
+        # That jobs begin beside those who shrink is worth it only for more than the model's error.
+        return end_us(p, config, forward, tiles=tiles) * (1.02 if config.first_job else 1)
+
+    def best(config: CudaConfig, counts: set[int]) -> CudaConfig:
+        """Of any parts, and of counts of clusters that shrink."""
+        kinds = [(n, 0, 1) for n in sorted(counts)]
+        if not forward:
+            kinds = [(n, first, parts) for n, _, _ in kinds for first in {0, n % clusters} for parts in range(1, 9)]
+        several = (dataclasses.replace(config, shrink_clusters=n, first_job=f, parts=q) for n, f, q in kinds)
+        return min(several, key=cost)
+
+    if not tiles or precise or (forward and p.dropout):
+        return best(config(block_n, shrink_clusters), {shrink_clusters})
+    # Narrow tiles take more than half as long, but fill the last turn of few better.
+    widths = (256,) if p.r > MAX_RANK_NARROW or wide_tiles >= 4 * clusters else (256, 128)
+    several = [best(config(n, 1), _counts(pairs_m, slack(n), clusters)) for n in widths]
+    if not forward and p.r in RANKS_DB_WITH_T and p.depth >= DEPTH_DB_WITH_T:
+        with_t = dataclasses.replace(config(256, 1), db_with_t=True)
+        several.append(best(with_t, _counts(_cdiv(pairs_m, 2), slack(256), clusters)))
+    return min(several, key=cost)
+
+
+def _counts(units: int, slack: int, clusters: int) -> set[int]:
+    """How many clusters may share units of S or T: one or two each, or those with a tile less do all, or two each."""
+    counts = {min(clusters, _cdiv(units, n)) for n in (1, 2)}
+    return counts | {n for n in (min(slack, units), units - slack) if 0 < n <= clusters}
 
 
 def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
@@ -153,8 +188,13 @@ def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
     return 4 if columns >= 4 else 2 if columns >= 2 else 0
 
 
+def _unit_pairs(config: CudaConfig) -> int:
+    """How many pairs of row blocks a unit of S or T is, as csrc/lora.cuh's Layout has it."""
+    return 2 if config.db_with_t and config.block_n == 256 else 1
+
+
 class Share(NamedTuple):
-    """What one cluster takes: tiles, pairs of row blocks of S or T before them, jobs of dB and of dA."""
+    """What one cluster takes: tiles, units of S or T before them, jobs of dB and of dA."""
 
     tiles: int
     units: int
@@ -164,49 +204,58 @@ class Share(NamedTuple):
 
 def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> list[tuple[range, Share]]:
     """Of all places, as csrc/shares.h has it: runs of places that take as much. Slices of S are not looked at."""
-    clusters, pairs_m = config.programs // _CLUSTER, _cdiv(p.M, _BLOCK_M * _CLUSTER)
-    all_tiles = pairs_m * _cdiv(p.out, config.block_n) if tiles else 0
-    db_jobs, da_jobs = (0 if forward else config.parts * _cdiv(columns, 256) for columns in (p.depth, p.out))
-
-    def mine(place: int, count: int, among: int = clusters) -> int:
-        return max(0, _cdiv(count - place, among)) if place < among else 0
-
-    def of(place: int) -> Share:
-        db = mine(place, db_jobs)
-        units = mine(place, pairs_m, config.shrink_clusters)
-        # the first tiles are for the last places
-        return Share(mine(clusters - 1 - place, all_tiles), units, db, mine(place, db_jobs + da_jobs) - db)
-
+    clusters, units_by, first_job = config.programs // _CLUSTER, config.shrink_clusters, config.first_job
+    pairs_m = _cdiv(p.M, _BLOCK_M * _CLUSTER)
+    all_tiles, all_units = pairs_m * _cdiv(p.out, config.block_n) if tiles else 0, _cdiv(pairs_m, _unit_pairs(config))
+    db_jobs = 0 if forward or config.db_with_t else config.parts * _cdiv(p.depth, 256)
+    jobs = db_jobs if forward else db_jobs + config.parts * _cdiv(p.out, 256)
     # Who takes one less of something than the place before, or, of tiles, one more.
-    firsts = {0, clusters - all_tiles % clusters, *(jobs % clusters for jobs in (db_jobs, db_jobs + da_jobs))}
-    if config.shrink_clusters:
-        firsts |= {pairs_m % config.shrink_clusters, config.shrink_clusters}
-    bounds = [*sorted(first for first in firsts if first < clusters), clusters]
-    return [(range(first, end), of(first)) for first, end in itertools.pairwise(bounds)]
+    firsts = {0, clusters, clusters - all_tiles % clusters, first_job, (first_job + db_jobs) % clusters}
+    firsts.add((first_job + jobs) % clusters)
+    if units_by:
+        firsts |= {all_units % units_by, min(units_by, clusters)}
+    bounds, runs = sorted(firsts), []
+    for first, end in itertools.pairwise(bounds):
+        job = (first - first_job) % clusters
+        db = (db_jobs - job + clusters - 1) // clusters if job < db_jobs else 0
+        da = (jobs - job + clusters - 1) // clusters - db if job < jobs else 0
+        units = (all_units - first + units_by - 1) // units_by if first < min(units_by, all_units) else 0
+        own_tiles = (all_tiles + first) // clusters  # the first tiles are for the last places
+        runs.append((range(first, end), Share(own_tiles, units, db, da)))
+    return runs
 
 
 def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> float:
     """Microseconds until the last cluster ends, roughly: as measured on an H200.
 
-    Known are the times of a tile and of two row blocks of S or T, for each 64 columns of depth, of a tile's further 64
-    ranks, of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added.
+    Known are the times of a tile and of a unit of S or T, for each 64 columns of depth, of a tile's further 64 ranks,
+    of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added.
     """
-    wide, steps = config.block_n == 256, _cdiv(p.depth, 64)
-    times = (0.26, 0.55, 0.8) if p.r <= 64 else (0.49, 1.05, 6.0) if p.r <= 128 else (0.69, 1.75, 12.0)
+    clusters, pairs_m, tiles_n = config.programs // _CLUSTER, _cdiv(p.M, 256), _cdiv(p.out, config.block_n)
+    wide, steps, parts = config.block_n == 256, _cdiv(p.depth, 64), config.parts
+    times = (0.26, 0.6, 0.6) if p.r <= 64 else (0.49, 1.05, 6.0) if p.r <= 128 else (0.69, 1.75, 12.0)
     unit_step_us, b_us, part_us = times
-    a_us = 2 * b_us if p.dropout else b_us
-    tile_us, unit_us = 2 + steps * (0.66 if wide else 0.33) + 1.8 * (_cdiv(p.r, 64) - 1), 2 + steps * unit_step_us
+    if config.db_with_t:
+        unit_step_us = 0.58
+    tile_us = (2.3 + 0.66 * steps if wide else 1.5 + 0.364 * steps) + 1.8 * (_cdiv(p.r, 64) - 1)
+    unit_us = 3 + steps * unit_step_us
     rows = job_rows(config.block_n, p.r)
-    part = _cdiv(_cdiv(p.M, config.parts), rows) * rows / 128
-
-    def end(share: Share) -> float:
-        jobs = 0.5 * (share.db_jobs + share.da_jobs) + (b_us * share.db_jobs + a_us * share.da_jobs) * part
-        return share.tiles * tile_us + share.units * unit_us + jobs
-
-    all_shares = [share for _, share in shares(p, config, forward, tiles=tiles)]
-    # No tile ends before its rows of S or T are there.
-    ready = max(share.units for share in all_shares) * unit_us + 3 if tiles else 0.0
-    return max(ready, *map(end, all_shares)) + (0.8 + part_us * (config.parts - 1) if config.parts > 1 else 0)
+    job_us = b_us * _cdiv(_cdiv(p.M, parts), rows) * rows / 128
+    db_us, da_us = 0.5 + job_us, 0.5 + job_us * (2 if p.dropout else 1)
+    # No tile ends before its rows of S or T are there: how long the tiles of a turn have to wait, of the first two or
+    # of that where the last rows begin.
+    late, group_tiles, unit_pairs = 0.0, config.group * tiles_n, _unit_pairs(config)
+    turns = (0, 1, (pairs_m - 1) // config.group * group_tiles // clusters)
+    for turn in turns if tiles and config.shrink_clusters else ():
+        last = min((turn + 1) * clusters, pairs_m * tiles_n) - 1
+        pairs = min(pairs_m, (last // group_tiles + 1) * config.group)
+        units = _cdiv(_cdiv(pairs, unit_pairs), config.shrink_clusters)
+        late = max(late, units * unit_us + 3 - (turn + 1) * tile_us)
+    end = 0.0
+    for _, (own_tiles, units, db, da) in shares(p, config, forward, tiles=tiles):
+        waits = late if own_tiles and not units else 0.0
+        end = max(end, own_tiles * tile_us + units * unit_us + db * db_us + da * da_us + waits)
+    return end + (0.8 + part_us * (parts - 1) if parts > 1 or config.db_with_t else 0)
 
 
 def job_rows(block_n: int, r: int) -> int:

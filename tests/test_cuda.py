@@ -81,6 +81,9 @@ CASES = [
     Case(1000, 1032, 520, 64, dropout_p=0.1),
     Case(700, 520, 520, 5, precise=True, dropout_p=0.1),
     Case(520, 512, 520, 5, FP16, dropout_p=dropout.MAX_P),
+    Case(500, 272, 528, 8),
+    Case(1300, 768, 2056, 16, FP16),
+    Case(5000, 520, 1032, 8, dropout_p=0.1),
     Case(1000, 1024, 1544, 128),
     Case(700, 520, 520, 65, FP16, bias=True),
     Case(700, 512, 520, 96, fp32_adapters=True, bias=True),
@@ -97,6 +100,8 @@ CONFIGS = {
     "wide": WIDE,
     "narrow": dataclasses.replace(WIDE, block_n=128, group=1),
     "parts": dataclasses.replace(WIDE, parts=3),
+    "dB-with-T": dataclasses.replace(WIDE, shrink_clusters=3, db_with_t=True),
+    "dB-with-T-narrow": dataclasses.replace(WIDE, block_n=128, shrink_clusters=3, parts=2, db_with_t=True),
     "two-blocks": CudaConfig(block_n=128, group=2, programs=2, shrink_clusters=1, parts=2),
 }
 
@@ -141,14 +146,21 @@ def test_errors_are_not_above_the_eager_path(case: Case, config: CudaConfig | No
 
 
 @pytest.mark.parametrize(
-    "case", [CASES[5], CASES[6], CASES[9], CASES[12], CASES[16], *(case for case in CASES if case.r >= 128)], ids=str
+    "case, db_with_t",
+    [
+        *((case, False) for case in (CASES[5], CASES[6], CASES[9], CASES[12], CASES[16])),
+        *((case, False) for case in CASES if case.r >= 128),
+        *((case, True) for case in CASES if case.r in (8, 16) and case.M > 256 and not case.precise),
+    ],
+    ids=str,
 )
-def test_the_bits_do_not_depend_on_who_computes_what(case: Case) -> None:
+def test_the_bits_do_not_depend_on_who_computes_what(case: Case, db_with_t: bool) -> None:
     """Nor on the run, for one number of parts."""
     i = case.inputs()
-    expected = launch_both(i, WIDE, precise=case.precise)
+    wide = dataclasses.replace(WIDE, db_with_t=db_with_t)
+    expected = launch_both(i, wide, precise=case.precise)
     for programs, clusters in ((132, 66), (132, 1), (132, 7), (130, 65), (64, 3), (2, 1)):
-        config = dataclasses.replace(WIDE, programs=programs, shrink_clusters=clusters)
+        config = dataclasses.replace(wide, programs=programs, shrink_clusters=clusters)
         for _ in range(3):
             got = launch_both(i, config, precise=case.precise)
             assert all(torch.equal(got[name], expected[name]) for name in expected), (programs, clusters)
@@ -283,11 +295,16 @@ def test_decoding_is_replayed_by_a_graph() -> None:
         *((300, 128, 0.0, 0), (300, 128, 0.3, 0), (5000, 256, 0.0, 0), (300, 256, 0.3, 0)),
     ],
 )
-def test_only_the_needed_gradients(need: int, M: int, r: int, dropout_p: float, precise: int) -> None:
+@pytest.mark.parametrize("db_with_t", [False, True])
+def test_only_the_needed_gradients(need: int, M: int, r: int, dropout_p: float, precise: int, db_with_t: bool) -> None:
+    """dB comes with T where T is wanted for another, the same bits whichever; elsewhere by itself."""
+    if db_with_t and (r != 16 or precise):
+        pytest.skip("dB never comes with T")
     i = Case(M, 512, 520, r, dropout_p=dropout_p, precise=bool(precise)).inputs()
-    whole = launch_both(i, precise=bool(precise))
+    config = dataclasses.replace(WIDE, db_with_t=db_with_t)
+    whole = launch_both(i, config if db_with_t and need != 4 else WIDE, precise=bool(precise))
     wanted = dict(zip(("dx", "dA", "dB"), (bool(need & 1), bool(need & 2), bool(need & 4))))
-    settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": FP32 if precise else BF16}
+    settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": FP32 if precise else BF16, "config": config}
     if dropout_p:
         settings |= {"seed": SEED, "dropout_p": dropout_p}
     _, s = cuda.lora_forward(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, **settings)

@@ -250,51 +250,63 @@ int main() {{
 
 @pytest.mark.parametrize("db, da, stride, tiles", [(64, 64, 66, 8), (4, 64, 66, 7), (0, 16, 66, 2), (224, 64, 65, 27)])
 @pytest.mark.parametrize("of_few_tiles", [False, True])
-def test_every_job_has_one_turn(db: int, da: int, stride: int, tiles: int, of_few_tiles: bool, tmp_path: Path) -> None:
-    """All jobs of dB and dA, each once, in order, dA's not before T as a rule, and spread over the tiles."""
+@pytest.mark.parametrize("first_place", [0, 16, 66])
+def test_every_job_has_one_turn(
+    db: int, da: int, stride: int, tiles: int, of_few_tiles: bool, first_place: int, tmp_path: Path
+) -> None:
+    """All jobs of dB and dA, each once, dA's not before T as a rule, and spread over the tiles."""
     tiles = 1 if of_few_tiles else tiles
     program = f"""
 int main() {{
   for (int place = 0; place < {stride}; place++) {{
     const int tiles = {tiles} - (place < 5);
-    const auto jobs = fusedlora::Jobs::of({db}, {da}, place, {stride}, tiles);
+    const auto jobs = fusedlora::Jobs::of({db}, {da}, place, {first_place}, {stride}, tiles);
     for (int tile = 0, done = 0; tile <= tiles; tile++) {{
-      for (; jobs.due(done, tile); done++) printf("%d %d %d %d\\n", jobs.is_da(done), jobs.index(done), tile, tiles);
+      for (; jobs.due(done, tile); done++) {{
+        printf("%d %d %d %d %d\\n", jobs.is_da(done), jobs.index(done), tile, tiles, place);
+      }}
     }}
   }}
 }}
 """
     turns = [tuple(map(int, line.split())) for line in told_by(program, tmp_path)]
     assert sorted(turn[:2] for turn in turns) == [(0, n) for n in range(db)] + [(1, n) for n in range(da)]
-    for is_da, _, tile, own in turns:
+    busy = {place for *_, place in turns}
+    assert busy == {(first_place + n) % stride for n in range(min(db + da, stride))}
+    for is_da, _, tile, own, _ in turns:
         assert min(1, own) <= tile <= max(own - 1, min(own, 1))
         assert not is_da or tile >= min(2, max(own - 1, min(own, 1)))
     if tiles > 3:
-        assert len({tile for _, _, tile, _ in turns}) >= tiles - 2
+        assert len({turn[2] for turn in turns}) >= tiles - 2
 
 
+@pytest.mark.parametrize("db_with_t", [False, True])
 @pytest.mark.parametrize(
     "M, out, depth, parts, units",
     [
         *((8192, 4096, 4096, 2, 16), (8192, 4096, 1024, 3, 16), (512, 4096, 4096, 1, 2), (300, 520, 14336, 7, 2)),
+        *((8192, 2048, 8192, 2, 24), (2048, 4096, 4096, 4, 0)),
         *((8192, 4096, 4096, 8, 11), (16384, 3584, 512, 3, 64), (33 * 256, 66 * 256, 66 * 256, 1, 66)),
     ],
 )
 def test_the_cost_model_shares_out_as_the_kernels_do(
-    M: int, out: int, depth: int, parts: int, units: int, tmp_path: Path
+    M: int, out: int, depth: int, parts: int, units: int, db_with_t: bool, tmp_path: Path
 ) -> None:
     """`units`: how many clusters sum S or T."""
-    config = CudaConfig(256, 4, 132, units, parts)
+    config = CudaConfig(256, 4, 132, units, parts, db_with_t=db_with_t, first_job=units // 2)
+    pairs_of_a_unit = 2 if db_with_t else 1
     program = f"""
 using namespace fusedlora;
 int main() {{
   const int pairs_m = {-(-M // 256)}, shrink_clusters = {config.shrink_clusters};
+  const int units_m = {-(-M // 256 // pairs_of_a_unit)};
   const auto tiles = Tiles::of(pairs_m, {-(-out // 256)}, 4, 66, 0);
   for (int place = 0; place < 66; place++) {{
     const int own = tiles.owned(place);
-    const auto jobs = Jobs::of(job_count({depth}, {parts}), job_count({out}, {parts}), place, 66, own);
+    const int db_jobs = {int(not db_with_t)} * job_count({depth}, {parts});
+    const auto jobs = Jobs::of(db_jobs, job_count({out}, {parts}), place, {config.first_job}, 66, own);
     int units = 0, counts[2] = {{}};
-    for (int unit = place; place < shrink_clusters && unit < pairs_m; unit += shrink_clusters) units++;
+    for (int unit = place; place < shrink_clusters && unit < units_m; unit += shrink_clusters) units++;
     for (int n = 0; n < jobs.count; n++) counts[jobs.is_da(n)]++;
     printf("%d %d %d %d\\n", own, units, counts[0], counts[1]);
   }}
@@ -307,7 +319,7 @@ int main() {{
 
     found = of_each(False)
     assert [tuple(share) for share in found] == [tuple(map(int, line.split())) for line in told_by(program, tmp_path)]
-    assert sum(share.units for share in found) == -(-M // 256)
+    assert sum(share.units for share in found) == (-(-M // 256 // pairs_of_a_unit) if units else 0)
     assert not any(share.tiles for share in of_each(False, tiles=False))
     assert not any(share.db_jobs + share.da_jobs for share in of_each(True))
 

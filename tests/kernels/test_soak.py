@@ -204,18 +204,23 @@ def occupied(free: int) -> Iterator[Callable[[], bool]]:
 
 # CUDA's blocks come in clusters of two, for which an SM alone is no place.
 @pytest.mark.parametrize(
-    "backend, free, N", [("triton", 1, 4096), ("triton", 3, 4096), ("cuda", 20, 4096), ("cuda", 20, 1024)]
+    "backend, free, N, r",
+    [
+        *(("triton", 1, 4096, 64), ("triton", 3, 4096, 64)),
+        *(("cuda", 20, 4096, 64), ("cuda", 20, 4096, 16), ("cuda", 20, 1024, 32)),
+    ],
 )
-def test_two_launches_finish_on_the_few_sms_that_another_kernel_leaves(backend: str, free: int, N: int) -> None:
+def test_two_launches_finish_on_the_few_sms_that_another_kernel_leaves(backend: str, free: int, N: int, r: int) -> None:
     """Their programs come a few at a time, and none may wait for one that has not begun."""
-    problems = [make_inputs(8192, 4096, N, 64, BF16, device="cuda", seed=n) for n in range(2)]
+    problems = [make_inputs(8192, 4096, N, r, BF16, device="cuda", seed=n) for n in range(2)]
     capability, num_sms = device_facts(problems[0].x.device)
-    p = Problem(8192, N, 4096, 64, 2, False, capability, num_sms)
+    p = Problem(8192, N, 4096, r, 2, False, capability, num_sms)
     if backend == "cuda":
         if reason := cuda.missing():
             pytest.skip(reason)
         config = cuda_config(p, True)
         assert config.in_tiles == (N == 1024)
+        assert cuda_config(Problem(8192, 4096, N, r, 2, False, capability, num_sms), False).db_with_t == (r == 16)
         assert (config.programs if config.in_tiles else 2 * config.shrink_clusters) > free
     else:
         schedule = backward_schedule(p, backward_config(p), True, True, True)
