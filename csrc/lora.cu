@@ -161,8 +161,8 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
   Shrink<T>& shrink = c.shrink;
   shrink.scaling = float(a.scaling), shrink.slices = int(a.slices);
   // Whether TMA can read it as it lies.
-  [[maybe_unused]] const auto lies = [](const void* from, int64_t pitch, bool other) {
-    return TERMS == 1 && !other && pitch % 8 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  [[maybe_unused]] const auto lies = [](const void* from, int64_t pitch, bool is_float) {
+    return TERMS == 1 && !is_float && pitch % 8 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
   };
   if constexpr (!BACKWARD) {
     operands.skinny = {static_cast<const T*>(a.a), a.r, a.a_pitch};
@@ -209,8 +209,8 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
         operands.saved_s = {small, R, R};
       }
       const int64_t units = (row_pairs(M) + L::BOXES - 1) / L::BOXES, parts = a.db_with_t ? units * CLUSTER : a.parts_b;
-      const bool left = parts > 1 || a.db_with_t;
-      float* partial = left ? places.take<float>(parts * stripe_count(N) * STRIPE * SUMS) : nullptr;
+      const bool leaves = parts > 1 || a.db_with_t;
+      float* partial = leaves ? places.take<float>(parts * stripe_count(N) * STRIPE * SUMS) : nullptr;
       c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(parts), a.db_with_t != 0};
     }
     if (a.da) {

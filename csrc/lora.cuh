@@ -319,8 +319,8 @@ __device__ void slice_rows(
 }
 
 // Consumers: T for BOXES row blocks of this block's, every other from `row` on, and what dB is of their dy and S: each
-// warpgroup leaves the sums of every other stripe of 64 columns, as number `part` of the stripe. One takes its stripes when
-// they come, the other a stage later, so that both run the same instructions; the number of stages is odd.
+// warpgroup leaves the sums of every other stripe of 64 columns, as part `part`. One takes its stripes when they come, the
+// other a stage later, since ptxas makes every wgmma wait where warpgroups branch apart; the number of stages is odd.
 template <typename T, int BLOCK_N, int RANKS>
 __device__ void rows_with_db(
     const Call<T>& c, int row, int part, uint32_t stages, uint32_t s_rows, uint32_t full, uint32_t empty, int& stage, int& phase,
@@ -443,7 +443,7 @@ template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int T
 __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant__ Call<T> c) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int STAGES = L::STAGES, ACCS = BLOCK_N / 2;
-  constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD);
+  constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD), DB_WITH_T = BACKWARD && L::DB_WITH_T && TERMS == 1;
   // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
   constexpr int EIGHTS = BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1) ? 2 : 1;
   constexpr int SIDE_REGISTERS = BLOCK_N == 128 ? 136 : EIGHTS == 2 ? 120 : BACKWARD ? 72 : 88;
@@ -510,11 +510,12 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   const int slices = CUT ? c.shrink.slices : 1, half_steps = slice_begin(c.depth, slices / 2, slices);
   int* slice_words = c.words + PROGRESS + CLUSTER * pairs_m;
 
+  const bool with_t = DB_WITH_T && c.stripes[0].with_t;
+  // Pairs of row blocks that a unit is of.
+  const int unit_pairs = with_t ? L::BOXES : 1, units_m = (pairs_m + unit_pairs - 1) / unit_pairs;
   // take(pair_m, slice) for what a cluster sums of S or T outside of its tiles: first its own units, then those, or the
   // slices of those tiles, of all places that nobody has by then, so that it never waits for a cluster which may find no
   // SM before this one ends. If that comes after all, it computes the same bits once more.
-  const bool with_t = BACKWARD && L::DB_WITH_T && TERMS == 1 && c.stripes[0].with_t;
-  const int unit_pairs = with_t ? L::BOXES : 1, units_m = (pairs_m + unit_pairs - 1) / unit_pairs;
   const auto take_units = [&](auto tell, auto take) {
     const int owners = IN_TILES ? stride : c.shrink.clusters;
     if (place >= owners || (IN_TILES && own_tiles == 0)) return;  // who has no tile waits for nobody
@@ -622,7 +623,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
                 }
               },
               [&](int pair_m, int slice) {
-                if constexpr (BACKWARD && L::DB_WITH_T && TERMS == 1) {
+                if constexpr (DB_WITH_T) {
                   if (with_t) {
                     load_with_db((pair_m * CLUSTER + rank) * BLOCK_M);
                     return;
@@ -752,7 +753,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           barrier_wait(told, 0);  // or this block could end before it is told
         }
         if (lane == 0) barrier_arrive(words_left);
-        if constexpr (BACKWARD && L::DB_WITH_T && TERMS == 1) {
+        if constexpr (DB_WITH_T) {
           if (with_t) add_all_parts<T, L::R, EIGHTS>(c.stripes[0], c.r, lane);
         }
       } else {
@@ -804,7 +805,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     const auto sum_units = [&] {
       take_units([] {}, [&](int pair_m, int slice) {
         const int row = (pair_m * CLUSTER + int(rank)) * BLOCK_M;
-        if constexpr (BACKWARD && L::DB_WITH_T && TERMS == 1) {
+        if constexpr (DB_WITH_T) {
           if (with_t) {
             rows_with_db<T, BLOCK_N, RANKS>(
                 c, row, pair_m / L::BOXES * CLUSTER + rank, stages, out, full, empty, stage, phase, warp - 4, lane);
