@@ -94,10 +94,10 @@ int launch_clusters(void (*kernel)(C), std::atomic<uint64_t>& allowed, int bytes
   return status == cudaSuccess ? 0 : fail("cudaLaunchKernelEx", status);
 }
 
-template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS, bool IN_TILES = false>
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS, Kind KIND = Kind::PLAIN>
 int launch(const Arguments& a, const Call<T>& call) {
   static std::atomic<uint64_t> allowed{0};
-  return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT, TERMS, IN_TILES>, allowed,
+  return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT, TERMS, KIND>, allowed,
                          Layout<BLOCK_N, RANKS>::TOTAL, a.programs, THREADS, CLUSTER, false, a.stream, call);
 }
 
@@ -293,7 +293,13 @@ int run(const Arguments& a, int64_t* sizes) {
     }
   }
   if constexpr (L::SLICES_IN_TILES && !BACKWARD && TERMS == 1) {
-    if (a.in_tiles) return launch<T, BLOCK_N, RANKS, false, false, 1, true>(a, call);
+    if (a.in_tiles) return launch<T, BLOCK_N, RANKS, false, false, 1, Kind::SLICES_IN_TILES>(a, call);
+  }
+  if constexpr (L::DB_WITH_T && BACKWARD && TERMS == 1) {
+    if (a.db_with_t) {
+      return masked ? launch<T, BLOCK_N, RANKS, true, true, 1, Kind::DB_WITH_T>(a, call)
+                    : launch<T, BLOCK_N, RANKS, true, false, 1, Kind::DB_WITH_T>(a, call);
+    }
   }
   return masked ? launch<T, BLOCK_N, RANKS, BACKWARD, true, TERMS>(a, call)
                 : launch<T, BLOCK_N, RANKS, BACKWARD, false, TERMS>(a, call);

@@ -90,7 +90,7 @@ struct Layout {
   static_assert(!SLICES_IN_TILES || STAGES * SKINNY <= OUT);
   // Beside T, dB: BOXES boxes of rows of dy a stage. Their rows of S wait where later a tile's output is. With more ranks
   // T would come too late.
-  static constexpr bool DB_WITH_T = RANKS == 1;
+  static constexpr bool DB_WITH_T = RANKS == 1 && BLOCK_N == 256;
   static constexpr int S_ROWS = BLOCK_M * R * 2;
   static_assert(!DB_WITH_T || BOXES * S_ROWS <= OUT);
   static constexpr int TOTAL = 1024 + STAGES * STAGE + OUT + 16 * STAGES + 80;
@@ -437,13 +437,17 @@ __device__ __forceinline__ void stripe_job(
   tell_side(told, before, group, thread);
 }
 
-// IN_TILES: tiles sum slices of S beside their own sums. CUT: there may be more slices than one, as there are in tiles and,
-// for few rows, under a mask on x, which takes long.
-template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS, bool IN_TILES>
+// What a kernel does that others do not: in a forward's tiles it sums slices of S beside their own sums, with a backward's T
+// dB. Kernels of their own, since forward and backward in turn find their instructions cold: each thousand costs a microsecond.
+enum class Kind { PLAIN, SLICES_IN_TILES, DB_WITH_T };
+
+// CUT: there may be more slices than one, as there are in tiles and, for few rows, under a mask on x, which takes long.
+template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS, Kind KIND>
 __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant__ Call<T> c) {
   using L = Layout<BLOCK_N, RANKS>;
   constexpr int STAGES = L::STAGES, ACCS = BLOCK_N / 2;
-  constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD), DB_WITH_T = BACKWARD && L::DB_WITH_T && TERMS == 1;
+  constexpr bool IN_TILES = KIND == Kind::SLICES_IN_TILES, DB_WITH_T = KIND == Kind::DB_WITH_T;
+  constexpr bool CUT = IN_TILES || (DROPOUT && !BACKWARD);
   // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
   constexpr int EIGHTS = BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1) ? 2 : 1;
   constexpr int SIDE_REGISTERS = BLOCK_N == 128 ? 136 : EIGHTS == 2 ? 120 : BACKWARD ? 72 : 88;
@@ -451,6 +455,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   // Terms are added up box by box, and a mask on x is put on registers: neither goes beside a tile's sums. And dA's jobs
   // would have to wait for a T that comes with the tiles.
   static_assert(!IN_TILES || (L::SLICES_IN_TILES && TERMS == 1 && !DROPOUT && !BACKWARD));
+  static_assert(!DB_WITH_T || (L::DB_WITH_T && TERMS == 1 && BACKWARD));
   extern __shared__ uint8_t raw[];
   const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
   uint8_t* memory = raw + (base - shared_address(raw));
@@ -510,9 +515,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   const int slices = CUT ? c.shrink.slices : 1, half_steps = slice_begin(c.depth, slices / 2, slices);
   int* slice_words = c.words + PROGRESS + CLUSTER * pairs_m;
 
-  const bool with_t = DB_WITH_T && c.stripes[0].with_t;
-  // Pairs of row blocks that a unit is of.
-  const int unit_pairs = with_t ? L::BOXES : 1, units_m = (pairs_m + unit_pairs - 1) / unit_pairs;
+  constexpr int UNIT_PAIRS = DB_WITH_T ? L::BOXES : 1;  // pairs of row blocks that a unit is of
+  const int units_m = (pairs_m + UNIT_PAIRS - 1) / UNIT_PAIRS;
   // take(pair_m, slice) for what a cluster sums of S or T outside of its tiles: first its own units, then those, or the
   // slices of those tiles, of all places that nobody has by then, so that it never waits for a cluster which may find no
   // SM before this one ends. If that comes after all, it computes the same bits once more.
@@ -521,7 +525,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     if (place >= owners || (IN_TILES && own_tiles == 0)) return;  // who has no tile waits for nobody
     for (int owner = place; owner < owners;) {
       if (!IN_TILES) {
-        for (int unit = owner; unit < units_m * slices; unit += c.shrink.clusters) take(unit / slices * unit_pairs, unit % slices);
+        for (int unit = owner; unit < units_m * slices; unit += c.shrink.clusters) take(unit / slices * UNIT_PAIRS, unit % slices);
       } else if (owner != place) {
         for (int index = tiles.first(owner); index < tiles.count(); index += stride) {
           int pair_m, tile_n;
@@ -624,10 +628,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
               },
               [&](int pair_m, int slice) {
                 if constexpr (DB_WITH_T) {
-                  if (with_t) {
-                    load_with_db((pair_m * CLUSTER + rank) * BLOCK_M);
-                    return;
-                  }
+                  load_with_db((pair_m * CLUSTER + rank) * BLOCK_M);
+                  return;
                 }
                 const int end = min(c.depth, slice_begin(c.depth, slice + 1, slices) * BLOCK_K);
                 for (int k = slice_begin(c.depth, slice, slices) * BLOCK_K; k < end; k += L::BOXES * BLOCK_K) {
@@ -734,7 +736,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     } else {
       prepare_all<T, RANKS, TERMS, EIGHTS == 2 && RANKS >= 4 ? 2 : 1>(c, next, warp - 1, lane);
       if (warp == 3) {
-        if (BACKWARD && (c.stripes[1].out || with_t)) {
+        if (BACKWARD && (c.stripes[1].out || DB_WITH_T)) {
           for (int b = lane; b < tiles_m; b += 32) {
             while (published(c.words + PROGRESS + b) < 3) __nanosleep(200);
           }
@@ -753,9 +755,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           barrier_wait(told, 0);  // or this block could end before it is told
         }
         if (lane == 0) barrier_arrive(words_left);
-        if constexpr (DB_WITH_T) {
-          if (with_t) add_all_parts<T, L::R, EIGHTS>(c.stripes[0], c.r, lane);
-        }
+        if constexpr (DB_WITH_T) add_all_parts<T, L::R, EIGHTS>(c.stripes[0], c.r, lane);
       } else {
         const int group = warp - 1;
         int seen = 0;
@@ -806,11 +806,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       take_units([] {}, [&](int pair_m, int slice) {
         const int row = (pair_m * CLUSTER + int(rank)) * BLOCK_M;
         if constexpr (DB_WITH_T) {
-          if (with_t) {
-            rows_with_db<T, BLOCK_N, RANKS>(
-                c, row, pair_m / L::BOXES * CLUSTER + rank, stages, out, full, empty, stage, phase, warp - 4, lane);
-            return;
-          }
+          rows_with_db<T, BLOCK_N, RANKS>(
+              c, row, pair_m / L::BOXES * CLUSTER + rank, stages, out, full, empty, stage, phase, warp - 4, lane);
+          return;
         }
         slice_rows<T, BLOCK_N, RANKS, BACKWARD, DROPOUT && !BACKWARD, TERMS>(
             c, mask, row, slice, slices, stages, full, empty, stage, phase, warp - 4, lane,

@@ -101,7 +101,6 @@ CONFIGS = {
     "narrow": dataclasses.replace(WIDE, block_n=128, group=1),
     "parts": dataclasses.replace(WIDE, parts=3),
     "dB-with-T": dataclasses.replace(WIDE, shrink_clusters=3, db_with_t=True),
-    "dB-with-T-narrow": dataclasses.replace(WIDE, block_n=128, shrink_clusters=3, parts=2, db_with_t=True),
     "two-blocks": CudaConfig(block_n=128, group=2, programs=2, shrink_clusters=1, parts=2),
 }
 

@@ -164,6 +164,21 @@ def test_any_address_of_the_adapters(recorder: Recorder) -> None:
     assert [query["a"] % 16 for query in recorder.queries] == [0, moved.data_ptr() % 16] and moved.data_ptr() % 16
 
 
+def test_db_comes_with_t_where_t_is_wanted_and_s_is_read_as_it_lies(recorder: Recorder) -> None:
+    config = dataclasses.replace(CONFIG, block_n=256, db_with_t=True)
+
+    def asked(r: int, need: tuple[bool, bool, bool] = (True,) * 3, moved: bool = False, **settings: Any) -> int:
+        precise = settings.get("adapter_dtype") is FP32
+        i = make_inputs(5, 64, 72, r, BF16, FP32 if precise else BF16)
+        s = torch.ones(5 * r + 1, dtype=FP32 if precise else BF16)[int(moved) :][: 5 * r].view(5, r)
+        backward(i, s, need, config=config, **settings)
+        return recorder.launches[-1]["db_with_t"]
+
+    assert asked(16) == asked(8) == asked(16, (True, False, True)) == asked(16, (False, True, True)) == 1
+    assert asked(16, (False, False, True)) == asked(16, (True, True, False)) == 0
+    assert asked(16, moved=True) == asked(12) == asked(32) == asked(16, adapter_dtype=FP32) == 0
+
+
 def test_rows_that_a_tensor_map_cannot_read_are_copied(recorder: Recorder) -> None:
     i = make_inputs(5, 64, 72, 3, BF16)
     bias = torch.stack([i.bias, i.bias], 1)[:, 0]

@@ -31,17 +31,18 @@ def library() -> Path:
 
 def kernel_of(symbol: str) -> tuple[str, str, tuple[int, ...]]:
     """Name, dtype and template arguments of a mangled kernel."""
-    found = re.search(r"(lora_kernel|decode_kernel)I\d*(__nv_bfloat16|__half)((?:L[ib]\d+E)+)E", symbol)
+    found = re.search(r"(lora_kernel|decode_kernel)I\d*(__nv_bfloat16|__half)((?:L(?:[ib]|NS_4KindE)\d+E)+)E", symbol)
     assert found, symbol
-    return found[1], found[2], tuple(int(number) for number in re.findall(r"L[ib](\d+)E", found[3]))
+    return found[1], found[2], tuple(int(number) for number in re.findall(r"L(?:[ib]|NS_4KindE)(\d+)E", found[3]))
 
 
 def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
-    # block_n, ranks, backward, dropout, terms, slices in tiles
+    # block_n, ranks, backward, dropout, terms, kind: plain, slices in tiles, dB with T
     tiles = [
         *itertools.product((128, 256), (1, 2, 4, 8), (0, 1), (0, 1), (1,), (0,)),
         *itertools.product((256,), (16,), (0, 1), (0, 1), (1,), (0,)),
         *itertools.product((128, 256), (1, 2), (0,), (0,), (1,), (1,)),
+        *itertools.product((256,), (1,), (1,), (0, 1), (1,), (2,)),
     ]
     precise = itertools.product((128, 256), (4,), (0, 1), (0, 1), (3,), (0,))
     # 8 rows of x, 64 rows of W
@@ -98,6 +99,13 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     down = cuda.backward_plan(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, **whole, **settings)
     assert down.work_size == (1000 + 512) * 16 * 2, "T, and A with its ranks side by side"
     assert down.num_words >= 8 + 8 + 768 // 64 + 512 // 64
+    with_t = CudaConfig(256, 4, 132, 2, parts=1, db_with_t=True)
+    tensors = (i.dy, i.x, i.weight, i.lora_A, i.lora_B, s)
+    down = cuda.backward_plan(*tensors, needs=(True, True, True), config=with_t, **settings)
+    assert down.work_size == (1000 + 512) * 16 * 2 + 2 * 2 * 768 * 16 * 4, "and dB's sums of two units, of both blocks"
+    with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: db_with_t: error -8"):
+        narrow = dataclasses.replace(with_t, block_n=128)
+        cuda.backward_plan(*tensors, needs=(True, True, True), config=narrow, **settings)
     wide = make_inputs(1000, 512, 768, 16, torch.bfloat16, torch.float32)
     precise = {"seed": None, "adapter_dtype": torch.float32}
     up = cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **precise)
