@@ -438,7 +438,7 @@ __device__ __forceinline__ void stripe_job(
 }
 
 // What a kernel does that others do not: in a forward's tiles it sums slices of S beside their own sums, with a backward's T
-// dB. Kernels of their own, since forward and backward in turn find their instructions cold: each thousand costs a microsecond.
+// dB. Kernels of their own, since forward and backward in turn find their instructions cold, and few rows pay for each.
 enum class Kind { PLAIN, SLICES_IN_TILES, DB_WITH_T };
 
 // CUT: there may be more slices than one, as there are in tiles and, for few rows, under a mask on x, which takes long.
