@@ -208,7 +208,11 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
         c.preparations[c.num_preparations++] = {a.s, small, M, a.r, 1, R, 1, TERMS > 1, EACH_TERM};
         operands.saved_s = {small, R, R};
       }
-      const int64_t units = (row_pairs(M) + L::BOXES - 1) / L::BOXES, parts = a.db_with_t ? units * CLUSTER : a.parts_b;
+      // With T a part for each unit, of those blocks that have rows of it.
+      constexpr int UNIT_BLOCKS = L::BOXES * CLUSTER;
+      const int blocks = (M + BLOCK_M - 1) / BLOCK_M, rest = blocks % UNIT_BLOCKS;
+      const int64_t with_t = blocks / UNIT_BLOCKS * CLUSTER + (rest < CLUSTER ? rest : CLUSTER);
+      const int64_t parts = a.db_with_t ? with_t : a.parts_b;
       const bool leaves = parts > 1 || a.db_with_t;
       float* partial = leaves ? places.take<float>(parts * stripe_count(N) * STRIPE * SUMS) : nullptr;
       c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(parts), a.db_with_t != 0};

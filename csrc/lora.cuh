@@ -368,7 +368,7 @@ __device__ void rows_with_db(
       barrier_arrive(empty + 8 * now, thread);
     }
     const int stripe = n - group;
-    if (stripe >= 0 && stripe < stripes) leave_sums<R>(part_place<R>(c.stripes[0], stripe, part), sums, thread);
+    if (row < c.M && stripe >= 0 && stripe < stripes) leave_sums<R>(part_place<R>(c.stripes[0], stripe, part), sums, thread);
     if (n + 1 >= stripes) break;
     before = multiply();
   }
@@ -525,7 +525,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     if (place >= owners || (IN_TILES && own_tiles == 0)) return;  // who has no tile waits for nobody
     for (int owner = place; owner < owners;) {
       if (!IN_TILES) {
-        for (int unit = owner; unit < units_m * slices; unit += c.shrink.clusters) take(unit / slices * UNIT_PAIRS, unit % slices);
+        for (int unit = owner; unit < units_m * slices; unit += c.shrink.clusters) {
+          take(unit / slices * UNIT_PAIRS, unit % slices);
+        }
       } else if (owner != place) {
         for (int index = tiles.first(owner); index < tiles.count(); index += stride) {
           int pair_m, tile_n;

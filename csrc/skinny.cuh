@@ -276,7 +276,7 @@ __device__ void add_eights(const float* from, int parts, int n, int lane, Put pu
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
   }
-  asm volatile("" : "+r"(lane));
+  asm volatile("" : "+r"(lane));  // or what follows from it is kept in registers meanwhile
 #pragma unroll
   for (int j = 0; j < EIGHTS; j++) {
 #pragma unroll
@@ -323,7 +323,7 @@ __device__ void add_all_parts(const Stripes& p, int r, int lane) {
     const int stripe = task / TASKS;
     add_eights<R, EIGHTS>(part_place<R>(p, stripe, 0), p.parts, task % TASKS, lane, [&](int k, int i, const float(&row)[8]) {
       const int col = stripe * STRIPE + i;
-    if (col < p.cols) put_row<T>(p, k, col, row, r);
+      if (col < p.cols) put_row<T>(p, k, col, row, r);
     });
   }
 }

@@ -84,6 +84,10 @@ CASES = [
     Case(500, 272, 528, 8),
     Case(1300, 768, 2056, 16, FP16),
     Case(5000, 520, 1032, 8, dropout_p=0.1),
+    Case(1100, 512, 520, 16),  # nine row blocks: the last unit of T with dB is of one block of the cluster
+    Case(1000, 520, 776, 24),
+    Case(700, 512, 520, 48, FP16, dropout_p=0.3),
+    Case(1000, 512, 528, 72),
     Case(1000, 1024, 1544, 128),
     Case(700, 520, 520, 65, FP16, bias=True),
     Case(700, 512, 520, 96, fp32_adapters=True, bias=True),
@@ -159,7 +163,7 @@ def test_the_bits_do_not_depend_on_who_computes_what(case: Case, db_with_t: bool
     wide = dataclasses.replace(WIDE, db_with_t=db_with_t)
     expected = launch_both(i, wide, precise=case.precise)
     for programs, clusters in ((132, 66), (132, 1), (132, 7), (130, 65), (64, 3), (2, 1)):
-        config = dataclasses.replace(wide, programs=programs, shrink_clusters=clusters)
+        config = dataclasses.replace(wide, programs=programs, shrink_clusters=clusters, first_job=clusters // 2)
         for _ in range(3):
             got = launch_both(i, config, precise=case.precise)
             assert all(torch.equal(got[name], expected[name]) for name in expected), (programs, clusters)
