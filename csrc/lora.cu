@@ -215,11 +215,11 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
       const int64_t parts = a.db_with_t ? with_t : a.parts_b;
       const bool leaves = parts > 1 || a.db_with_t;
       float* partial = leaves ? places.take<float>(parts * stripe_count(N) * STRIPE * SUMS) : nullptr;
-      c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(parts), a.db_with_t != 0};
+      c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(parts)};
     }
     if (a.da) {
       float* partial = a.parts_a > 1 ? places.take<float>(a.parts_a * stripe_count(K) * STRIPE * SUMS) : nullptr;
-      c.stripes[1] = {{}, {}, partial, arrived + stripe_count(N), a.da, 1, a.K, is_float, K, int(a.parts_a), false};
+      c.stripes[1] = {{}, {}, partial, arrived + stripe_count(N), a.da, 1, a.K, is_float, K, int(a.parts_a)};
     }
   }
   const bool shrinks = !BACKWARD || a.dx || a.da;  // pointers say nothing before there is a workspace

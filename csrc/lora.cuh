@@ -470,7 +470,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, pairs_m = (tiles_m + CLUSTER - 1) / CLUSTER;
   const int steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
-  const int db_jobs = BACKWARD ? job_count(c.stripes[0]) : 0, da_jobs = BACKWARD ? job_count(c.stripes[1]) : 0;
+  const int db_jobs = BACKWARD && !DB_WITH_T ? job_count(c.stripes[0]) : 0, da_jobs = BACKWARD ? job_count(c.stripes[1]) : 0;
   // Clusters that come early have fewer tiles, as they may have units first. In shared memory, since registers are wanted.
   __shared__ Tiles tiles;
   __shared__ Jobs jobs;

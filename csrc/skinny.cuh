@@ -170,10 +170,9 @@ struct Stripes {
   int64_t long_out, rank_out;  // where element (k, column) goes: column · long_out + k · rank_out
   bool out_is_float;
   int cols, parts;
-  bool with_t;
 };
 
-__host__ __device__ inline int job_count(const Stripes& p) { return p.out && !p.with_t ? job_count(p.cols, p.parts) : 0; }
+__host__ __device__ inline int job_count(const Stripes& p) { return p.out ? job_count(p.cols, p.parts) : 0; }
 
 __host__ __device__ inline int64_t stripe_count(int64_t cols) { return (cols + JOB_COLS - 1) / JOB_COLS * (JOB_COLS / STRIPE); }
 

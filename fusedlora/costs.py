@@ -22,7 +22,7 @@ MAX_RANK, SMALL = 64, 1 << 21
 FLOP_PER_US_SM, BYTES_PER_US = 743e6 / 132, 3.4e6  # of cuBLAS
 # Of a product with S, T, x or dy that only reads and writes; launches in a row.
 STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
-CUDA_FIXED_US, DECODE_FIXED_US = 9.0, 3.0
+CUDA_FIXED_US, DECODE_FIXED_US = 8.0, 3.0
 TRITON_BYTES_PER_US, TRITON_FIXED_US = {True: 2.2e6, False: 1.9e6}, {True: 9.0, False: 5.0}
 
 

@@ -18,8 +18,8 @@ DEPTH_DB_WITH_T = 2048  # from here on that is faster
 MAX_DECODE, MAX_DECODE_RANK = 64, 64  # rows of x and ranks that the decode kernel takes
 # Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
 DECODE_UP_TO = 64
-# Rows of a tile; two tiles of a pair, one under the other, are a cluster's.
-_BLOCK_M, _CLUSTER = 128, 2
+# Rows of a pair of tiles, one under the other, a cluster's.
+_PAIR_M, _CLUSTER = 256, 2
 _GROUP = 4  # pairs of rows whose tiles are computed together
 
 
@@ -117,7 +117,7 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
     One for all M of as many pairs of row blocks, since it takes some milliseconds to find.
     """
     if p.M > DECODE_UP_TO:
-        p = dataclasses.replace(p, M=_cdiv(p.M, _BLOCK_M * _CLUSTER) * _BLOCK_M * _CLUSTER)
+        p = dataclasses.replace(p, M=_cdiv(p.M, _PAIR_M) * _PAIR_M)
     return _cuda_config(p, forward, tiles, precise)
 
 
@@ -125,7 +125,7 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
 def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaConfig:
     programs = p.num_sms // _CLUSTER * _CLUSTER
     clusters = programs // _CLUSTER
-    pairs_m = _cdiv(p.M, _BLOCK_M * _CLUSTER)
+    pairs_m = _cdiv(p.M, _PAIR_M)
     wide_tiles = pairs_m * _cdiv(p.out, 256)
     block_n = 256 if wide_tiles >= clusters or p.r > MAX_RANK_NARROW else 128  # unless times say otherwise
     decodes = decode_config(p) if p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK else ()
@@ -153,13 +153,17 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
         # That jobs begin beside those who shrink is worth it only for more than the model's error.
         return end_us(p, config, forward, tiles=tiles) * (1.02 if config.first_job else 1)
 
-    def best(config: CudaConfig, counts: set[int]) -> CudaConfig:
-        """Of any parts, and of counts of clusters that shrink."""
-        kinds = [(n, 0, 1) for n in sorted(counts)]
-        if not forward:
-            kinds = [(n, first, parts) for n, _, _ in kinds for first in {0, n % clusters} for parts in range(1, 9)]
-        several = (dataclasses.replace(config, shrink_clusters=n, first_job=f, parts=q) for n, f, q in kinds)
-        return min(several, key=cost)
+    def best(like: CudaConfig, counts: set[int]) -> CudaConfig:
+        """Of any parts, first places of jobs and counts of clusters that shrink."""
+        return min(
+            (
+                dataclasses.replace(like, shrink_clusters=count, first_job=first, parts=parts)
+                for count in sorted(counts)
+                for first in ([0] if forward else [0, count % clusters])
+                for parts in ([1] if forward else range(1, 9))
+            ),
+            key=cost,
+        )
 
     if not tiles or precise or (forward and p.dropout):
         return best(config(block_n, shrink_clusters), {shrink_clusters})
@@ -205,7 +209,7 @@ class Share(NamedTuple):
 def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> list[tuple[range, Share]]:
     """Of all places, as csrc/shares.h has it: runs of places that take as much. Slices of S are not looked at."""
     clusters, units_by, first_job = config.programs // _CLUSTER, config.shrink_clusters, config.first_job
-    pairs_m = _cdiv(p.M, _BLOCK_M * _CLUSTER)
+    pairs_m = _cdiv(p.M, _PAIR_M)
     all_tiles, all_units = pairs_m * _cdiv(p.out, config.block_n) if tiles else 0, _cdiv(pairs_m, _unit_pairs(config))
     db_jobs = 0 if forward or config.db_with_t else config.parts * _cdiv(p.depth, 256)
     jobs = db_jobs if forward else db_jobs + config.parts * _cdiv(p.out, 256)
@@ -231,7 +235,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     Known are the times of a tile and of a unit of S or T, for each 64 columns of depth, of a tile's further 64 ranks,
     of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added.
     """
-    clusters, pairs_m, tiles_n = config.programs // _CLUSTER, _cdiv(p.M, 256), _cdiv(p.out, config.block_n)
+    clusters, pairs_m, tiles_n = config.programs // _CLUSTER, _cdiv(p.M, _PAIR_M), _cdiv(p.out, config.block_n)
     wide, steps, parts = config.block_n == 256, _cdiv(p.depth, 64), config.parts
     times = (0.26, 0.6, 0.6) if p.r <= 64 else (0.49, 1.05, 6.0) if p.r <= 128 else (0.69, 1.75, 12.0)
     unit_step_us, b_us, part_us = times

@@ -304,8 +304,9 @@ def test_only_the_needed_gradients(need: int, M: int, r: int, dropout_p: float, 
     if db_with_t and (r != 16 or precise):
         pytest.skip("dB never comes with T")
     i = Case(M, 512, 520, r, dropout_p=dropout_p, precise=bool(precise)).inputs()
-    config = dataclasses.replace(WIDE, db_with_t=db_with_t)
-    whole = launch_both(i, config if db_with_t and need != 4 else WIDE, precise=bool(precise))
+    config = dataclasses.replace(WIDE, db_with_t=True) if db_with_t else None
+    by_itself = WIDE if db_with_t else None
+    whole = launch_both(i, by_itself if need == 4 else config, precise=bool(precise))
     wanted = dict(zip(("dx", "dA", "dB"), (bool(need & 1), bool(need & 2), bool(need & 4))))
     settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": FP32 if precise else BF16, "config": config}
     if dropout_p:

@@ -262,7 +262,13 @@ def test_configurations(M: int, out: int, depth: int, tiles: bool) -> None:
     config = cuda_config(Problem(M, out, depth, 16, 2, False, 90, 133), False, tiles=tiles)
     assert config.block_n in (128, 256) and config.programs == 132
     pairs = -(-M // 256)
-    assert 1 <= config.shrink_clusters <= min(pairs, 66) and 1 <= config.parts <= 8
+    assert 1 <= config.shrink_clusters <= min(pairs, 66)
+    if tiles:
+        several = {(2048, 4096, 4096): 4, (2048, 4096, 14336): 4, (8192, 4096, 4096): 4, (8192, 4096, 14336): 5}
+        several |= {(2048, 64, 64): 2, (8192, 64, 64): 4}
+    else:
+        several = {(2048, 64, 64): 3, (8192, 64, 64): 8, (8192, 4096, 4096): 3, (8192, 14336, 4096): 2}
+    assert config.parts == several.get((M, out, depth), 1)
     assert config.first_job in (0, config.shrink_clusters)
     assert not config.db_with_t or (tiles and config.block_n == 256 and depth >= 4096)
     if config.block_n == 128:
@@ -277,6 +283,9 @@ def test_what_is_chosen_is_what_was_measured_fastest() -> None:
         return config.shrink_clusters, config.parts, config.db_with_t
 
     assert [chosen(M, 4096, 4096) for M in (2048, 4096, 8192)] == [(4, 4, True), (8, 4, True), (16, 4, True)]
+    assert [chosen(M, 4096, 4096) for M in (512, 1024)] == [(2, 1, False), (2, 2, False)]
+    assert chosen(8192, 14336, 4096) == (16, 1, True) and chosen(8192, 4096, 2048) == (16, 4, True)
+    assert chosen(8192, 8192, 2048) == (16, 2, True)
     assert chosen(8192, 4096, 1024) == (16, 3, False), "of few columns dB takes little, and with T that comes late"
     assert chosen(8192, 4096, 14336) == (16, 5, True) and chosen(2048, 4096, 14336) == (4, 4, True)
     assert chosen(2048, 14336, 4096) == (8, 1, False) and chosen(1024, 8192, 8192) == (2, 2, True)
@@ -290,6 +299,8 @@ def test_what_is_chosen_is_what_was_measured_fastest() -> None:
     # some of it, and jobs begin with those that do not.
     config = cuda_config(Problem(8192, 2048, 8192, 16, 2, False, 90, 132), False)
     assert (config.shrink_clusters, config.parts, config.first_job) == (24, 1, 24)
+    without_dx = cuda_config(Problem(8192, 4096, 4096, 16, 2, False, 90, 132), False, tiles=False)
+    assert (without_dx.block_n, without_dx.shrink_clusters) == (256, 32), "one unit of T each"
 
 
 def test_the_width_of_tiles_is_that_measured_faster() -> None:

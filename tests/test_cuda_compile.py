@@ -103,6 +103,11 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     tensors = (i.dy, i.x, i.weight, i.lora_A, i.lora_B, s)
     down = cuda.backward_plan(*tensors, needs=(True, True, True), config=with_t, **settings)
     assert down.work_size == (1000 + 512) * 16 * 2 + 2 * 2 * 768 * 16 * 4, "and dB's sums of two units, of both blocks"
+    uneven = make_inputs(1100, 512, 768, 16, torch.bfloat16)  # of nine row blocks the last unit is one block's
+    s_uneven, needs = torch.zeros(1100, 16, dtype=torch.bfloat16), (True, True, True)
+    tensors_uneven = (uneven.dy, uneven.x, uneven.weight, uneven.lora_A, uneven.lora_B, s_uneven)
+    down = cuda.backward_plan(*tensors_uneven, needs=needs, config=with_t, **settings)
+    assert down.work_size == -(-1100 * 16 * 2 // 256) * 256 + 512 * 16 * 2 + (2 * 2 + 1) * 768 * 16 * 4
     with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: db_with_t: error -8"):
         narrow = dataclasses.replace(with_t, block_n=128)
         cuda.backward_plan(*tensors, needs=(True, True, True), config=narrow, **settings)
