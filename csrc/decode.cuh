@@ -213,12 +213,12 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(const __grid_
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const uint64_t right = matrix_descriptor(x + 32 * k, 16);
+        const uint64_t right = matrix_descriptor(x, 32 * k, 16);
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
-          Wgmma<T, 8 * TILES, 0, 0>::run(acc[h], matrix_descriptor(w + 8192 * h + 32 * k, 16), right);
+          Wgmma<T, 8 * TILES, 0, 0>::run(acc[h], matrix_descriptor(w, 8192 * h + 32 * k, 16), right);
         }
-        Wgmma<T, 8 * TILES, 0, 0>::run(s, matrix_descriptor(a + 32 * k, 16), right);
+        Wgmma<T, 8 * TILES, 0, 0>::run(s, matrix_descriptor(a, 32 * k, 16), right);
       }
       wgmma_commit();
       wgmma_wait<1>();

@@ -171,11 +171,9 @@ __device__ __forceinline__ void put_small(const Call<T>& c, const float (&sums)[
 
 // A warpgroup has left sums: a side warp is told of them, once it has taken those before.
 __device__ __forceinline__ void tell_side(uint32_t told, int& before, int group, int thread) {
+  if (before > 0) barrier_wait(told + 16, (before - 1) % 2);  // by all, or the compiler takes threads for diverged ever after
   meet(3 + group, 128);
-  if (thread == 0) {
-    if (before > 0) barrier_wait(told + 16, (before - 1) % 2);
-    barrier_arrive(told);
-  }
+  if (thread == 0) barrier_arrive(told);
   before++;
 }
 
@@ -277,11 +275,11 @@ __device__ void slice_rows(
 #pragma unroll
           for (int n = 0; n < PORTION_STEPS; n++) {
             const int i = q * PORTION_STEPS + n, accumulate = TERMS == 1 || i > 0;
-            const uint64_t b = BACKWARD ? ranks_descriptor<R, BLOCK_K>(right, i) : matrix_descriptor(right + 32 * i, 16);
+            const uint64_t b = BACKWARD ? ranks_descriptor<R, BLOCK_K>(right, i) : matrix_descriptor(right, 32 * i, 16);
             if constexpr (DROPOUT) {
               RegisterWgmma<T, R>::run(acc[slot], a[q][n], b, accumulate);
             } else {
-              Wgmma<T, R, 0, BACKWARD>::run(acc[slot], matrix_descriptor(left + 32 * i, 16), b, accumulate);
+              Wgmma<T, R, 0, BACKWARD>::run(acc[slot], matrix_descriptor(left, 32 * i, 16), b, accumulate);
             }
           }
           wgmma_commit();
@@ -337,7 +335,7 @@ __device__ void rows_with_db(
     for (int box = 0; box < L::BOXES; box++) {
 #pragma unroll
       for (int i = 0; i < BLOCK_K / 16; i++) {
-        const uint64_t a = matrix_descriptor(lefts + box * L::LEFT + group * (L::LEFT / 2) + 32 * i, 16);
+        const uint64_t a = matrix_descriptor(lefts + group * (L::LEFT / 2), box * L::LEFT + 32 * i, 16);
         Wgmma<T, R, 0, 1>::run(acc[box], a, ranks_descriptor<R, BLOCK_K>(right, i));
       }
     }
@@ -356,7 +354,7 @@ __device__ void rows_with_db(
     for (int box = 0; box < L::BOXES; box++) {
 #pragma unroll
       for (int i = 0; i < BLOCK_M / 16; i++) {
-        const uint64_t a = matrix_descriptor(own + box * L::LEFT + 2048 * i, 16);
+        const uint64_t a = matrix_descriptor(own, box * L::LEFT + 2048 * i, 16);
         Wgmma<T, R, 1, 1>::run(sums, a, ranks_descriptor<R, BLOCK_M>(s_rows + box * L::S_ROWS, i), box + i > 0);
       }
     }
@@ -410,7 +408,7 @@ __device__ __forceinline__ void stripe_job(
 #pragma unroll
     for (int i = 0; i < L::JOB_ROWS / 16; i++) {
       const uint64_t b = ranks_descriptor<L::R, L::JOB_ROWS>(small, i);
-      Wgmma<T, L::R, 1, 1>::run(acc, matrix_descriptor(src + 2048 * i, 16), b, TERMS == 1 || i > 0);
+      Wgmma<T, L::R, 1, 1>::run(acc, matrix_descriptor(src, 2048 * i, 16), b, TERMS == 1 || i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -467,7 +465,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   volatile int* next = reinterpret_cast<int*>(memory + STAGES * L::STAGE + L::OUT + 16 * STAGES + 56);
   volatile int *own_place = next + 1, *begun = next + 2;
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   const int tiles_m = (c.M + BLOCK_M - 1) / BLOCK_M, pairs_m = (tiles_m + CLUSTER - 1) / CLUSTER;
   const int steps = (c.depth + BLOCK_K - 1) / BLOCK_K;
   const int db_jobs = BACKWARD && !DB_WITH_T ? job_count(c.stripes[0]) : 0, da_jobs = BACKWARD ? job_count(c.stripes[1]) : 0;
@@ -796,8 +794,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     const int group = warp / 4 - 1, thread = threadIdx.x - 128, in_group = thread % 128;
     const int g = lane / 4, t = lane % 4;
     int stage = 0, phase = 0;
-    const auto before = [&] { return stage == 0 ? STAGES - 1 : stage - 1; };
+    int before = 0;  // the stage before
     const auto advance = [&] {
+      before = stage;
       if (++stage == STAGES) stage = 0, phase ^= 1;
     };
     const auto release = [&](int stage) {
@@ -829,9 +828,9 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         for (; jobs.due(done, n); done++) {
           const bool is_da = jobs.is_da(done);
           const Stripes& p = c.stripes[is_da];
-          const int stripe = jobs.index(done) / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
+          const int index = jobs.index(done), stripe = index / p.parts * (JOB_COLS / STRIPE) + rank * 2 + group;
           stripe_job<T, BLOCK_N, RANKS, DROPOUT, TERMS>(
-              c, p, mask, is_da, stripe, jobs.index(done) % p.parts, stages, full, empty, stage, phase, group, in_group,
+              c, p, mask, is_da, stripe, index % p.parts, stages, full, empty, stage, phase, group, in_group,
               sums_left + 8 * group, left_before);
         }
       }
@@ -858,17 +857,17 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 16; i++) {
-          const uint64_t a = matrix_descriptor(left + 32 * i, 16);
+          const uint64_t a = matrix_descriptor(left, 32 * i, 16);
           if constexpr (BACKWARD) {
-            Wgmma<T, BLOCK_N, 0, 1>::run(acc, a, matrix_descriptor(right + 2048 * i, 8192), k + i > 0);
+            Wgmma<T, BLOCK_N, 0, 1>::run(acc, a, matrix_descriptor(right, 2048 * i, 8192), k + i > 0);
           } else {
-            Wgmma<T, BLOCK_N, 0, 0>::run(acc, a, matrix_descriptor(right + 32 * i, 16), k + i > 0);
+            Wgmma<T, BLOCK_N, 0, 0>::run(acc, a, matrix_descriptor(right, 32 * i, 16), k + i > 0);
           }
           beside(i, a);
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (k > 0) release(before());
+        if (k > 0) release(before);
         advance();
       };
       const auto nothing = [](int, uint64_t) {};
@@ -889,7 +888,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           looked = true;
           if (*begun < stride) {
             wgmma_wait<0>();
-            release(before());
+            release(before);
             units = true;
             n--;
             continue;
@@ -901,7 +900,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           for (; k < end; k++) {
             const uint32_t skinny = out + stage * L::SKINNY;
             multiply(k, [&](int i, uint64_t a) {
-              Wgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny + 32 * i, 16), k > begin || i > 0);
+              Wgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny, 32 * i, 16), k > begin || i > 0);
             });
           }
           wgmma_wait<0>();
@@ -910,8 +909,10 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           tell_side(sums_left + 8 * group, left_before, group, in_group);
         }
       }
+      int end = steps;
+      asm volatile("" : "+r"(end));  // or every step would count its depth's steps anew
 #pragma unroll 1
-      for (; k < steps; k++) multiply(k, nothing);
+      for (; k < end; k++) multiply(k, nothing);
       // The steps of depth r. The dropout's mask is on their products alone, so there these are formed beside the others
       // below.
       const int first = stage;
@@ -925,8 +926,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           wgmma_fence();
 #pragma unroll
           for (int q = 0; q < L::GROUP_STEPS; q++) {
-            const uint64_t a = narrow_descriptor<BOX_RANKS<L::R>>(left + 32 * q);
-            Wgmma<T, 64, 0, 0>::run(product, a, narrow_descriptor<BOX_RANKS<L::R>>(right + 32 * q), j + q > 0);
+            const uint64_t a = narrow_descriptor<BOX_RANKS<L::R>>(left, 32 * q);
+            Wgmma<T, 64, 0, 0>::run(product, a, narrow_descriptor<BOX_RANKS<L::R>>(right, 32 * q), j + q > 0);
           }
           wgmma_commit();
         }
@@ -934,7 +935,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
       if constexpr (DROPOUT && BACKWARD) {
         if (L::GROUPS > 1) {  // of all stages the last products' may be one that these want
           wgmma_wait<0>();
-          release(before());
+          release(before);
         }
 #pragma unroll
         for (int i = 0; i < L::GROUPS; i++) {
@@ -944,7 +945,7 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
         form_product(0);
         wgmma_wait<1>();
         settle(acc);
-        if (L::GROUPS == 1) release(before());
+        if (L::GROUPS == 1) release(before);
       } else {
 #pragma unroll
         for (int i = 0; i < L::GROUPS; i++) {
@@ -954,19 +955,19 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
           wgmma_fence();
 #pragma unroll
           for (int q = 0; q < L::GROUP_STEPS; q++) {
-            const uint64_t a = narrow_descriptor<BOX_RANKS<L::R>>(left + 32 * q);
-            Wgmma<T, BLOCK_N, 0, 0>::run(acc, a, narrow_descriptor<BOX_RANKS<L::R>>(right + 32 * q), 1);
+            const uint64_t a = narrow_descriptor<BOX_RANKS<L::R>>(left, 32 * q);
+            Wgmma<T, BLOCK_N, 0, 0>::run(acc, a, narrow_descriptor<BOX_RANKS<L::R>>(right, 32 * q), 1);
           }
           wgmma_commit();
           if (i < L::GROUPS - 1) {
             wgmma_wait<1>();
-            release(before());
+            release(before);
             advance();
           }
         }
         wgmma_wait<0>();
         settle(acc);
-        release(before());
+        release(before);
         release(stage);
       }
       if constexpr (!BACKWARD) {

@@ -42,6 +42,9 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) 
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
 }
 
+// What all threads of a warp have, where the compiler cannot tell that they do: in a uniform register from here on.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
 // `count` threads of the block meet at barrier `id`, 1 to 15.
 __device__ __forceinline__ void meet(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
@@ -320,28 +323,32 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// A shared-memory matrix in rows of 128 bytes, swizzled as TMA's 128B mode does it. `leading` bytes lie between column
-// blocks of 64 where columns are not what is summed over; 1024 bytes between groups of eight rows.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
-  return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(leading >> 4) << 16) |
-         ((address & 0x3FFFF) >> 4);
+// A descriptor of shared memory from `offset` bytes behind `address` on. An address has the block's rank in its highest bits;
+// the rest is added up in units of 16 bytes, so that steps which differ by constants take an addition each.
+__device__ __forceinline__ uint64_t descriptor(uint32_t swizzle, uint32_t stride, uint32_t leading, uint32_t address, int offset) {
+  const uint32_t low = ((address & 0x3FFFF) >> 4) + (leading << 12) + offset / 16, high = (swizzle << 30) + (stride >> 4);
+  return uint64_t(high) << 32 | low;
 }
 
-// A shared-memory matrix in rows of 2 · R = 32, 64 or 128 bytes, swizzled as TMA does it at that width, its depth in rows or
-// across them.
+// A matrix in rows of 128 bytes, swizzled as TMA's 128B mode does it. `leading` bytes lie between column blocks of 64 where
+// columns are not what is summed over; 1024 bytes between groups of eight rows.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int offset, uint32_t leading) {
+  return descriptor(1, 1024, leading, address, offset);
+}
+
+// A matrix in rows of 2 · R = 32, 64 or 128 bytes, swizzled as TMA does it at that width, its depth in rows or across them.
 template <int R>
-__device__ __forceinline__ uint64_t narrow_descriptor(uint32_t address) {
-  constexpr uint64_t SWIZZLE = R == 64 ? 1 : R == 32 ? 2 : 3;
-  return (SWIZZLE << 62) | (uint64_t(16 * R >> 4) << 32) | (uint64_t(1) << 16) | ((address & 0x3FFFF) >> 4);
+__device__ __forceinline__ uint64_t narrow_descriptor(uint32_t address, int offset) {
+  return descriptor(R == 64 ? 1 : R == 32 ? 2 : 3, 16 * R, 16, address, offset);
 }
 
 // Step i, of 16 rows of depth, of an operand in boxes of ROWS rows of depth and up to 64 of its R ranks.
 template <int R, int ROWS>
 __device__ __forceinline__ uint64_t ranks_descriptor(uint32_t address, int i) {
   if constexpr (R > 64) {
-    return matrix_descriptor(address + 2048 * i, 128 * ROWS);
+    return matrix_descriptor(address, 2048 * i, 128 * ROWS);
   } else {
-    return narrow_descriptor<R>(address + 32 * R * i);
+    return narrow_descriptor<R>(address, 32 * R * i);
   }
 }
 

@@ -113,7 +113,7 @@ def check_config(config: Config) -> None:
 def forward_config(p: Problem) -> ForwardConfig:
     """The configuration of the forward kernel."""
     # The SMs that a single round leaves free compute S meanwhile; a backward has no time for its stripes then.
-    return ForwardConfig(**_tile(p, busy=0.9), GROUP_M=8, **_shrink(p, tall=True, masked=p.dropout))
+    return ForwardConfig(**_tile(p, busy=0.9), GROUP_M=16, **_shrink(p, tall=True, masked=p.dropout))
 
 
 def decode_rows(M: int) -> int:
