@@ -69,7 +69,7 @@ class Calls(NamedTuple):
 # Where these kernels have been measured faster than Triton's on the whole (pytest bench/ --benchmark shows both), on an
 # H200; above r = 64 only calls with neither a mask nor a gain, and of all three gradients.
 _PRECISE = (
-    Calls(rows=(2048, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,)),
+    Calls(rows=(512, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,)),
     Calls(rows=(8192, 8192), N=(1024, 1024), K=(4096, 4096), r=(1, MAX_RANK_PRECISE), precise=(True,)),
 )
 FASTER: dict[str, tuple[Calls, ...]] = {
