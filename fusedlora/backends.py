@@ -208,19 +208,37 @@ def _why_slower(kernels: str, call: Call) -> str | None:
         return None
     if call.device.type != "cuda":
         return None
-    (major, minor), num_sms, forward = _capability(call.device), cuda.num_sms(call.device), call.direction == "forward"
-    if kernels == "triton":
-        sides = (call.N, call.K) if forward else (call.K, call.N)
-        problem = Problem(call.rows, *sides, call.r, call.dtype.itemsize, False, 10 * major + minor, num_sms)
-        if (found := tuning.compared(call.direction, problem, call.device)) is not None:
-            told = f"{SLOWER}: measured {found.products_us:.0f} µs, the kernels {found.us:.0f}"
-            return told if found.products_us < found.us else None
+    if (found := _compared(call)) is not None:
+        us = found.us if kernels == "triton" else found.cuda_us
+        if us is not None and found.products_us is not None:
+            told = f"{SLOWER}: measured {found.products_us:.0f} µs, the kernels {us:.0f}"
+            return told if found.products_us < us else None
     # Where nobody has compared them the kernels' wide ranks are no others.
-    if (major, minor) != (9, 0) and call.r <= costs.MAX_RANK:
+    if _capability(call.device) != (9, 0) and call.r <= costs.MAX_RANK:
         return None
-    about = forward, call.rows, call.N, call.K, call.r, call.param_dtype is not call.dtype
-    why = costs.why_slower(kernels, *about, num_sms)
+    about = call.direction == "forward", call.rows, call.N, call.K, call.r, call.param_dtype is not call.dtype
+    why = costs.why_slower(kernels, *about, cuda.num_sms(call.device))
     return why and f"{SLOWER}: {why}"
+
+
+def _compared(call: Call) -> tuning.Compared | None:
+    """What was measured for about such a call on its GPU."""
+    sides = (call.N, call.K) if call.direction == "forward" else (call.K, call.N)
+    (major, minor), num_sms = _capability(call.device), cuda.num_sms(call.device)
+    about = call.rows, *sides, call.r, call.dtype.itemsize, call.adapter_dtype is not call.dtype
+    problem = Problem(*about, 10 * major + minor, num_sms, call.dropout != "")
+    return tuning.compared(call.direction, problem, call.device)
+
+
+def _why_triton(call: Call) -> str | None:
+    """Why "auto" prefers Triton's kernels to those of csrc."""
+    found = _compared(call)
+    if found is not None and found.cuda_us is not None:
+        told = f"Triton's kernels take less time: measured {found.us:.0f} µs, these {found.cuda_us:.0f}"
+        return told if found.us < found.cuda_us else None
+    precise, converts = call.adapter_dtype is not call.dtype, call.param_dtype is not call.dtype
+    about = (call.direction, call.rows, call.N, call.K, call.r, call.dropout != "", converts, precise)
+    return None if prefers_cuda(*about) else "these kernels have not been measured faster here"
 
 
 def _shapes_why_not(call: Call, max_rank: int) -> str | None:
@@ -250,12 +268,11 @@ def _cuda_why_not(call: Call) -> str | None:
     capability = _capability(call.device)
     if capability != (9, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
-    precise, converts = call.adapter_dtype is not call.dtype, call.param_dtype is not call.dtype
-    about = (call.direction, call.rows, call.N, call.K, call.r, call.dropout != "", converts, precise)
-    if not (call.named or prefers_cuda(*about)):
-        return "these kernels have not been measured faster here"
+    if not call.named and (reason := _why_triton(call)) is not None:
+        return reason
     if (missing := cuda.missing()) is not None:
         return missing
+    precise = call.adapter_dtype is not call.dtype
     if call.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype is {call.dtype}, the kernels take bfloat16 and float16"
     if precise and (call.dtype is not torch.bfloat16 or call.r > MAX_RANK_PRECISE):

@@ -1,8 +1,9 @@
 """python -m fusedlora tune: measures which configurations of the kernels are fastest on this GPU, for given shapes.
 
 A configuration is only timed after a child process found its numbers right, and only kept where it beats the
-heuristic's in interleaved rounds. The one that is best is then timed beside PyTorch's own products. The table goes to
-the user's cache directory, where the launchers, and whoever chooses between these, look for it.
+heuristic's in interleaved rounds. The one that is best is then timed beside the kernels of csrc, where these are built,
+and PyTorch's own products. The table goes to the user's cache directory, where the launchers, and whoever chooses
+between these, look for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .config import Config, Problem
 from .tuning_candidates import STEPS, variants
 
 if TYPE_CHECKING:
+    from . import backends
     from .timing import Spread
     from .tune_check import Shape
 
@@ -36,8 +38,10 @@ class Tools(Protocol):
 
     def reasons(self, kernel: str, shape: Shape, configs: Sequence[Config]) -> list[str | None]: ...
 
+    def takes_cuda(self, kernel: str, shape: Shape) -> bool: ...
+
     def times(
-        self, kernel: str, shape: Shape, configs: Sequence[Config | None], rounds: int
+        self, kernel: str, shape: Shape, ways: Sequence[Config | str], rounds: int
     ) -> list[tuple[float, Spread] | None]: ...
 
 
@@ -48,6 +52,7 @@ class Outcome:
     entry: tuning.Entry | None
     us: float
     heuristic_us: float
+    cuda_us: float | None = None  # csrc's, where they are built and take such calls
     products_us: float | None = None  # PyTorch's, where "auto" may take them
     tried: int = 0
     wrong: list[tuple[Config, str]] = dataclasses.field(default_factory=list)
@@ -76,10 +81,13 @@ def tune_kernel(
         if spread.median <= 1.0 - LEAST_GAIN and spread.p90 < 1.0:
             outcome.us = base[0] * spread.median
             outcome.entry = tuning.Entry(kernel, problem, best, outcome.us, base[0])
-    if shape.adapter == shape.dtype != "fp32" and not shape.dropout:
-        say(f"{kernel}: timing PyTorch's own products")
-        _, products = tools.times(kernel, shape, [best if outcome.entry else heuristic, None], LAST)
-        outcome.products_us = None if products is None else outcome.us * products[1].median
+    others = ["cuda"] if tools.takes_cuda(kernel, shape) else []
+    others += ["reference"] if shape.adapter == shape.dtype != "fp32" and not shape.dropout else []
+    if others:
+        say(f"{kernel}: timing the other backends")
+        _, *taken = tools.times(kernel, shape, [best if outcome.entry else heuristic, *others], LAST)
+        found = {name: None if one is None else outcome.us * one[1].median for name, one in zip(others, taken)}
+        outcome.cuda_us, outcome.products_us = found.get("cuda"), found.get("reference")
     return outcome
 
 
@@ -175,33 +183,40 @@ def run(args: argparse.Namespace) -> int:
             table.compared.drop(kernel, problem)
             if outcome.entry is not None:
                 table.entries.put(outcome.entry)
-            if outcome.products_us is not None:
-                table.compared.put(tuning.Compared(kernel, problem, outcome.us, outcome.products_us))
+            if (outcome.cuda_us, outcome.products_us) != (None, None):
+                times = outcome.us, outcome.cuda_us, outcome.products_us
+                table.compared.put(tuning.Compared(kernel, problem, *times))
             tuning.write(table, path)  # after each: a run that is stopped keeps what it found
             bar.done(report(kernel, shape, outcome))
     print(f"{len(table.entries.items)} entries in {path}")
     return 0
 
 
-def refuse(shapes: Sequence[Shape], device: Any) -> None:
-    """Raises ValueError for a shape that the kernels do not take."""
+def call_of(shape: Shape, device: Any, kernel: str = "forward") -> backends.Call:
+    """The call that is tuned, as one that names its backend."""
     import torch
 
     from . import backends
     from .dropout import MAX_P
     from .tune_check import DTYPES
 
+    x, adapter = DTYPES[shape.dtype], DTYPES[shape.adapter]
+    noise = "" if shape.dropout == 0.0 else "seed" if shape.dropout <= MAX_P else "mask"
+    return backends.Call(
+        True, device, x, adapter, adapter, shape.out_features, shape.in_features, shape.r,
+        noise, (shape.in_features, 1, 0), "high" if x is torch.float32 else "", direction=kernel,
+    )  # fmt: skip
+
+
+def refuse(shapes: Sequence[Shape], device: Any) -> None:
+    """Raises ValueError for a shape that the kernels do not take."""
+    from . import backends
+
     for shape in shapes:
-        x, adapter = DTYPES[shape.dtype], DTYPES[shape.adapter]
-        noise = "" if shape.dropout == 0.0 else "seed" if shape.dropout <= MAX_P else "mask"
-        call = backends.Call(
-            True, device, x, adapter, adapter, shape.out_features, shape.in_features, shape.r,
-            noise, (shape.in_features, 1, 0), "high" if x is torch.float32 else "",
-        )  # fmt: skip
         if shape.M < 1 or not 0.0 <= shape.dropout < 1.0:
             reason: str | None = f"M is {shape.M}, dropout is {shape.dropout}; they must be at least 1, and in [0, 1)"
         else:
-            reason = backends.TRITON.why_not(call)
+            reason = backends.TRITON.why_not(call_of(shape, device))
         if reason is not None:
             raise ValueError(f"{shape}: {reason}")
 
@@ -212,8 +227,11 @@ def report(kernel: str, shape: Shape, outcome: Outcome) -> str:
     gain = 1.0 - outcome.us / outcome.heuristic_us
     text += f"  {-100 * gain:+5.1f} %" if outcome.entry else "  the heuristic's stays"
     text += f"  ({outcome.tried} tried, {len(outcome.wrong)} of them wrong or not possible)"
-    if outcome.products_us is not None and outcome.products_us < outcome.us:
-        text += f"; PyTorch's products take {outcome.products_us:.1f} µs: auto takes those"
+    others = {"the CUDA kernels": outcome.cuda_us, "PyTorch's products": outcome.products_us}
+    taken = {name: us for name, us in others.items() if us is not None}
+    least = min(taken.values(), default=outcome.us)
+    for name, us in taken.items():
+        text += f"; {name} take {us:.1f} µs" + (": auto takes those" if us == least < outcome.us else "")
     return text
 
 

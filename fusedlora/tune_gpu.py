@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import backends
 from .config import Config
 from .doctor import run_limited
 from .memory import device_memory
 from .testing import Inputs, relative_error
 from .timing import GraphTimer, Spread, interleave, ratios, set_count
-from .tune_check import Shape, draw, launch, saved_s
+from .tune import call_of
+from .tune_check import SEED, Shape, draw, launch, saved_s
 
 CHILD = [sys.executable, "-m", "fusedlora.tune_check"]
 START_S, EACH_S = 90.0, 30.0  # what a child may take to start, and more for each configuration
@@ -70,12 +71,16 @@ class OnGpu:
         reasons = {int(name): reason for name, reason in outcome.facts.items() if name.isdigit()}
         return reasons, outcome.failure or "the child process said nothing of it"
 
+    def takes_cuda(self, kernel: str, shape: Shape) -> bool:
+        """Whether the kernels of csrc are built and take such a call."""
+        return backends.CUDA.why_not(call_of(shape, self.device, kernel)) is None
+
     def times(
-        self, kernel: str, shape: Shape, configs: Sequence[Config | None], rounds: int
+        self, kernel: str, shape: Shape, ways: Sequence[Config | str], rounds: int
     ) -> list[tuple[float, Spread] | None]:
         """Microseconds of each, and its time over that of the first in the same rounds; None where outputs differ.
 
-        A configuration of None stands for PyTorch's own products.
+        A way is a configuration of Triton's kernels or the name of another backend.
         """
         stream = torch.cuda.Stream(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
@@ -86,13 +91,13 @@ class OnGpu:
             sets = [draw(shape, self.device, seed) for seed in range(set_count(each, self.device))]
             small = [saved_s(i, problem) if kernel == "backward" else None for i in sets]
             found: dict[int, tuple[float, Spread] | None] = {}
-            for start in range(1, max(2, len(configs)), TOGETHER - 1):
-                batch = [0, *range(start, min(start + TOGETHER - 1, len(configs)))]
+            for start in range(1, max(2, len(ways)), TOGETHER - 1):
+                batch = [0, *range(start, min(start + TOGETHER - 1, len(ways)))]
                 # Each captured launch keeps its words; none are left to zero inside a capture, which would take time.
                 device_memory(self.device).take(1, capturing=False)
                 timers = {}
                 for index in batch:
-                    calls = [_call(kernel, i, configs[index], s) for i, s in zip(sets, small)]
+                    calls = [_call(kernel, i, ways[index], s) for i, s in zip(sets, small)]
                     timers[str(index)] = GraphTimer(calls, stream=stream, block_seconds=0.005)
                 taken = interleave(timers, rounds)
                 first = timers["0"].outputs
@@ -105,16 +110,18 @@ class OnGpu:
                 for timer in timers.values():
                     timer.close()
                 self.progress(len(found))
-        return [found[index] for index in range(len(configs))]
+        return [found[index] for index in range(len(ways))]
 
 
-def _call(kernel: str, i: Inputs, config: Config | None, s: torch.Tensor | None) -> Callable[[], object]:
-    if config is not None:
-        return lambda: launch(kernel, i, config, s)
-    settings: dict[str, Any] = {"scaling": i.scaling, "dropout_p": 0.0, "adapter_dtype": i.lora_A.dtype}
+def _call(kernel: str, i: Inputs, way: Config | str, s: torch.Tensor | None) -> Callable[[], object]:
+    if not isinstance(way, str):
+        return lambda: launch(kernel, i, way, s)
+    backend = next(backend for backend in backends.BACKENDS if backend.name == way)
+    seed = torch.tensor([SEED]) if i.dropout_p else None
+    settings: dict[str, Any] = {"scaling": i.scaling, "dropout_p": i.dropout_p, "adapter_dtype": i.lora_A.dtype}
     if kernel == "forward":
-        return lambda: reference.forward(
-            i.x, i.weight, i.lora_A, i.lora_B, None, None, None, None, save_s=True, **settings
+        return lambda: backend.forward(
+            i.x, i.weight, i.lora_A, i.lora_B, None, seed, None, None, save_s=True, **settings
         )
     settings |= {"need_dx": True, "need_dA": True, "need_dB": True}
-    return lambda: reference.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, None, None, **settings)
+    return lambda: backend.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, seed, None, **settings)

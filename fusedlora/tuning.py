@@ -1,7 +1,8 @@
 """Tuned tables: the configurations that were measured fastest on a GPU, which the launchers take before the heuristic.
 
 `python -m fusedlora tune` writes one to the user's cache directory; others may come with the package, in its folder
-tuned. A table belongs to one GPU, one triton and these kernels. It also says where PyTorch's own products were faster.
+tuned. A table belongs to one GPU, one triton and these kernels. It also says how long the kernels of csrc and PyTorch's
+own products took.
 Importing this module imports neither torch nor triton.
 """
 
@@ -31,12 +32,13 @@ from .config import (
     decode_rows,
     forward_config,
 )
+from .cuda_build import sources_hash
 from .doctor import fingerprint
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 2
+FORMAT = 3
 SHIPPED = Path(__file__).parent / "tuned"
 # An entry serves as many rows as it was measured with, and up to this many times more or fewer.
 NEAR = 2**0.5
@@ -65,12 +67,16 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """Microseconds of the "forward" or "backward" kernel, as it was tuned, and of PyTorch's own products."""
+    """Microseconds of Triton's "forward" or "backward" kernel, as it was tuned, of csrc's and of PyTorch's products.
+
+    None where csrc is not built or does not take such calls, and where "auto" takes no products whatever they take.
+    """
 
     kernel: str
     problem: Problem
     us: float
-    products_us: float
+    cuda_us: float | None
+    products_us: float | None
 
 
 Item = TypeVar("Item", Entry, Compared)
@@ -129,7 +135,12 @@ class Table:
             problem = {name: getattr(item.problem, name) for name in _PROBLEM}
             return dataclasses.asdict(item) | {"problem": problem}
 
-        head = {"format": FORMAT, "gpu": dataclasses.asdict(self.gpu), "versions": fingerprint()}
+        head = {
+            "format": FORMAT,
+            "gpu": dataclasses.asdict(self.gpu),
+            "versions": fingerprint(),
+            "csrc": sources_hash(),
+        }
         head["entries"] = [plain(entry) for entry in self.entries.items.values()]
         head["compared"] = [plain(compared) for compared in self.compared.items.values()]
         return json.dumps(head, indent=1)
@@ -144,6 +155,8 @@ def parse(text: str, gpu: Gpu, path: Path | None = None) -> Table:
             if data[name] != value:
                 raise ValueError(f"{name} is {data[name]}, here it is {value}")
         compared = [_compared(item, gpu) for item in data["compared"]]
+        if data["csrc"] != sources_hash():  # other kernels than those
+            compared = [dataclasses.replace(item, cuda_us=None) for item in compared]
         return Table(gpu, [_entry(entry, gpu) for entry in data["entries"]], path, compared)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its form is not a table's ({type(error).__name__}: {error})") from error
@@ -159,7 +172,8 @@ def _entry(data: dict[str, Any], gpu: Gpu) -> Entry:
 
 def _compared(data: dict[str, Any], gpu: Gpu) -> Compared:
     config_class(data["kernel"], {})
-    return Compared(data["kernel"], _problem(data, gpu), float(data["us"]), float(data["products_us"]))
+    others = (None if data[name] is None else float(data[name]) for name in ("cuda_us", "products_us"))
+    return Compared(data["kernel"], _problem(data, gpu), float(data["us"]), *others)
 
 
 def _problem(data: dict[str, Any], gpu: Gpu) -> Problem:
@@ -259,6 +273,6 @@ def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> 
 
 
 def compared(kernel: str, problem: Problem, device: torch.device) -> Compared | None:
-    """The kernel's time and that of PyTorch's products, where they were measured on this GPU at about as many rows."""
+    """What was measured side by side on this GPU at about as many rows."""
     found = (table.compared.find(kernel, problem) for table in _asked(device, in_use()))
     return next((item for item in found if item is not None), None)

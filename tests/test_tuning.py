@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -88,23 +89,27 @@ class TestCandidates:
 
 
 class FakeGpu:
-    """Tools whose GPU takes `us(config)`, and finds those wrong for which `wrong(config)` is true."""
+    """Tools whose GPU takes `us(config)`, and finds those wrong for which `wrong(config)` is true.
 
-    def __init__(self, us, wrong=lambda config: False, differs=lambda config: False, products=200.0) -> None:
-        self.us, self.wrong, self.differs, self.products = us, wrong, differs, products
+    products and cuda: what PyTorch's take and csrc's, None where these are not built; NaN stands for wrong outputs.
+    """
+
+    def __init__(self, us, wrong=lambda config: False, differs=lambda config: False, products=200.0, cuda=None) -> None:
+        self.us, self.wrong, self.differs, self.others = us, wrong, differs, {"reference": products, "cuda": cuda}
         self.timed: list = []
 
     def reasons(self, kernel, shape, configs):
         return ["off by one" if self.wrong(c) else None for c in configs]
 
-    def times(self, kernel, shape, configs, rounds):
-        self.timed += configs
-        us = [self.products if c is None else self.us(c) for c in configs]
+    def takes_cuda(self, kernel, shape):
+        return self.others["cuda"] is not None
+
+    def times(self, kernel, shape, ways, rounds):
+        self.timed += ways
+        us = [self.others[way] if isinstance(way, str) else self.us(way) for way in ways]
         shares = [each / us[0] for each in us]
-        return [
-            None if c is not None and self.differs(c) else (each, Spread(share, share, share))
-            for c, each, share in zip(configs, us, shares)
-        ]
+        wrong = [math.isnan(each) if isinstance(way, str) else self.differs(way) for way, each in zip(ways, us)]
+        return [None if bad else (each, Spread(share, share, share)) for bad, each, share in zip(wrong, us, shares)]
 
 
 def tuned(kernel: str, gpu: FakeGpu) -> tune.Outcome:
@@ -133,20 +138,34 @@ class TestSearch:
         outcome = tuned("forward", gpu)
         assert outcome.entry is None and outcome.us == outcome.heuristic_us == 100.0
         if kind == "wrong":
-            assert not any(c is not None and c.GROUP_M == 4 for c in gpu.timed)
+            assert not any(not isinstance(way, str) and way.GROUP_M == 4 for way in gpu.timed)
             assert all(reason == "off by one" for _, reason in outcome.wrong) and outcome.wrong
 
     def test_products_are_timed_beside_the_best(self) -> None:
         gpu = FakeGpu(lambda c: 90.0 if c.GROUP_M == 4 else 100.0, products=80.0)
         outcome = tuned("forward", gpu)
-        assert gpu.timed[-1] is None and gpu.timed[-2] == outcome.entry.config
-        assert (outcome.us, outcome.products_us) == (90.0, pytest.approx(80.0))
+        assert gpu.timed[-2:] == [outcome.entry.config, "reference"]
+        assert (outcome.us, outcome.cuda_us, outcome.products_us) == (90.0, None, pytest.approx(80.0))
         assert tune.report("forward", SHAPE, outcome).endswith("; PyTorch's products take 80.0 µs: auto takes those")
-        assert "products" not in tune.report("forward", SHAPE, tuned("forward", FakeGpu(lambda c: 100.0)))
+        slower = tune.report("forward", SHAPE, tuned("forward", FakeGpu(lambda c: 100.0)))
+        assert slower.endswith("; PyTorch's products take 200.0 µs")
         for change in ({"adapter": "fp32"}, {"dropout": 0.1}, {"dtype": "fp32", "adapter": "fp32"}):
             other = dataclasses.replace(SHAPE, **change)
             outcome = tune.tune_kernel("forward", other, P, forward_config(P), gpu, lambda text: None)
             assert outcome.products_us is None, "what auto never takes them for"
+
+    def test_the_kernels_of_csrc_are_timed_where_they_are_built(self) -> None:
+        """Also where PyTorch's products are nothing to compare with; not if they give other numbers."""
+        outcome = tuned("backward", gpu := FakeGpu(lambda c: 100.0, products=80.0, cuda=70.0))
+        assert gpu.timed[-3:] == [backward_config(P), "cuda", "reference"]
+        assert (outcome.us, outcome.cuda_us, outcome.products_us) == (100.0, pytest.approx(70.0), pytest.approx(80.0))
+        told = "; the CUDA kernels take 70.0 µs: auto takes those; PyTorch's products take 80.0 µs"
+        assert tune.report("backward", SHAPE, outcome).endswith(told)
+        dropped = dataclasses.replace(SHAPE, dropout=0.1)
+        outcome = tune.tune_kernel("forward", dropped, P, forward_config(P), gpu, lambda text: None)
+        assert (outcome.cuda_us, outcome.products_us) == (pytest.approx(70.0), None)
+        outcome = tuned("forward", FakeGpu(lambda c: 100.0, cuda=math.nan))
+        assert (outcome.cuda_us, outcome.products_us) == (None, 200.0)
 
     def test_noise_is_no_gain(self) -> None:
         outcome = tuned("forward", FakeGpu(lambda c: 99.5 if c.GROUP_M == 4 else 100.0))
@@ -162,7 +181,7 @@ class TestSearch:
 
 class TestTable:
     def test_round_trip(self, cache: Path) -> None:
-        compared = [tuning.Compared("backward", P, 90.0, 80.0)]
+        compared = [tuning.Compared("backward", P, 90.0, 70.0, 80.0), tuning.Compared("forward", P, 90.0, None, None)]
         table = tuning.Table(GPU, [entry(), entry(kernel="backward"), entry(512)], compared=compared)
         tuning.write(table, cache)
         again = tuning.read(cache, GPU)
@@ -208,7 +227,7 @@ class TestTable:
 
     def test_what_was_compared_decides(self, cache: Path, monkeypatch) -> None:
         """On any GPU, and against what the cost model expects of one that it knows."""
-        compared = [tuning.Compared("backward", P, 90.0, 80.0), tuning.Compared("forward", P, 90.0, 100.0)]
+        compared = [tuning.Compared("backward", P, 90.0, None, 80.0), tuning.Compared("forward", P, 90.0, None, 100.0)]
         tuning.write(tuning.Table(GPU, compared=compared), cache)
         monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
         monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
@@ -231,6 +250,55 @@ class TestTable:
         finally:
             torch.use_deterministic_algorithms(False)
 
+    def test_what_was_compared_decides_between_the_kernels(self, cache: Path, monkeypatch) -> None:
+        """Against what was measured elsewhere, as long as csrc is the same."""
+        faster = tuning.Compared("forward", P, 90.0, 80.0, None), tuning.Compared("backward", P, 90.0, 100.0, 95.0)
+        tuning.write(tuning.Table(GPU, compared=faster), cache)
+        monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
+        monkeypatch.setattr(backends.cuda, "missing", lambda: None)
+        monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
+        monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+        measured_here = [False]
+        monkeypatch.setattr(backends, "prefers_cuda", lambda *about: measured_here[0])
+        bf16, layout = torch.bfloat16, (4096, 1, 0)
+        call = backends.Call(
+            False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", rows=8192
+        )
+        back = call._replace(direction="backward")
+        assert backends.select("auto", call) is backends.CUDA
+        assert backends.select("auto", call._replace(param_dtype=torch.float32)) is backends.CUDA, "under autocast"
+        assert backends.select("auto", call._replace(rows=2048)) is backends.TRITON, "as nobody compared them there"
+        measured_here[0] = True
+        told = "Triton's kernels take less time: measured 90 µs, these 100"
+        assert backends.CUDA.why_not(back) == told and backends.CUDA.why_not(back._replace(named=True)) is None
+        assert backends.select("auto", back) is backends.TRITON
+        assert backends.select("auto", back._replace(rows=2048)) is backends.CUDA
+        monkeypatch.setattr(tuning, "sources_hash", lambda: "other kernels")
+        tuning.tables.cache_clear()
+        measured_here[0] = False
+        assert "not been measured faster" in (backends.CUDA.why_not(call._replace(r=16)) or "")
+        assert tuning.compared("backward", P, DEVICE) == dataclasses.replace(faster[1], cuda_us=None)
+
+    def test_products_are_weighed_against_the_kernels_that_auto_takes(self, cache: Path, monkeypatch) -> None:
+        times = {
+            2048: (100.0, 80.0, 90.0),
+            4096: (100.0, 80.0, 70.0),
+            8192: (80.0, 100.0, 90.0),
+            16384: (95.0, 100.0, 90.0),
+        }
+        tables = [tuning.Compared("forward", dataclasses.replace(P, M=M), *us) for M, us in times.items()]
+        tuning.write(tuning.Table(GPU, compared=tables), cache)
+        monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
+        monkeypatch.setattr(backends.cuda, "missing", lambda: None)
+        monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
+        monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+        bf16, layout = torch.bfloat16, (4096, 1, 0)
+        call = backends.Call(
+            False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", plain=True
+        )
+        taken = {M: backends.select("auto", call._replace(rows=M)).name for M in times}
+        assert taken == {2048: "cuda", 4096: "reference", 8192: "triton", 16384: "reference"}
+
     @pytest.mark.parametrize(
         "change, reason",
         [
@@ -239,6 +307,7 @@ class TestTable:
             (lambda d: d.update(format=99), "format is 99"),
             (lambda d: d.pop("entries"), "KeyError: 'entries'"),
             (lambda d: d.pop("compared"), "KeyError: 'compared'"),
+            (lambda d: d.pop("csrc"), "KeyError: 'csrc'"),
             (lambda d: d["compared"][0].pop("products_us"), "KeyError: 'products_us'"),
             (lambda d: d["compared"][0].update(kernel="sideways"), "sideways"),
             (lambda d: d["entries"][0]["config"].update(BLOCK_M=48), "BLOCK_M is 48"),
@@ -249,7 +318,7 @@ class TestTable:
         ],
     )
     def test_a_table_that_does_not_fit_is_named_once_and_ignored(self, cache: Path, change, reason: str) -> None:
-        tuning.write(tuning.Table(GPU, [entry()], compared=[tuning.Compared("forward", P, 2.0, 1.0)]), cache)
+        tuning.write(tuning.Table(GPU, [entry()], compared=[tuning.Compared("forward", P, 2.0, None, 1.0)]), cache)
         data = json.loads(cache.read_text())
         change(data)
         cache.write_text(json.dumps(data))

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 import fusedlora
 from fusedlora import __main__ as cli
-from fusedlora import tune, tune_check, tune_gpu, tuning
+from fusedlora import backends, tune, tune_check, tune_gpu, tuning
 from fusedlora.config import backward_config, forward_config
 from fusedlora.kernels import backward, forward
 from fusedlora.kernels.common import INTERPRET
@@ -165,3 +165,5 @@ def test_one_tiny_shape(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixtu
     assert {kernel for kernel, _ in table.compared.items} == {"forward", "backward"}
     for compared in table.compared.items.values():
         assert compared.us > 0 and compared.products_us > 0
+        built = backends.CUDA.why_not(tune.call_of(Shape(256, 512, 1024, 8), torch.device("cuda", 0))) is None
+        assert (compared.cuda_us is not None) == built
