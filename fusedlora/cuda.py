@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tuning
 from .config import Problem
 from .cuda_build import find_library
 from .cuda_config import MAX_DECODE, MAX_DECODE_RANK, RANKS_DB_WITH_T, CudaConfig, cuda_config
@@ -156,18 +157,21 @@ def _plan(
     there: tuple[int, ...],
     drops: bool,
     config: CudaConfig | None,
+    tuned: bool,
 ) -> Any:
     """dtypes: of x, the adapter's products, its parameters and the bias. there: for each pointer up to db 0 where there
-    is none, else its address modulo 16, or 16.
+    is none, else its address modulo 16, or 16. tuned: whether a table's configuration is taken.
     """
     M, N, K, r = sizes
     dtype, adapter_dtype, param_dtype, bias_dtype = dtypes
     forward, pointers = direction == "forward", dict(zip(POINTERS, there))
     if config is None:
-        out, depth = (N, K) if forward else (K, N)
-        problem = Problem(M, out, depth, r, dtype.itemsize, False, 90, num_sms(device), drops)
-        tiles = forward or pointers["dx"] > 0
-        config = cuda_config(problem, forward, tiles=tiles, precise=adapter_dtype is not dtype)
+        sides, precise = (N, K) if forward else (K, N), adapter_dtype is not dtype
+        problem = Problem(M, *sides, r, dtype.itemsize, precise, 90, num_sms(device), drops)
+        if forward or (pointers["dx"] and pointers["da"] and pointers["db"]):
+            config, _ = tuning.choose_cuda(direction, problem, device, tuned)
+        else:
+            config = cuda_config(problem, forward, tiles=pointers["dx"] > 0, precise=precise)
     settings = {
         "is_bf16": dtype is torch.bfloat16,
         "param_is_float": param_dtype is torch.float32,
@@ -229,7 +233,8 @@ def forward_plan(
     pitches = (_pitch(x), 0, _pitch(weight), _pitch(lora_A), _pitch(lora_B))
     # y and S come from torch's allocator
     there = (*_there(x, None, weight, lora_A, lora_B, bias, gain, None), 16, 16 if save_s else 0, 0, 0, 0)
-    plan: ForwardPlan = _plan("forward", x.device, sizes, dtypes, pitches, there, seed is not None, config)
+    about = x.device, sizes, dtypes, pitches, there, seed is not None, config
+    plan: ForwardPlan = _plan("forward", *about, config is None and tuning.in_use())
     return plan
 
 
@@ -305,7 +310,8 @@ def backward_plan(
     pitches = (_pitch(x), _pitch(dy), _pitch(weight), _pitch(lora_A), _pitch(lora_B))
     there = (*_there(x, dy, weight, lora_A, lora_B, None, None, s), 0, 0, *(16 * need for need in needs))
     dtypes = (dy.dtype, adapter_dtype, lora_A.dtype, None)
-    plan: BackwardPlan = _plan("backward", dy.device, sizes, dtypes, pitches, there, seed is not None, config)
+    about = dy.device, sizes, dtypes, pitches, there, seed is not None, config
+    plan: BackwardPlan = _plan("backward", *about, config is None and tuning.in_use())
     return plan
 
 

@@ -7,7 +7,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from .config import Problem
+from .config import Config, Problem
 
 MAX_RANK = 256
 MAX_RANK_NARROW = 128  # where tiles are 128 columns wide
@@ -47,6 +47,29 @@ class CudaConfig:
     decode_rows: int = 0
     decode_split: int = 1
     decode_early: bool = True
+
+
+AnyConfig = Config | CudaConfig  # of Triton's kernels or these
+
+
+def check_cuda_config(c: CudaConfig) -> None:
+    """Raises ValueError where kernels of this configuration could not run: they would wait for ever, say."""
+    clusters = c.programs // _CLUSTER
+    bounds = {
+        "block_n": (c.block_n in (128, 256), "128 or 256"),
+        "group": (c.group >= 1, "at least 1"),
+        "programs": (c.programs >= _CLUSTER and c.programs % _CLUSTER == 0, "even, and at least 2"),
+        "shrink_clusters": (int(not c.in_tiles) <= c.shrink_clusters <= clusters, f"from 1, in tiles 0, to {clusters}"),
+        "parts": (1 <= c.parts <= 64, "from 1 to 64"),
+        "slices": (1 <= c.slices <= 32, "from 1 to 32"),
+        "db_with_t": (not (c.db_with_t and c.block_n == 128), "False beside tiles of 128 columns"),
+        "first_job": (0 <= c.first_job < clusters, f"from 0 to {clusters - 1}"),
+        "decode_rows": (c.decode_rows in (0, 64, 128), "0, 64 or 128"),
+        "decode_split": (c.decode_split in (1, 2, 4, 8), "1, 2, 4 or 8"),
+    }
+    for name, (holds, rule) in bounds.items():
+        if not holds:
+            raise ValueError(f"{name} is {getattr(c, name)}; it must be {rule}")
 
 
 class Calls(NamedTuple):

@@ -154,14 +154,14 @@ def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     """What is launched, and how forward and backward are configured."""
     from .config import Problem
     from .cuda import num_sms
-    from .cuda_config import cuda_config
 
-    def config(out: int, depth: int, forward: bool) -> str:
-        sms, drops, precise = num_sms(call.device), call.dropout != "", call.adapter_dtype != call.dtype
-        problem = Problem(x.shape[0], out, depth, call.r, x.element_size(), False, 90, sms, drops)
-        return str(cuda_config(problem, forward, precise=precise))
+    def config(direction: str, out: int, depth: int) -> str:
+        rest = (call.adapter_dtype != call.dtype, 90, num_sms(call.device), call.dropout != "")
+        problem = Problem(x.shape[0], out, depth, call.r, x.element_size(), *rest)
+        chosen, why = tuning.choose_cuda(direction, problem, call.device, tuning.in_use())
+        return f"({why}) {chosen}"
 
-    return "one launch", config(call.N, call.K, True), config(call.K, call.N, False)
+    return "one launch", config("forward", call.N, call.K), config("backward", call.K, call.N)
 
 
 def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:

@@ -1,9 +1,9 @@
 """python -m fusedlora tune: measures which configurations of the kernels are fastest on this GPU, for given shapes.
 
 A configuration is only timed after a child process found its numbers right, and only kept where it beats the
-heuristic's in interleaved rounds. The one that is best is then timed beside the kernels of csrc, where these are built,
-and PyTorch's own products. The table goes to the user's cache directory, where the launchers, and whoever chooses
-between these, look for it.
+heuristic's in interleaved rounds: of Triton's kernels and, where they are built, of csrc's. The best of each are then
+timed beside each other and PyTorch's own products. The table goes to the user's cache directory, where the launchers,
+and whoever chooses between these, look for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import tuning
-from .config import Config, Problem
+from .config import Problem
+from .cuda_config import AnyConfig
 from .tuning_candidates import STEPS, variants
 
 if TYPE_CHECKING:
@@ -36,12 +37,12 @@ LEAST_GAIN = 0.01
 class Tools(Protocol):
     """What tune_gpu.OnGpu gives; tests put something else in its place."""
 
-    def reasons(self, kernel: str, shape: Shape, configs: Sequence[Config]) -> list[str | None]: ...
+    def takes_cuda(self, direction: str, shape: Shape) -> bool: ...
 
-    def takes_cuda(self, kernel: str, shape: Shape) -> bool: ...
+    def reasons(self, kernel: str, shape: Shape, configs: Sequence[AnyConfig]) -> list[str | None]: ...
 
     def times(
-        self, kernel: str, shape: Shape, ways: Sequence[Config | str], rounds: int
+        self, direction: str, shape: Shape, ways: Sequence[AnyConfig | None], rounds: int
     ) -> list[tuple[float, Spread] | None]: ...
 
 
@@ -49,20 +50,20 @@ class Tools(Protocol):
 class Outcome:
     """What became of one kernel at one shape; `entry` is None where the heuristic's configuration stays."""
 
+    config: AnyConfig  # which is taken from now on
     entry: tuning.Entry | None
     us: float
     heuristic_us: float
     cuda_us: float | None = None  # csrc's, where they are built and take such calls
     products_us: float | None = None  # PyTorch's, where "auto" may take them
     tried: int = 0
-    wrong: list[tuple[Config, str]] = dataclasses.field(default_factory=list)
+    wrong: list[tuple[AnyConfig, str]] = dataclasses.field(default_factory=list)
 
 
-def tune_kernel(
-    kernel: str, shape: Shape, problem: Problem, heuristic: Config, tools: Tools, say: Callable[[str], None]
-) -> Outcome:
+def tune_kernel(kernel: str, shape: Shape, problem: Problem, tools: Tools, say: Callable[[str], None]) -> Outcome:
     """Varies one group of fields after another around the best so far, the heuristic's configuration at first."""
-    best, outcome = heuristic, Outcome(None, 0.0, 0.0)
+    direction, heuristic = kernel.removeprefix("cuda_"), tuning.heuristic(kernel, problem)
+    best, outcome = heuristic, Outcome(heuristic, None, 0.0, 0.0)
     for step in STEPS[kernel]:
         candidates = variants(best, problem, step)
         say(f"{kernel}: compiling and checking {len(candidates)} configurations of the {step}")
@@ -71,29 +72,32 @@ def tune_kernel(
         outcome.wrong += [(config, reason) for config, reason in zip(candidates, reasons) if reason is not None]
         right = [config for config, reason in zip(candidates, reasons) if reason is None]
         say(f"{kernel}: timing {len(right)} configurations of the {step}")
-        best = _fastest(kernel, shape, [best, *right], tools)
-    base, last = tools.times(kernel, shape, [heuristic, best], LAST)
+        best = _fastest(direction, shape, [best, *right], tools)
+    base, last = tools.times(direction, shape, [heuristic, best], LAST)
     if base is None:
         raise RuntimeError(f"the {kernel} kernel's outputs are not finite for {shape}")
     outcome.us = outcome.heuristic_us = base[0]
     if best != heuristic and last is not None:
         us, spread = last
         if spread.median <= 1.0 - LEAST_GAIN and spread.p90 < 1.0:
-            outcome.us = base[0] * spread.median
+            outcome.config, outcome.us = best, base[0] * spread.median
             outcome.entry = tuning.Entry(kernel, problem, best, outcome.us, base[0])
-    others = ["cuda"] if tools.takes_cuda(kernel, shape) else []
-    others += ["reference"] if shape.adapter == shape.dtype != "fp32" and not shape.dropout else []
-    if others:
-        say(f"{kernel}: timing the other backends")
-        _, *taken = tools.times(kernel, shape, [best if outcome.entry else heuristic, *others], LAST)
-        found = {name: None if one is None else outcome.us * one[1].median for name, one in zip(others, taken)}
-        outcome.cuda_us, outcome.products_us = found.get("cuda"), found.get("reference")
     return outcome
 
 
-def _fastest(kernel: str, shape: Shape, configs: list[Config], tools: Tools) -> Config:
+def compare(direction: str, shape: Shape, outcome: Outcome, cuda: Outcome | None, tools: Tools) -> None:
+    """Tells outcome, Triton's, what csrc's best configuration and PyTorch's products take beside its own."""
+    products = shape.adapter == shape.dtype != "fp32" and not shape.dropout  # else "auto" takes none
+    others = ([] if cuda is None else [cuda.config]) + ([None] if products else [])
+    _, *taken = tools.times(direction, shape, [outcome.config, *others], LAST) if others else [None]
+    us = [None if one is None else outcome.us * one[1].median for one in taken]
+    outcome.products_us = us.pop() if products else None
+    outcome.cuda_us = us.pop() if us else None
+
+
+def _fastest(direction: str, shape: Shape, configs: list[AnyConfig], tools: Tools) -> AnyConfig:
     """The first of the configurations unless another takes less than its time."""
-    times = tools.times(kernel, shape, [*configs], LOOK)
+    times = tools.times(direction, shape, configs, LOOK)
     shares = [(t[1].median, index) for index, t in enumerate(times) if t is not None and index > 0]
     share, index = min(shares, default=(1.0, 0))
     return configs[index if share < 1.0 else 0]
@@ -172,27 +176,37 @@ def run(args: argparse.Namespace) -> int:
     assert gpu is not None
     path = tuning.user_path(gpu)
     table = tuning.Table(gpu, path=path) if args.fresh else tuning.read(path, gpu)
-    print(f"{gpu.name}, sm_{gpu.capability}, {gpu.num_sms} SMs; {len(shapes)} shapes, two kernels each")
-    bar = Bar(2 * len(shapes))
+    bar = Bar()
     tools = OnGpu(device, args.jobs, bar.count)
-    for shape in shapes:
-        for kernel in STEPS:
-            problem = shape.problem(kernel, gpu.capability, gpu.num_sms)
-            outcome = tune_kernel(kernel, shape, problem, tuning.heuristic(kernel, problem), tools, bar.say)
+    work = [
+        (shape, direction, tools.takes_cuda(direction, shape))
+        for shape in shapes
+        for direction in ("forward", "backward")
+    ]
+    bar.total = sum(1 + takes_cuda for *_, takes_cuda in work)
+    print(f"{gpu.name}, sm_{gpu.capability}, {gpu.num_sms} SMs; {len(shapes)} shapes, {bar.total} kernels in all")
+    for shape, direction, takes_cuda in work:
+        problem = shape.problem(direction, gpu.capability, gpu.num_sms)
+        found: dict[str, Outcome] = {}
+        for kernel in (*([f"cuda_{direction}"] if takes_cuda else []), direction):
+            outcome = found[kernel] = tune_kernel(kernel, shape, problem, tools, bar.say)
             table.entries.drop(kernel, problem)
-            table.compared.drop(kernel, problem)
             if outcome.entry is not None:
                 table.entries.put(outcome.entry)
-            if (outcome.cuda_us, outcome.products_us) != (None, None):
-                times = outcome.us, outcome.cuda_us, outcome.products_us
-                table.compared.put(tuning.Compared(kernel, problem, *times))
+            if kernel == direction:
+                bar.say(f"{direction}: timing the best beside each other")
+                compare(direction, shape, outcome, found.get(f"cuda_{direction}"), tools)
+                table.compared.drop(direction, problem)
+                if (outcome.cuda_us, outcome.products_us) != (None, None):
+                    times = outcome.us, outcome.cuda_us, outcome.products_us
+                    table.compared.put(tuning.Compared(direction, problem, *times))
             tuning.write(table, path)  # after each: a run that is stopped keeps what it found
             bar.done(report(kernel, shape, outcome))
     print(f"{len(table.entries.items)} entries in {path}")
     return 0
 
 
-def call_of(shape: Shape, device: Any, kernel: str = "forward") -> backends.Call:
+def call_of(shape: Shape, device: Any, direction: str = "forward") -> backends.Call:
     """The call that is tuned, as one that names its backend."""
     import torch
 
@@ -204,7 +218,7 @@ def call_of(shape: Shape, device: Any, kernel: str = "forward") -> backends.Call
     noise = "" if shape.dropout == 0.0 else "seed" if shape.dropout <= MAX_P else "mask"
     return backends.Call(
         True, device, x, adapter, adapter, shape.out_features, shape.in_features, shape.r,
-        noise, (shape.in_features, 1, 0), "high" if x is torch.float32 else "", direction=kernel,
+        noise, (shape.in_features, 1, 0), "high" if x is torch.float32 else "", direction=direction,
     )  # fmt: skip
 
 
@@ -223,7 +237,7 @@ def refuse(shapes: Sequence[Shape], device: Any) -> None:
 
 def report(kernel: str, shape: Shape, outcome: Outcome) -> str:
     """What one kernel gained at one shape, in a line."""
-    text = f"{str(shape):<44} {kernel:<8} {outcome.heuristic_us:9.1f} → {outcome.us:9.1f} µs"
+    text = f"{str(shape):<44} {kernel:<13} {outcome.heuristic_us:9.1f} → {outcome.us:9.1f} µs"
     gain = 1.0 - outcome.us / outcome.heuristic_us
     text += f"  {-100 * gain:+5.1f} %" if outcome.entry else "  the heuristic's stays"
     text += f"  ({outcome.tried} tried, {len(outcome.wrong)} of them wrong or not possible)"
@@ -238,8 +252,8 @@ def report(kernel: str, shape: Shape, outcome: Outcome) -> str:
 class Bar:
     """A progress bar on a terminal's last line of stderr; elsewhere only the finished lines on stdout."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.finished, self.begin, self.text = total, 0, time.monotonic(), ""
+    def __init__(self) -> None:
+        self.total, self.finished, self.begin, self.text = 1, 0, time.monotonic(), ""
         self.shown = sys.stderr.isatty()
 
     def say(self, text: str) -> None:

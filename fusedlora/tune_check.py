@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dropout
-from .config import Config, Problem, forward_config
+from . import cuda, dropout
+from .config import Problem, forward_config
+from .cuda_config import AnyConfig, CudaConfig
 from .testing import Inputs, eager_peft, error_ratios, exact, run
 from .timing import synchronize
 from .tuning import config_class, heuristic
@@ -46,9 +48,9 @@ class Shape:
         words += f", {self.adapter} adapters" if self.adapter != self.dtype else ""
         return words + (f", dropout {self.dropout:g}" if self.dropout else "")
 
-    def problem(self, kernel: str, capability: int, num_sms: int) -> Problem:
+    def problem(self, direction: str, capability: int, num_sms: int) -> Problem:
         out, depth = self.out_features, self.in_features
-        if kernel == "backward":
+        if direction == "backward":
             out, depth = depth, out
         itemsize = DTYPES[self.dtype].itemsize
         split = self.adapter != self.dtype
@@ -77,22 +79,27 @@ def draw(shape: Shape, device: torch.device, seed: int) -> Inputs:
     )
 
 
-def launch(kernel: str, i: Inputs, config: Config, s: Tensor | None = None) -> tuple[Tensor, ...]:
+def launch(direction: str, i: Inputs, config: AnyConfig, s: Tensor | None = None) -> tuple[Tensor, ...]:
     """y and S of the forward kernel; dX, dA and dB of the backward kernel, which takes s."""
-    from fusedlora.kernels.backward import lora_backward
-    from fusedlora.kernels.forward import lora_forward
+    kernels: tuple[Callable[..., Any], Callable[..., Any]] = cuda.lora_forward, cuda.lora_backward
+    if not isinstance(config, CudaConfig):
+        from fusedlora.kernels.backward import lora_backward
+        from fusedlora.kernels.forward import lora_forward
+
+        kernels = lora_forward, lora_backward
+    forward, backward = kernels
 
     common: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": i.lora_A.dtype, "config": config}
     if i.dropout_p:
         common |= {"seed": torch.tensor([SEED]), "dropout_p": i.dropout_p}
-    if kernel == "forward":
-        return lora_forward(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, **common)
+    if direction == "forward":
+        return forward(i.x, i.weight, i.lora_A, i.lora_B, None, save_s=True, **common)
     needs = {"need_dx": True, "need_dA": True, "need_dB": True}
-    return lora_backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, **needs, **common)
+    return backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, **needs, **common)
 
 
 def saved_s(i: Inputs, problem: Problem) -> Tensor:
-    """S as the forward kernel saves it; problem is either kernel's."""
+    """S as Triton's forward kernel saves it; problem is of either direction."""
     M, K = i.x.shape
     forward = dataclasses.replace(problem, M=M, out=i.weight.shape[0], depth=K)
     return launch("forward", i, forward_config(forward))[1]
@@ -112,28 +119,28 @@ class Checker:
     def __init__(self, kernel: str, shape: Shape, device: torch.device) -> None:
         from fusedlora.kernels.launch import device_facts
 
-        self.kernel, i = kernel, draw(shape, device, seed=0)
-        problem = shape.problem(kernel, *device_facts(device))
+        self.direction, i = kernel.removeprefix("cuda_"), draw(shape, device, seed=0)
+        problem = shape.problem(self.direction, *device_facts(device))
         mask = None
         if shape.dropout:
             mask = dropout.as_mask(torch.tensor([SEED]), shape.M, shape.in_features, shape.dropout, device)
         masked = dataclasses.replace(i, mask=mask)
         self.inputs = i
-        self.s = saved_s(i, problem) if kernel == "backward" else None
+        self.s = saved_s(i, problem) if self.direction == "backward" else None
         self.eager = run(eager_peft, masked, mask=mask, dropout_p=shape.dropout)
         self.exact = exact(masked)
-        if kernel == "forward":
+        if self.direction == "forward":
             self.eager["S"], self.exact["S"] = (_shrunk(masked), _shrunk(masked.double()))
         base = self.ratios(self.outputs(heuristic(kernel, problem)))
         self.limits = {name: LUCK * max(1.0, ratio) for name, ratio in base.items()}
 
-    def outputs(self, config: Config) -> dict[str, Tensor]:
-        return dict(zip(OUTPUTS[self.kernel], launch(self.kernel, self.inputs, config, self.s)))
+    def outputs(self, config: AnyConfig) -> dict[str, Tensor]:
+        return dict(zip(OUTPUTS[self.direction], launch(self.direction, self.inputs, config, self.s)))
 
     def ratios(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         return error_ratios(outputs, self.eager, self.exact)
 
-    def why_not(self, config: Config) -> str | None:
+    def why_not(self, config: AnyConfig) -> str | None:
         """What is wrong with a configuration, None where nothing is."""
         first = self.outputs(config)
         for name, ratio in self.ratios(first).items():

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from . import backends
-from .config import Config
+from . import backends, reference
+from .cuda_config import AnyConfig
 from .doctor import run_limited
 from .memory import device_memory
 from .testing import Inputs, relative_error
 from .timing import GraphTimer, Spread, interleave, ratios, set_count
 from .tune import call_of
-from .tune_check import SEED, Shape, draw, launch, saved_s
+from .tune_check import Shape, draw, launch, saved_s
 
 CHILD = [sys.executable, "-m", "fusedlora.tune_check"]
 START_S, EACH_S = 90.0, 30.0  # what a child may take to start, and more for each configuration
@@ -37,7 +37,11 @@ class OnGpu:
     def __init__(self, device: torch.device, jobs: int, progress: Callable[[int], None]) -> None:
         self.device, self.jobs, self.progress = device, jobs, progress
 
-    def reasons(self, kernel: str, shape: Shape, configs: Sequence[Config]) -> list[str | None]:
+    def takes_cuda(self, direction: str, shape: Shape) -> bool:
+        """Whether the kernels of csrc are built and take such a call."""
+        return backends.CUDA.why_not(call_of(shape, self.device, direction)) is None
+
+    def reasons(self, kernel: str, shape: Shape, configs: Sequence[AnyConfig]) -> list[str | None]:
         """What is wrong with each configuration, None where nothing is. They are compiled side by side."""
         found: dict[int, str | None] = {}
         free = torch.cuda.mem_get_info(self.device)[0]
@@ -58,7 +62,9 @@ class OnGpu:
             list(pool.map(work, range(jobs)))
         return [found[index] for index in range(len(configs))]
 
-    def _child(self, kernel: str, shape: Shape, configs: list[tuple[int, Config]]) -> tuple[dict[int, str | None], str]:
+    def _child(
+        self, kernel: str, shape: Shape, configs: list[tuple[int, AnyConfig]]
+    ) -> tuple[dict[int, str | None], str]:
         job: dict[str, Any] = {"device": str(self.device), "kernel": kernel, "shape": dataclasses.asdict(shape)}
         job["configs"] = [(index, dataclasses.asdict(config)) for index, config in configs]
         handle, path = tempfile.mkstemp(suffix=".json")
@@ -71,25 +77,21 @@ class OnGpu:
         reasons = {int(name): reason for name, reason in outcome.facts.items() if name.isdigit()}
         return reasons, outcome.failure or "the child process said nothing of it"
 
-    def takes_cuda(self, kernel: str, shape: Shape) -> bool:
-        """Whether the kernels of csrc are built and take such a call."""
-        return backends.CUDA.why_not(call_of(shape, self.device, kernel)) is None
-
     def times(
-        self, kernel: str, shape: Shape, ways: Sequence[Config | str], rounds: int
+        self, direction: str, shape: Shape, ways: Sequence[AnyConfig | None], rounds: int
     ) -> list[tuple[float, Spread] | None]:
         """Microseconds of each, and its time over that of the first in the same rounds; None where outputs differ.
 
-        A way is a configuration of Triton's kernels or the name of another backend.
+        A way is a configuration of either kernels; None stands for PyTorch's own products.
         """
         stream = torch.cuda.Stream(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
             each = 2 * (shape.M * (shape.in_features + shape.out_features) + shape.in_features * shape.out_features)
             from fusedlora.kernels.launch import device_facts
 
-            problem = shape.problem(kernel, *device_facts(self.device))
+            problem = shape.problem(direction, *device_facts(self.device))
             sets = [draw(shape, self.device, seed) for seed in range(set_count(each, self.device))]
-            small = [saved_s(i, problem) if kernel == "backward" else None for i in sets]
+            small = [saved_s(i, problem) if direction == "backward" else None for i in sets]
             found: dict[int, tuple[float, Spread] | None] = {}
             for start in range(1, max(2, len(ways)), TOGETHER - 1):
                 batch = [0, *range(start, min(start + TOGETHER - 1, len(ways)))]
@@ -97,7 +99,7 @@ class OnGpu:
                 device_memory(self.device).take(1, capturing=False)
                 timers = {}
                 for index in batch:
-                    calls = [_call(kernel, i, ways[index], s) for i, s in zip(sets, small)]
+                    calls = [_call(direction, i, ways[index], s) for i, s in zip(sets, small)]
                     timers[str(index)] = GraphTimer(calls, stream=stream, block_seconds=0.005)
                 taken = interleave(timers, rounds)
                 first = timers["0"].outputs
@@ -113,15 +115,13 @@ class OnGpu:
         return [found[index] for index in range(len(ways))]
 
 
-def _call(kernel: str, i: Inputs, way: Config | str, s: torch.Tensor | None) -> Callable[[], object]:
-    if not isinstance(way, str):
-        return lambda: launch(kernel, i, way, s)
-    backend = next(backend for backend in backends.BACKENDS if backend.name == way)
-    seed = torch.tensor([SEED]) if i.dropout_p else None
-    settings: dict[str, Any] = {"scaling": i.scaling, "dropout_p": i.dropout_p, "adapter_dtype": i.lora_A.dtype}
-    if kernel == "forward":
-        return lambda: backend.forward(
-            i.x, i.weight, i.lora_A, i.lora_B, None, seed, None, None, save_s=True, **settings
+def _call(direction: str, i: Inputs, way: AnyConfig | None, s: torch.Tensor | None) -> Callable[[], object]:
+    if way is not None:
+        return lambda: launch(direction, i, way, s)
+    settings: dict[str, Any] = {"scaling": i.scaling, "dropout_p": 0.0, "adapter_dtype": i.lora_A.dtype}
+    if direction == "forward":
+        return lambda: reference.forward(
+            i.x, i.weight, i.lora_A, i.lora_B, None, None, None, None, save_s=True, **settings
         )
     settings |= {"need_dx": True, "need_dA": True, "need_dB": True}
-    return lambda: backend.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, seed, None, **settings)
+    return lambda: reference.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, s, None, None, **settings)

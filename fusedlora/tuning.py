@@ -1,8 +1,8 @@
-"""Tuned tables: the configurations that were measured fastest on a GPU, which the launchers take before the heuristic.
+"""Tuned tables: the configurations that were measured fastest on a GPU, which the launchers take before the heuristics.
 
 `python -m fusedlora tune` writes one to the user's cache directory; others may come with the package, in its folder
-tuned. A table belongs to one GPU, one triton and these kernels. It also says how long the kernels of csrc and PyTorch's
-own products took.
+tuned. A table belongs to one GPU, one triton and these kernels. It also says how long Triton's kernels, those of csrc
+and PyTorch's own products took side by side.
 Importing this module imports neither torch nor triton.
 """
 
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from .cache import cache_dir
 from .config import (
     BackwardConfig,
-    Config,
     DecodeConfig,
     ForwardConfig,
     Problem,
@@ -33,6 +32,7 @@ from .config import (
     forward_config,
 )
 from .cuda_build import sources_hash
+from .cuda_config import AnyConfig, CudaConfig, check_cuda_config, cuda_config
 from .doctor import fingerprint
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ NEAR = 2**0.5
 _PROBLEM = tuple(f.name for f in dataclasses.fields(Problem) if f.name not in ("capability", "num_sms"))
 
 
+# Triton's, and those of csrc.
+KERNELS = ("forward", "backward", "cuda_forward", "cuda_backward")
+
+
 @dataclasses.dataclass(frozen=True)
 class Gpu:
     name: str
@@ -56,11 +60,11 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A configuration of the "forward" or "backward" kernel, its time and the heuristic's in microseconds."""
+    """A configuration of a kernel in KERNELS, its time and the heuristic's in microseconds."""
 
     kernel: str
     problem: Problem
-    config: Config
+    config: AnyConfig
     us: float
     heuristic_us: float
 
@@ -155,9 +159,11 @@ def parse(text: str, gpu: Gpu, path: Path | None = None) -> Table:
             if data[name] != value:
                 raise ValueError(f"{name} is {data[name]}, here it is {value}")
         compared = [_compared(item, gpu) for item in data["compared"]]
+        entries = [_entry(entry, gpu) for entry in data["entries"]]
         if data["csrc"] != sources_hash():  # other kernels than those
             compared = [dataclasses.replace(item, cuda_us=None) for item in compared]
-        return Table(gpu, [_entry(entry, gpu) for entry in data["entries"]], path, compared)
+            entries = [entry for entry in entries if not isinstance(entry.config, CudaConfig)]
+        return Table(gpu, entries, path, compared)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its form is not a table's ({type(error).__name__}: {error})") from error
 
@@ -166,12 +172,13 @@ def _entry(data: dict[str, Any], gpu: Gpu) -> Entry:
     kernel = data["kernel"]
     cls = config_class(kernel, data["config"])
     config = cls(**_typed(cls, data["config"]))
-    check_config(config)
+    check_cuda_config(config) if isinstance(config, CudaConfig) else check_config(config)
     return Entry(kernel, _problem(data, gpu), config, float(data["us"]), float(data["heuristic_us"]))
 
 
 def _compared(data: dict[str, Any], gpu: Gpu) -> Compared:
-    config_class(data["kernel"], {})
+    if data["kernel"] not in ("forward", "backward"):
+        raise ValueError(f"kernel is {data['kernel']}; it must be forward or backward")
     others = (None if data[name] is None else float(data[name]) for name in ("cuda_us", "products_us"))
     return Compared(data["kernel"], _problem(data, gpu), float(data["us"]), *others)
 
@@ -183,10 +190,10 @@ def _problem(data: dict[str, Any], gpu: Gpu) -> Problem:
     return problem
 
 
-def config_class(kernel: str, fields: dict[str, Any]) -> type[Config]:
-    """What a configuration of the "forward" or "backward" kernel with these fields is."""
+def config_class(kernel: str, fields: dict[str, Any]) -> type[AnyConfig]:
+    """What a configuration of a kernel in KERNELS with these fields is."""
     forward = DecodeConfig if "SPLIT" in fields else ForwardConfig
-    return {"forward": forward, "backward": BackwardConfig}[kernel]
+    return dict(zip(KERNELS, (forward, BackwardConfig, CudaConfig, CudaConfig)))[kernel]
 
 
 def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -251,8 +258,10 @@ def in_use() -> bool:
     return not torch.are_deterministic_algorithms_enabled()
 
 
-def heuristic(kernel: str, problem: Problem) -> Config:
-    """The configuration of the "forward" or "backward" kernel where nothing was measured."""
+def heuristic(kernel: str, problem: Problem) -> AnyConfig:
+    """The configuration of a kernel in KERNELS where nothing was measured."""
+    if kernel.startswith("cuda"):
+        return cuda_config(problem, kernel == "cuda_forward", precise=problem.split)
     if kernel == "backward":
         return backward_config(problem)
     return decode_config(problem) or forward_config(problem)
@@ -264,12 +273,27 @@ def _asked(device: torch.device, tuned: bool) -> tuple[Table, ...]:
 
 
 def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[Any, str]:
-    """The configuration of the "forward" or "backward" kernel and where it comes from."""
+    """The configuration of a kernel in KERNELS and where it comes from."""
     for table in _asked(device, tuned):
         entry = table.entries.find(kernel, problem)
         if entry is not None:
             return entry.config, f"measured at M = {entry.problem.M}, {table.path}"
     return heuristic(kernel, problem), "heuristic"
+
+
+def choose_cuda(direction: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[CudaConfig, str]:
+    """`choose` for csrc's "forward" or "backward" kernel.
+
+    How S is cut and whether the decode kernel runs go by the rows of the call: an entry of others that differs in these
+    does not serve it.
+    """
+    base = cuda_config(problem, direction == "forward", precise=problem.split)
+    found, source = choose(f"cuda_{direction}", problem, device, tuned)
+
+    def kind(config: CudaConfig) -> tuple[int, bool, bool]:
+        return config.slices, config.in_tiles, config.decode_rows > 0
+
+    return (found, source) if kind(found) == kind(base) else (base, "heuristic")
 
 
 def compared(kernel: str, problem: Problem, device: torch.device) -> Compared | None:

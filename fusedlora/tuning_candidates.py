@@ -18,17 +18,25 @@ from .config import (
     check_config,
     decode_rows,
 )
+from .cuda_config import MAX_RANK_NARROW, RANKS_DB_WITH_T, AnyConfig, CudaConfig, check_cuda_config
 
 # Groups of fields that are varied together, each around the best of the groups before it.
-STEPS = {"forward": ("tile", "order", "shrink"), "backward": ("tile", "order", "shrink", "stripe")}
+STEPS = {
+    "forward": ("tile", "order", "shrink"),
+    "backward": ("tile", "order", "shrink", "stripe"),
+    "cuda_forward": ("tile", "order", "shrink"),
+    "cuda_backward": ("tile", "order", "shrink", "jobs"),
+}
 # fp32 numbers of an accumulator that a thread's registers hold beside all else.
 MOST_A_THREAD = 128
 
 
-def variants(config: Config, p: Problem, step: str) -> list[Config]:
-    """Every other choice of one group's fields that may run, in a fixed order; the decode kernel has one group."""
+def variants(config: AnyConfig, p: Problem, step: str) -> list[AnyConfig]:
+    """Every other choice of one group's fields that may run, in a fixed order; the decode kernels have one group."""
     made: Iterator[dict[str, Any]]
-    if isinstance(config, DecodeConfig):
+    if isinstance(config, CudaConfig):
+        made = _cuda(config, p, step)
+    elif isinstance(config, DecodeConfig):
         made = _decodes(config, p) if step == "tile" else iter(())
     else:
         made = {"tile": _tiles, "order": _orders, "shrink": _shrinks, "stripe": _stripes}[step](config, p)
@@ -46,11 +54,13 @@ def shared_bytes(c: Config, p: Problem) -> int:
     return max(tile, shrink, stripe)
 
 
-def _may_run(c: Config, p: Problem) -> bool:
+def _may_run(c: AnyConfig, p: Problem) -> bool:
     try:
-        check_config(c)
+        check_cuda_config(c) if isinstance(c, CudaConfig) else check_config(c)
     except ValueError:
         return False
+    if isinstance(c, CudaConfig):
+        return (c.block_n == 256 or p.r <= MAX_RANK_NARROW) and (not c.db_with_t or p.r in RANKS_DB_WITH_T)
     threads = 32 * c.num_warps
     fits = shared_bytes(c, p) <= SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values()))
     if isinstance(c, DecodeConfig):
@@ -62,6 +72,26 @@ def _may_run(c: Config, p: Problem) -> bool:
     if c.RANK_K > block_r(p.r):
         return False
     return fits
+
+
+def _cuda(c: CudaConfig, p: Problem, step: str) -> Iterator[dict[str, Any]]:
+    """Of csrc's kernels; whether S is summed in tiles or in slices stays as it is."""
+    if c.decode_rows:
+        for rows, split, early in itertools.product((64, 128), (1, 2, 4, 8), (False, True)):
+            if step == "tile" and (rows, split) != (128, 1):
+                yield {"decode_rows": rows, "decode_split": split, "decode_early": early}
+    elif step == "tile":
+        yield from ({"block_n": n, "db_with_t": c.db_with_t and n == 256} for n in (128, 256))
+    elif step == "order":
+        yield from ({"group": group} for group in (2, 4, 8, 16))
+    elif step == "shrink" and c.slices == 1 and not c.in_tiles:
+        units, clusters = -(-p.M // 256), c.programs // 2
+        counts = {min(clusters, -(-units // each)) for each in range(1, 9)}
+        yield from ({"shrink_clusters": n, "first_job": n % clusters if c.first_job else 0} for n in sorted(counts))
+    elif step == "jobs":
+        starts = {0, c.shrink_clusters % (c.programs // 2)}
+        for with_t, first, parts in itertools.product((False, True), sorted(starts), range(1, 9)):
+            yield {"db_with_t": with_t, "first_job": first, "parts": parts}
 
 
 def _decodes(c: DecodeConfig, p: Problem) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the launchers hand to the CUDA library, with a recorder in the library's place, and which calls they take."""
 
 import dataclasses
+import itertools
 import struct
 from typing import Any
 
@@ -154,6 +155,37 @@ def test_a_plan_serves_the_calls_of_a_kind(recorder: Recorder) -> None:
     forward(i), forward(j, scaling=3.0), forward(i, seed=SEED, dropout_p=0.5), forward(i, save_s=False)
     assert len(recorder.launches) == 4 and len(recorder.queries) == 3
     assert recorder.launches[1]["x"] == j.x.data_ptr() and recorder.launches[1]["scaling"] == 3.0
+
+
+def test_a_table_gives_the_configuration_where_it_was_measured(recorder: Recorder, monkeypatch) -> None:
+    """Of all outputs, with the precision and dropout of the call; never over one that the caller gives."""
+    asked = []
+
+    def choose(direction: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[CudaConfig, str]:
+        asked.append((direction, problem, tuned))
+        return CONFIG, "measured"
+
+    monkeypatch.setattr(cuda.tuning, "choose_cuda", choose)
+    i = make_inputs(5, 64, 72, 3, BF16, FP32)
+    _, s = forward(i, adapter_dtype=FP32, seed=SEED, dropout_p=0.5)
+    backward(i, s, adapter_dtype=FP32)
+    about = (3, 2, True, 90, 132)
+    assert asked == [
+        ("forward", Problem(5, 72, 64, *about, True), True),
+        ("backward", Problem(5, 64, 72, *about, False), True),
+    ]
+    assert [(call["group"], call["parts_a"]) for call in recorder.launches] == [(3, 4)] * 2
+    torch.use_deterministic_algorithms(True)
+    try:
+        forward(i, adapter_dtype=FP32, seed=SEED, dropout_p=0.5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [tuned for *_, tuned in asked] == [True, True, False]
+    for need in itertools.product((False, True), repeat=3):
+        if need not in ((False,) * 3, (True,) * 3):
+            backward(i, s, need, adapter_dtype=FP32)
+    forward(i, config=dataclasses.replace(CONFIG, group=5))
+    assert len(asked) == 3 and recorder.launches[-1]["group"] == 5
 
 
 def test_any_address_of_the_adapters(recorder: Recorder) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from fusedlora import __main__ as cli
 from fusedlora import backends, tune, tuning
 from fusedlora.config import SHARED_MEMORY, DecodeConfig, Problem, backward_config, check_config, forward_config
+from fusedlora.cuda_config import CudaConfig, check_cuda_config
 from fusedlora.timing import Spread
 from fusedlora.tune_check import Shape
 from fusedlora.tuning_candidates import STEPS, shared_bytes, variants
@@ -24,6 +24,7 @@ SHAPE = Shape(8192, 4096, 4096, 16)
 DEVICE = torch.device("cpu")
 TABLES = tuning.tables.__wrapped__  # which conftest.py puts out of the way
 HEURISTICS = {"forward": forward_config, "backward": backward_config}
+TRITON, CSRC = tuning.KERNELS[:2], tuning.KERNELS[2:]
 
 
 @pytest.fixture
@@ -37,13 +38,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def entry(M: int = 8192, kernel: str = "forward", **changes) -> tuning.Entry:
     p = dataclasses.replace(P, M=M)
-    config = dataclasses.replace(HEURISTICS[kernel](p), **({"GROUP_M": 4} | changes))
+    changes = {"GROUP_M": 4} | changes if kernel in TRITON else changes
+    config = dataclasses.replace(tuning.heuristic(kernel, p), **changes)
     return tuning.Entry(kernel, p, config, 90.0, 100.0)
 
 
 class TestCandidates:
     @pytest.mark.parametrize("capability", SHARED_MEMORY)
-    @pytest.mark.parametrize("kernel", STEPS)
+    @pytest.mark.parametrize("kernel", TRITON)
     def test_valid_and_within_shared_memory(self, kernel: str, capability: int) -> None:
         for M in (1, 17, 512, 8192):
             for r, itemsize, split in ((1, 2, False), (64, 2, False), (256, 2, False), (64, 2, True), (16, 4, False)):
@@ -57,11 +59,38 @@ class TestCandidates:
                         check_config(config)
                         assert shared_bytes(config, p) <= SHARED_MEMORY[capability]
 
-    @pytest.mark.parametrize("kernel", STEPS)
+    @pytest.mark.parametrize("kernel", TRITON)
     def test_there_is_a_choice_in_every_step(self, kernel: str) -> None:
         for M in (1, 512, 8192):
             p = dataclasses.replace(P, M=M)
             assert all(len(variants(HEURISTICS[kernel](p), p, step)) >= 3 for step in STEPS[kernel])
+
+    @pytest.mark.parametrize("kernel", CSRC)
+    def test_those_of_csrc_are_such_as_it_takes(self, kernel: str) -> None:
+        for M, out, r, split, drops in itertools.product(
+            (1, 64, 65, 577, 8192), (256, 1024, 5120), (8, 16, 64, 256), (False, True), (False, True)
+        ):
+            p = Problem(M, out, 4096, r, 2, split, 90, 132, drops)
+            base = tuning.heuristic(kernel, p)
+            check_cuda_config(base)
+            decodes = base.decode_rows > 0
+            for step in STEPS[kernel]:
+                found = variants(base, p, step)
+                assert base not in found and len(set(found)) == len(found) <= 32
+                assert len(found) >= 1 or (decodes and step != "tile") or step in ("tile", "shrink")
+                for config in found:
+                    check_cuda_config(config)
+                    assert config.block_n == 256 or r <= 128
+                    assert not config.db_with_t or (
+                        kernel == "cuda_backward" and r in (8, 16) and config.block_n == 256
+                    )
+                    same = ("slices", "in_tiles", "programs")
+                    assert all(getattr(config, name) == getattr(base, name) for name in same)
+                    assert (config.decode_rows > 0) == decodes and config.parts <= 8
+                    assert kernel == "cuda_backward" or config.parts == 1
+        p = dataclasses.replace(P, M=8192)
+        counts = [len(variants(tuning.heuristic(kernel, p), p, step)) for step in STEPS[kernel]]
+        assert counts == ([1, 3, 7] if kernel == "cuda_forward" else [1, 3, 7, 31])
 
     @pytest.mark.parametrize("capability", SHARED_MEMORY)
     def test_few_rows_have_a_choice_of_tiles_alone(self, capability: int) -> None:
@@ -89,35 +118,29 @@ class TestCandidates:
 
 
 class FakeGpu:
-    """Tools whose GPU takes `us(config)`, and finds those wrong for which `wrong(config)` is true.
+    """Tools whose GPU takes `us(config)`, and finds those wrong for which `wrong(config)` is true."""
 
-    products and cuda: what PyTorch's take and csrc's, None where these are not built; NaN stands for wrong outputs.
-    """
-
-    def __init__(self, us, wrong=lambda config: False, differs=lambda config: False, products=200.0, cuda=None) -> None:
-        self.us, self.wrong, self.differs, self.others = us, wrong, differs, {"reference": products, "cuda": cuda}
+    def __init__(self, us, wrong=lambda config: False, differs=lambda config: False, products=200.0) -> None:
+        self.us, self.wrong, self.differs, self.products = us, wrong, differs, products
         self.timed: list = []
 
     def reasons(self, kernel, shape, configs):
         return ["off by one" if self.wrong(c) else None for c in configs]
 
-    def takes_cuda(self, kernel, shape):
-        return self.others["cuda"] is not None
-
-    def times(self, kernel, shape, ways, rounds):
+    def times(self, direction, shape, ways, rounds):
         self.timed += ways
-        us = [self.others[way] if isinstance(way, str) else self.us(way) for way in ways]
+        us = [self.products if way is None else self.us(way) for way in ways]
         shares = [each / us[0] for each in us]
-        wrong = [math.isnan(each) if isinstance(way, str) else self.differs(way) for way, each in zip(ways, us)]
+        wrong = [way is not None and self.differs(way) for way in ways]
         return [None if bad else (each, Spread(share, share, share)) for bad, each, share in zip(wrong, us, shares)]
 
 
 def tuned(kernel: str, gpu: FakeGpu) -> tune.Outcome:
-    return tune.tune_kernel(kernel, SHAPE, P, HEURISTICS[kernel](P), gpu, lambda text: None)
+    return tune.tune_kernel(kernel, SHAPE, P, gpu, lambda text: None)
 
 
 class TestSearch:
-    @pytest.mark.parametrize("kernel", STEPS)
+    @pytest.mark.parametrize("kernel", TRITON)
     def test_it_finds_the_best_of_each_group(self, kernel: str) -> None:
         base = HEURISTICS[kernel](P)
 
@@ -138,34 +161,51 @@ class TestSearch:
         outcome = tuned("forward", gpu)
         assert outcome.entry is None and outcome.us == outcome.heuristic_us == 100.0
         if kind == "wrong":
-            assert not any(not isinstance(way, str) and way.GROUP_M == 4 for way in gpu.timed)
+            assert not any(way.GROUP_M == 4 for way in gpu.timed)
             assert all(reason == "off by one" for _, reason in outcome.wrong) and outcome.wrong
 
-    def test_products_are_timed_beside_the_best(self) -> None:
-        gpu = FakeGpu(lambda c: 90.0 if c.GROUP_M == 4 else 100.0, products=80.0)
-        outcome = tuned("forward", gpu)
-        assert gpu.timed[-2:] == [outcome.entry.config, "reference"]
-        assert (outcome.us, outcome.cuda_us, outcome.products_us) == (90.0, None, pytest.approx(80.0))
+    @pytest.mark.parametrize("kernel", CSRC)
+    def test_it_finds_the_best_of_csrc(self, kernel: str) -> None:
+        def us(c) -> float:
+            gains = c.block_n == 128, c.group == 4, c.shrink_clusters == 8, kernel == "cuda_backward" and c.parts == 7
+            return 100.0 - 5 * sum(gains)
+
+        outcome = tuned(kernel, FakeGpu(us, wrong=lambda c: c.group == 16))
+        found = outcome.config
+        assert (found.block_n, found.group, found.shrink_clusters) == (128, 4, 8)
+        assert found.parts == (7 if kernel == "cuda_backward" else 1)
+        assert outcome.entry == tuning.Entry(kernel, P, found, us(found), us(tuning.heuristic(kernel, P)))
+        assert outcome.wrong and f" {kernel} " in tune.report(kernel, SHAPE, outcome)
+
+    def test_the_best_are_timed_beside_each_other(self) -> None:
+        """With csrc's where it was tuned too, and PyTorch's products where "auto" may take them."""
+
+        def us(c) -> float:
+            return 70.0 if isinstance(c, CudaConfig) else 90.0 if c.GROUP_M == 4 else 100.0
+
+        gpu = FakeGpu(us, products=80.0)
+        outcome, cuda = tuned("forward", gpu), tuned("cuda_forward", gpu)
+        tune.compare("forward", SHAPE, outcome, cuda, gpu)
+        assert gpu.timed[-3:] == [outcome.entry.config, cuda.config, None]
+        assert (outcome.us, outcome.cuda_us, outcome.products_us) == (90.0, pytest.approx(70.0), pytest.approx(80.0))
+        told = "; the CUDA kernels take 70.0 µs: auto takes those; PyTorch's products take 80.0 µs"
+        assert tune.report("forward", SHAPE, outcome).endswith(told)
+        tune.compare("forward", SHAPE, outcome, None, gpu)
+        assert gpu.timed[-2:] == [outcome.entry.config, None]
+        assert (outcome.cuda_us, outcome.products_us) == (None, pytest.approx(80.0))
         assert tune.report("forward", SHAPE, outcome).endswith("; PyTorch's products take 80.0 µs: auto takes those")
-        slower = tune.report("forward", SHAPE, tuned("forward", FakeGpu(lambda c: 100.0)))
-        assert slower.endswith("; PyTorch's products take 200.0 µs")
         for change in ({"adapter": "fp32"}, {"dropout": 0.1}, {"dtype": "fp32", "adapter": "fp32"}):
             other = dataclasses.replace(SHAPE, **change)
-            outcome = tune.tune_kernel("forward", other, P, forward_config(P), gpu, lambda text: None)
-            assert outcome.products_us is None, "what auto never takes them for"
-
-    def test_the_kernels_of_csrc_are_timed_where_they_are_built(self) -> None:
-        """Also where PyTorch's products are nothing to compare with; not if they give other numbers."""
-        outcome = tuned("backward", gpu := FakeGpu(lambda c: 100.0, products=80.0, cuda=70.0))
-        assert gpu.timed[-3:] == [backward_config(P), "cuda", "reference"]
-        assert (outcome.us, outcome.cuda_us, outcome.products_us) == (100.0, pytest.approx(70.0), pytest.approx(80.0))
-        told = "; the CUDA kernels take 70.0 µs: auto takes those; PyTorch's products take 80.0 µs"
-        assert tune.report("backward", SHAPE, outcome).endswith(told)
-        dropped = dataclasses.replace(SHAPE, dropout=0.1)
-        outcome = tune.tune_kernel("forward", dropped, P, forward_config(P), gpu, lambda text: None)
-        assert (outcome.cuda_us, outcome.products_us) == (pytest.approx(70.0), None)
-        outcome = tuned("forward", FakeGpu(lambda c: 100.0, cuda=math.nan))
-        assert (outcome.cuda_us, outcome.products_us) == (None, 200.0)
+            tune.compare("forward", other, outcome, cuda, gpu)
+            assert (outcome.cuda_us, outcome.products_us) == (pytest.approx(70.0), None), (
+                "what auto never takes them for"
+            )
+            timed = len(gpu.timed)
+            tune.compare("forward", other, outcome, None, gpu)
+            assert (outcome.cuda_us, outcome.products_us, len(gpu.timed)) == (None, None, timed)
+        gpu.differs = lambda c: isinstance(c, CudaConfig)
+        tune.compare("forward", SHAPE, outcome, cuda, gpu)
+        assert (outcome.cuda_us, outcome.products_us) == (None, pytest.approx(80.0)), "other numbers are no time"
 
     def test_noise_is_no_gain(self) -> None:
         outcome = tuned("forward", FakeGpu(lambda c: 99.5 if c.GROUP_M == 4 else 100.0))
@@ -182,7 +222,8 @@ class TestSearch:
 class TestTable:
     def test_round_trip(self, cache: Path) -> None:
         compared = [tuning.Compared("backward", P, 90.0, 70.0, 80.0), tuning.Compared("forward", P, 90.0, None, None)]
-        table = tuning.Table(GPU, [entry(), entry(kernel="backward"), entry(512)], compared=compared)
+        entries = [entry(), entry(kernel="backward"), entry(512), *(entry(kernel=kernel, group=2) for kernel in CSRC)]
+        table = tuning.Table(GPU, entries, compared=compared)
         tuning.write(table, cache)
         again = tuning.read(cache, GPU)
         assert again.entries.items == table.entries.items and again.path == cache
@@ -215,6 +256,35 @@ class TestTable:
         # 17 rows are near, but are padded to 32, which nobody has tried
         p = dataclasses.replace(p, M=17)
         assert tuning.choose("forward", p, DEVICE, tuned=True) == (tuning.heuristic("forward", p), "heuristic")
+
+    def test_launches_of_csrc_prefer_it(self, cache: Path, monkeypatch) -> None:
+        """Where S is summed as it was there: in tiles of a narrow output or before them."""
+        narrow = dataclasses.replace(P, out=1024)
+        mine = dataclasses.replace(tuning.heuristic("cuda_forward", narrow), group=2)
+        assert mine.in_tiles
+        entries = [entry(kernel=kernel, group=2) for kernel in CSRC]
+        tuning.write(tuning.Table(GPU, [*entries, tuning.Entry("cuda_forward", narrow, mine, 9.0, 10.0)]), cache)
+        for kernel in CSRC:
+            direction = kernel.removeprefix("cuda_")
+
+            def chosen(p: Problem, tuned: bool = True, direction: str = direction) -> tuple[int, str]:
+                config, source = tuning.choose_cuda(direction, p, DEVICE, tuned)
+                return config.group, source
+
+            assert chosen(P) == (2, f"measured at M = 8192, {cache}")
+            assert chosen(dataclasses.replace(P, M=6000))[0] == 2
+            for change in ({"M": 5000}, {"r": 8}, {"dropout": True}, {"split": True}):
+                assert chosen(dataclasses.replace(P, **change)) == (8, "heuristic"), change
+            assert chosen(P, tuned=False) == (8, "heuristic")
+        assert tuning.choose_cuda("forward", narrow, DEVICE, True)[0] == mine
+        before = dataclasses.replace(mine, in_tiles=False, slices=1, shrink_clusters=16)
+        tuning.write(tuning.Table(GPU, [tuning.Entry("cuda_forward", narrow, before, 9.0, 10.0)]), cache)
+        assert tuning.choose_cuda("forward", narrow, DEVICE, True) == (
+            tuning.heuristic("cuda_forward", narrow), "heuristic",
+        )  # fmt: skip
+        monkeypatch.setattr(tuning, "sources_hash", lambda: "other kernels")
+        tuning.tables.cache_clear()
+        assert tuning.read(cache, GPU).entries.items == {}
 
     def test_not_under_deterministic_algorithms(self, cache: Path) -> None:
         tuning.write(tuning.Table(GPU, [entry()]), cache)
@@ -315,10 +385,16 @@ class TestTable:
             (lambda d: d["entries"][0]["config"].update(BLOCK_Q=64), "BLOCK_Q"),
             (lambda d: d["entries"][0]["problem"].update(M=0), "M is 0"),
             (lambda d: d["entries"][0].update(kernel="sideways"), "sideways"),
+            (
+                lambda d: d["entries"][1]["config"].update(shrink_clusters=0),
+                "shrink_clusters is 0; .* from 1, in tiles 0",
+            ),
+            (lambda d: d["entries"][1]["config"].update(block_n=192), "block_n is 192; it must be 128 or 256"),
         ],
     )
     def test_a_table_that_does_not_fit_is_named_once_and_ignored(self, cache: Path, change, reason: str) -> None:
-        tuning.write(tuning.Table(GPU, [entry()], compared=[tuning.Compared("forward", P, 2.0, None, 1.0)]), cache)
+        compared = [tuning.Compared("forward", P, 2.0, None, 1.0)]
+        tuning.write(tuning.Table(GPU, [entry(), entry(kernel="cuda_backward")], compared=compared), cache)
         data = json.loads(cache.read_text())
         change(data)
         cache.write_text(json.dumps(data))

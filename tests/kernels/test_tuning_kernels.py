@@ -17,6 +17,7 @@ from fusedlora import backends, tune, tune_check, tune_gpu, tuning
 from fusedlora.config import backward_config, forward_config
 from fusedlora.kernels import backward, forward
 from fusedlora.kernels.common import INTERPRET
+from fusedlora.kernels.launch import device_facts
 from fusedlora.testing import make_inputs
 from fusedlora.tune_check import Checker, Shape
 
@@ -142,28 +143,34 @@ def test_a_child_that_does_not_finish_costs_one_configuration(what: str, monkeyp
 @pytest.mark.gpu
 def test_one_tiny_shape(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The command itself, with few configurations: its table is taken by the next call, and its numbers are right."""
-    monkeypatch.setattr(tune, "STEPS", {"forward": ("order",), "backward": ("order",)})
+    monkeypatch.setattr(tune, "STEPS", dict.fromkeys(tuning.KERNELS, ("order",)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "tables", TABLES)
     monkeypatch.setattr(TABLES, "cache_clear", lambda: None, raising=False)
     command = ["tune", "--rows", "256", "--in-features", "512", "--out-features", "1024", "--r", "8"]
     assert cli.main([*command, "--jobs", str(min(8, os.cpu_count() or 1))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[8:9] for line in lines[1:3]] == [["forward"], ["backward"]], lines
+    shape, device = Shape(256, 512, 1024, 8), torch.device("cuda", 0)
+    built = backends.CUDA.why_not(tune.call_of(shape, device)) is None
+    kernels = [f"{kind}{way}" for way in ("forward", "backward") for kind in (["cuda_"] if built else []) + [""]]
+    assert [line.split()[8] for line in lines[1:-1]] == kernels, lines
     table = tuning.read(
         tuning.user_path(tuning.gpu_of(torch.device("cuda", 0))), tuning.gpu_of(torch.device("cuda", 0))
     )
-    assert table.path.exists() and lines[3].startswith(f"{len(table.entries.items)} entries")
+    assert table.path.exists() and lines[-1].startswith(f"{len(table.entries.items)} entries")
     i = make_inputs(256, 512, 1024, 8, torch.bfloat16, device="cuda", bias=False)
-    told = fusedlora.explain(i.x, i.weight, i.lora_A, i.lora_B, backend="triton").config
-    assert told.count("measured at M = 256") == len(table.entries.items)
-    checker = Checker("forward", Shape(256, 512, 1024, 8), torch.device("cuda", 0))
-    for entry in table.entries.items.values():
-        assert entry.us < entry.heuristic_us
-        if entry.kernel == "forward":
-            assert checker.why_not(entry.config) is None
+    told = [fusedlora.explain(i.x, i.weight, i.lora_A, i.lora_B, backend="triton").config]
+    told += [fusedlora.explain(i.x, i.weight, i.lora_A, i.lora_B, backend="cuda").config] if built else []
+    assert sum(config.count("measured at M = 256") for config in told) == len(table.entries.items)
+    for kernel in kernels:
+        checker = Checker(kernel, shape, device)
+        assert (
+            checker.why_not(tuning.heuristic(kernel, shape.problem(checker.direction, *device_facts(device)))) is None
+        )
+        for entry in table.entries.items.values():
+            assert entry.us < entry.heuristic_us
+            if entry.kernel == kernel:
+                assert checker.why_not(entry.config) is None
     assert {kernel for kernel, _ in table.compared.items} == {"forward", "backward"}
     for compared in table.compared.items.values():
-        assert compared.us > 0 and compared.products_us > 0
-        built = backends.CUDA.why_not(tune.call_of(Shape(256, 512, 1024, 8), torch.device("cuda", 0))) is None
-        assert (compared.cuda_us is not None) == built
+        assert compared.us > 0 and compared.products_us > 0 and (compared.cuda_us is not None) == built
