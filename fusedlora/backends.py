@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import costs, cuda, reference, tuning
 from .config import MAX_RANK, MAX_RANK_FLOAT32, Problem
+from .cuda_config import FEW_CONVERTED, MAX_RANK_PRECISE, prefers_cuda
 from .cuda_config import MAX_RANK as MAX_RANK_CUDA
-from .cuda_config import MAX_RANK_PRECISE, prefers_cuda
 from .doctor import doctor_passed
 from .dropout import MAX_P
 
@@ -209,7 +209,7 @@ def _why_slower(kernels: str, call: Call) -> str | None:
     if call.device.type != "cuda":
         return None
     if (found := _compared(call)) is not None:
-        us = found.us if kernels == "triton" else found.cuda_us
+        us = found.us if kernels == "triton" else _cuda_us(call, found)
         if us is not None and found.products_us is not None:
             told = f"{SLOWER}: measured {found.products_us:.0f} µs, the kernels {us:.0f}"
             return told if found.products_us < us else None
@@ -230,12 +230,17 @@ def _compared(call: Call) -> tuning.Compared | None:
     return tuning.compared(call.direction, problem, call.device)
 
 
+def _cuda_us(call: Call, found: tuning.Compared) -> float | None:
+    """What csrc's kernels took. With few rows other ones take fp32 parameters, which autocast rounds: unknown."""
+    return None if call.param_dtype is not call.adapter_dtype and call.rows <= FEW_CONVERTED else found.cuda_us
+
+
 def _why_triton(call: Call) -> str | None:
     """Why "auto" prefers Triton's kernels to those of csrc."""
     found = _compared(call)
-    if found is not None and found.cuda_us is not None:
-        told = f"Triton's kernels take less time: measured {found.us:.0f} µs, these {found.cuda_us:.0f}"
-        return told if found.us < found.cuda_us else None
+    if found is not None and (us := _cuda_us(call, found)) is not None:
+        told = f"Triton's kernels take less time: measured {found.us:.0f} µs, these {us:.0f}"
+        return told if found.us < us else None
     precise, converts = call.adapter_dtype is not call.dtype, call.param_dtype is not call.dtype
     about = (call.direction, call.rows, call.N, call.K, call.r, call.dropout != "", converts, precise)
     return None if prefers_cuda(*about) else "these kernels have not been measured faster here"

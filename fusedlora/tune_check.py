@@ -22,7 +22,7 @@ from .config import Problem, forward_config
 from .cuda_config import AnyConfig, CudaConfig
 from .testing import Inputs, eager_peft, error_ratios, exact, run
 from .timing import synchronize
-from .tuning import config_class, heuristic
+from .tuning import config_class, direction_of, heuristic
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SEED = 2**62 + 1
@@ -119,7 +119,7 @@ class Checker:
     def __init__(self, kernel: str, shape: Shape, device: torch.device) -> None:
         from fusedlora.kernels.launch import device_facts
 
-        self.direction, i = kernel.removeprefix("cuda_"), draw(shape, device, seed=0)
+        self.direction, i = direction_of(kernel), draw(shape, device, seed=0)
         problem = shape.problem(self.direction, *device_facts(device))
         mask = None
         if shape.dropout:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -32,7 +32,7 @@ from .config import (
     forward_config,
 )
 from .cuda_build import sources_hash
-from .cuda_config import AnyConfig, CudaConfig, check_cuda_config, cuda_config
+from .cuda_config import DECODE_UP_TO, AnyConfig, CudaConfig, check_cuda_config, cuda_config, suits
 from .doctor import fingerprint
 
 if TYPE_CHECKING:
@@ -47,8 +47,16 @@ NEAR = 2**0.5
 _PROBLEM = tuple(f.name for f in dataclasses.fields(Problem) if f.name not in ("capability", "num_sms"))
 
 
-# Triton's, and those of csrc.
+# Triton's, called by their direction, and those of csrc.
 KERNELS = ("forward", "backward", "cuda_forward", "cuda_backward")
+
+
+def cuda_kernel(direction: str) -> str:
+    return f"cuda_{direction}"
+
+
+def direction_of(kernel: str) -> str:
+    return kernel.removeprefix("cuda_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,20 +113,23 @@ class Nearby(Generic[Item]):
         if item is not None:
             self.groups[_group(kernel, problem)].remove(item)
 
-    def find(self, kernel: str, problem: Problem) -> Item | None:
+    def find(self, kernel: str, problem: Problem, fits: Callable[[Item], bool] = lambda item: True) -> Item | None:
         """The item whose number of rows is nearest, None where none is near."""
         near = [
             (abs(math.log(item.problem.M / problem.M)), index, item)
             for index, item in enumerate(self.groups.get(_group(kernel, problem), ()))
-            if item.problem.M <= NEAR * problem.M and problem.M <= NEAR * item.problem.M and _serves(item, problem)
+            if item.problem.M <= NEAR * problem.M and problem.M <= NEAR * item.problem.M
+            if _alike(item, problem) and fits(item)
         ]
         return min(near)[2] if near else None
 
 
-def _serves(item: Entry | Compared, problem: Problem) -> bool:
-    """The decode kernel's tiles are as high as its rows are padded."""
-    decodes = isinstance(item, Entry) and isinstance(item.config, DecodeConfig)
-    return not decodes or decode_rows(item.problem.M) == decode_rows(problem.M)
+def _alike(item: Entry | Compared, problem: Problem) -> bool:
+    """Forwards of few rows may take a decode kernel, whose tiles are as high as its rows are padded."""
+    M, other = item.problem.M, problem.M
+    if direction_of(item.kernel) == "backward" or min(M, other) > DECODE_UP_TO:
+        return True
+    return max(M, other) <= DECODE_UP_TO and decode_rows(M) == decode_rows(other)
 
 
 def _group(kernel: str, problem: Problem) -> tuple[str, Problem]:
@@ -217,11 +228,19 @@ def user_path(gpu: Gpu) -> Path:
 def read(path: Path, gpu: Gpu) -> Table:
     """The table of a file, empty where there is none. One that does not fit is ignored with a warning."""
     try:
-        return parse(path.read_text(encoding="utf-8"), gpu, path)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        pass
+        return Table(gpu, path=path)
+    except OSError as error:
+        return _ignored(path, gpu, error)
+    try:
+        return parse(text, gpu, path)
     except (OSError, ValueError) as error:
-        warnings.warn(f"fusedlora ignores the tuned table {path}: {error}", stacklevel=2)
+        return _ignored(path, gpu, error)
+
+
+def _ignored(path: Path, gpu: Gpu, error: Exception) -> Table:
+    warnings.warn(f"fusedlora ignores the tuned table {path}: {error}", stacklevel=3)
     return Table(gpu, path=path)
 
 
@@ -260,9 +279,10 @@ def in_use() -> bool:
 
 def heuristic(kernel: str, problem: Problem) -> AnyConfig:
     """The configuration of a kernel in KERNELS where nothing was measured."""
-    if kernel.startswith("cuda"):
-        return cuda_config(problem, kernel == "cuda_forward", precise=problem.split)
-    if kernel == "backward":
+    direction = direction_of(kernel)
+    if kernel == cuda_kernel(direction):
+        return cuda_config(problem, direction == "forward", precise=problem.split)
+    if direction == "backward":
         return backward_config(problem)
     return decode_config(problem) or forward_config(problem)
 
@@ -274,26 +294,27 @@ def _asked(device: torch.device, tuned: bool) -> tuple[Table, ...]:
 
 def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[Any, str]:
     """The configuration of a kernel in KERNELS and where it comes from."""
+    base = heuristic(kernel, problem)
     for table in _asked(device, tuned):
-        entry = table.entries.find(kernel, problem)
+        entry = table.entries.find(kernel, problem, lambda entry: _fits(entry.config, base, problem))
         if entry is not None:
             return entry.config, f"measured at M = {entry.problem.M}, {table.path}"
-    return heuristic(kernel, problem), "heuristic"
+    return base, "heuristic"
 
 
-def choose_cuda(direction: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[CudaConfig, str]:
-    """`choose` for csrc's "forward" or "backward" kernel.
+def _fits(config: AnyConfig, base: AnyConfig, problem: Problem) -> bool:
+    """Whether a configuration that was measured near problem serves it too; base is the heuristic's.
 
-    How S is cut and whether the decode kernel runs go by the rows of the call: an entry of others that differs in these
-    does not serve it.
+    How csrc's kernels cut S and whether its decode kernel runs go by the rows.
     """
-    base = cuda_config(problem, direction == "forward", precise=problem.split)
-    found, source = choose(f"cuda_{direction}", problem, device, tuned)
+    if not isinstance(config, CudaConfig):
+        return True
+    assert isinstance(base, CudaConfig)
 
     def kind(config: CudaConfig) -> tuple[int, bool, bool]:
         return config.slices, config.in_tiles, config.decode_rows > 0
 
-    return (found, source) if kind(found) == kind(base) else (base, "heuristic")
+    return kind(config) == kind(base) and suits(problem, config)
 
 
 def compared(kernel: str, problem: Problem, device: torch.device) -> Compared | None:

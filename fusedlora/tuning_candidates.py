@@ -18,7 +18,7 @@ from .config import (
     check_config,
     decode_rows,
 )
-from .cuda_config import MAX_RANK_NARROW, RANKS_DB_WITH_T, AnyConfig, CudaConfig, check_cuda_config
+from .cuda_config import AnyConfig, CudaConfig, check_cuda_config, suits
 
 # Groups of fields that are varied together, each around the best of the groups before it.
 STEPS = {
@@ -32,7 +32,7 @@ MOST_A_THREAD = 128
 
 
 def variants(config: AnyConfig, p: Problem, step: str) -> list[AnyConfig]:
-    """Every other choice of one group's fields that may run, in a fixed order; the decode kernels have one group."""
+    """Other choices of one group's fields that may run, in a fixed order; the decode kernels have one group."""
     made: Iterator[dict[str, Any]]
     if isinstance(config, CudaConfig):
         made = _cuda(config, p, step)
@@ -60,7 +60,7 @@ def _may_run(c: AnyConfig, p: Problem) -> bool:
     except ValueError:
         return False
     if isinstance(c, CudaConfig):
-        return (c.block_n == 256 or p.r <= MAX_RANK_NARROW) and (not c.db_with_t or p.r in RANKS_DB_WITH_T)
+        return suits(p, c)
     threads = 32 * c.num_warps
     fits = shared_bytes(c, p) <= SHARED_MEMORY.get(p.capability, min(SHARED_MEMORY.values()))
     if isinstance(c, DecodeConfig):
@@ -85,7 +85,7 @@ def _cuda(c: CudaConfig, p: Problem, step: str) -> Iterator[dict[str, Any]]:
     elif step == "order":
         yield from ({"group": group} for group in (2, 4, 8, 16))
     elif step == "shrink" and c.slices == 1 and not c.in_tiles:
-        units, clusters = -(-p.M // 256), c.programs // 2
+        units, clusters = -(-p.M // (512 if c.db_with_t else 256)), c.programs // 2
         counts = {min(clusters, -(-units // each)) for each in range(1, 9)}
         yield from ({"shrink_clusters": n, "first_job": n % clusters if c.first_job else 0} for n in sorted(counts))
     elif step == "jobs":

@@ -161,18 +161,18 @@ def test_a_table_gives_the_configuration_where_it_was_measured(recorder: Recorde
     """Of all outputs, with the precision and dropout of the call; never over one that the caller gives."""
     asked = []
 
-    def choose(direction: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[CudaConfig, str]:
-        asked.append((direction, problem, tuned))
+    def choose(kernel: str, problem: Problem, device: torch.device, tuned: bool) -> tuple[CudaConfig, str]:
+        asked.append((kernel, problem, tuned))
         return CONFIG, "measured"
 
-    monkeypatch.setattr(cuda.tuning, "choose_cuda", choose)
+    monkeypatch.setattr(cuda.tuning, "choose", choose)
     i = make_inputs(5, 64, 72, 3, BF16, FP32)
     _, s = forward(i, adapter_dtype=FP32, seed=SEED, dropout_p=0.5)
     backward(i, s, adapter_dtype=FP32)
     about = (3, 2, True, 90, 132)
     assert asked == [
-        ("forward", Problem(5, 72, 64, *about, True), True),
-        ("backward", Problem(5, 64, 72, *about, False), True),
+        ("cuda_forward", Problem(5, 72, 64, *about, True), True),
+        ("cuda_backward", Problem(5, 64, 72, *about, False), True),
     ]
     assert [(call["group"], call["parts_a"]) for call in recorder.launches] == [(3, 4)] * 2
     torch.use_deterministic_algorithms(True)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fusedlora import cuda, cuda_build
-from fusedlora.cuda_config import CudaConfig
+from fusedlora.config import Problem
+from fusedlora.cuda_config import CudaConfig, suits
 from fusedlora.testing import make_inputs
 
 SEED = torch.tensor([1])
@@ -173,6 +174,21 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
         )
         sliced += chosen.work_size > M * r * 2 + 255  # S and its sums, not S alone
     assert 0 < sliced < 3 * 4 * 13 * 2
+    # What a tuned table may hold of slices in tiles is what the library takes.
+    taken = []
+    for programs, M, N, K, r, group, block_n, slices in itertools.product(
+        (78, 132), (256, 3072, 3328), (256, 512, 1024), (1280, 1536, 2048), (16, 64), (8, 16), (128, 256), (2, 4)
+    ):
+        x, w, a, b = (torch.empty(s, dtype=torch.bfloat16) for s in ((M, K), (N, K), (r, K), (N, r)))
+        config = CudaConfig(block_n, group, programs, 0, 1, slices, in_tiles=True)
+        try:
+            cuda.forward_plan(x, w, a, b, None, save_s=True, config=config, **settings)
+            taken.append(True)
+        except RuntimeError as error:
+            assert re.search(refusal, str(error))
+            taken.append(False)
+        assert taken[-1] == suits(Problem(M, N, K, r, 2, False, 90, programs), config), (M, N, K, r, config)
+    assert any(taken) and not all(taken)
     for M, N, K, r, drops in itertools.product((65, 577, 8192), (256, 3584), (512, 4096), (65, 128, 256), (None, SEED)):
         shapes = ((M, K), (N, K), (r, K), (N, r), (M, N), (M, r))
         x, w, a, b, dy, s = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)

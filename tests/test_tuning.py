@@ -13,7 +13,7 @@ import torch
 from fusedlora import __main__ as cli
 from fusedlora import backends, tune, tuning
 from fusedlora.config import SHARED_MEMORY, DecodeConfig, Problem, backward_config, check_config, forward_config
-from fusedlora.cuda_config import CudaConfig, check_cuda_config
+from fusedlora.cuda_config import CudaConfig, check_cuda_config, suits
 from fusedlora.timing import Spread
 from fusedlora.tune_check import Shape
 from fusedlora.tuning_candidates import STEPS, shared_bytes, variants
@@ -65,32 +65,50 @@ class TestCandidates:
             p = dataclasses.replace(P, M=M)
             assert all(len(variants(HEURISTICS[kernel](p), p, step)) >= 3 for step in STEPS[kernel])
 
+    @pytest.mark.parametrize("num_sms", [132, 78])
     @pytest.mark.parametrize("kernel", CSRC)
-    def test_those_of_csrc_are_such_as_it_takes(self, kernel: str) -> None:
-        for M, out, r, split, drops in itertools.product(
-            (1, 64, 65, 577, 8192), (256, 1024, 5120), (8, 16, 64, 256), (False, True), (False, True)
+    def test_those_of_csrc_are_such_as_it_takes(self, kernel: str, num_sms: int) -> None:
+        fixed, varied = ("slices", "in_tiles", "programs"), dict.fromkeys(STEPS[kernel], 0)
+        for M, out, depth, r, split, drops in itertools.product(
+            (1, 64, 65, 577, 8192), (256, 1024, 5120), (1536, 4096), (8, 16, 64, 256), (False, True), (False, True)
         ):
-            p = Problem(M, out, 4096, r, 2, split, 90, 132, drops)
+            p = Problem(M, out, depth, r, 2, split, 90, num_sms, drops)
             base = tuning.heuristic(kernel, p)
             check_cuda_config(base)
+            assert suits(p, base)
             decodes = base.decode_rows > 0
+            assert decodes == (kernel == "cuda_forward" and M <= 64 and r <= 64 and not split and not drops)
             for step in STEPS[kernel]:
                 found = variants(base, p, step)
+                varied[step] += len(found)
                 assert base not in found and len(set(found)) == len(found) <= 32
-                assert len(found) >= 1 or (decodes and step != "tile") or step in ("tile", "shrink")
+                assert found or (step != "tile" if decodes else step in ("tile", "shrink")), (p, step)
                 for config in found:
                     check_cuda_config(config)
-                    assert config.block_n == 256 or r <= 128
-                    assert not config.db_with_t or (
-                        kernel == "cuda_backward" and r in (8, 16) and config.block_n == 256
-                    )
-                    same = ("slices", "in_tiles", "programs")
-                    assert all(getattr(config, name) == getattr(base, name) for name in same)
+                    assert suits(p, config)
+                    assert all(getattr(config, name) == getattr(base, name) for name in fixed)
                     assert (config.decode_rows > 0) == decodes and config.parts <= 8
-                    assert kernel == "cuda_backward" or config.parts == 1
-        p = dataclasses.replace(P, M=8192)
+                    assert kernel == "cuda_backward" or (config.parts == 1 and not config.db_with_t)
+        assert all(varied.values())
+        p = dataclasses.replace(P, num_sms=132)
         counts = [len(variants(tuning.heuristic(kernel, p), p, step)) for step in STEPS[kernel]]
-        assert counts == ([1, 3, 7] if kernel == "cuda_forward" else [1, 3, 7, 31])
+        assert counts == ([1, 3, 7] if kernel == "cuda_forward" else [1, 3, 5, 31])
+
+    def test_what_csrc_refuses_does_not_suit_it(self) -> None:
+        wide = CudaConfig(256, 8, 132, 16, 1)
+        tiles = dataclasses.replace(wide, shrink_clusters=0, slices=4, in_tiles=True)
+        narrow, with_t = dataclasses.replace(wide, block_n=128), dataclasses.replace(wide, db_with_t=True)
+        for config in (wide, narrow, with_t):
+            assert suits(P, config) and suits(dataclasses.replace(P, M=1), config)
+        assert suits(dataclasses.replace(P, r=256), wide) and not suits(dataclasses.replace(P, r=129), narrow)
+        for change in ({"r": 32}, {"split": True}):
+            assert not suits(dataclasses.replace(P, **change), with_t)
+        assert suits(dataclasses.replace(P, out=1024), tiles)
+        for change in ({"out": 768}, {"depth": 1280}, {"num_sms": 132, "out": 256}):
+            assert not suits(dataclasses.replace(P, **change), tiles), change
+        few = dataclasses.replace(tiles, programs=78, group=16)
+        assert suits(dataclasses.replace(P, M=3072, out=1024), few)
+        assert not suits(dataclasses.replace(P, M=3328, out=1024), few), "a turn has no four columns of thirteen pairs"
 
     @pytest.mark.parametrize("capability", SHARED_MEMORY)
     def test_few_rows_have_a_choice_of_tiles_alone(self, capability: int) -> None:
@@ -219,6 +237,19 @@ class TestSearch:
         assert tuned("forward", Unsteady(lambda c: 90.0 if c.GROUP_M == 4 else 100.0)).entry is None
 
 
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> backends.Call:
+    """A call on GPU, where both kinds of kernels are; choices that are made of it are forgotten."""
+    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
+    monkeypatch.setattr(backends.cuda, "missing", lambda: None)
+    monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
+    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "last_used", None)
+    bf16, layout = torch.bfloat16, (4096, 1, 0)
+    return backends.Call(False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", rows=8192)
+
+
 class TestTable:
     def test_round_trip(self, cache: Path) -> None:
         compared = [tuning.Compared("backward", P, 90.0, 70.0, 80.0), tuning.Compared("forward", P, 90.0, None, None)]
@@ -265,10 +296,9 @@ class TestTable:
         entries = [entry(kernel=kernel, group=2) for kernel in CSRC]
         tuning.write(tuning.Table(GPU, [*entries, tuning.Entry("cuda_forward", narrow, mine, 9.0, 10.0)]), cache)
         for kernel in CSRC:
-            direction = kernel.removeprefix("cuda_")
 
-            def chosen(p: Problem, tuned: bool = True, direction: str = direction) -> tuple[int, str]:
-                config, source = tuning.choose_cuda(direction, p, DEVICE, tuned)
+            def chosen(p: Problem, tuned: bool = True, kernel: str = kernel) -> tuple[int, str]:
+                config, source = tuning.choose(kernel, p, DEVICE, tuned)
                 return config.group, source
 
             assert chosen(P) == (2, f"measured at M = 8192, {cache}")
@@ -276,12 +306,16 @@ class TestTable:
             for change in ({"M": 5000}, {"r": 8}, {"dropout": True}, {"split": True}):
                 assert chosen(dataclasses.replace(P, **change)) == (8, "heuristic"), change
             assert chosen(P, tuned=False) == (8, "heuristic")
-        assert tuning.choose_cuda("forward", narrow, DEVICE, True)[0] == mine
+        assert tuning.choose("cuda_forward", narrow, DEVICE, True)[0] == mine
         before = dataclasses.replace(mine, in_tiles=False, slices=1, shrink_clusters=16)
         tuning.write(tuning.Table(GPU, [tuning.Entry("cuda_forward", narrow, before, 9.0, 10.0)]), cache)
-        assert tuning.choose_cuda("forward", narrow, DEVICE, True) == (
+        assert tuning.choose("cuda_forward", narrow, DEVICE, True) == (
             tuning.heuristic("cuda_forward", narrow), "heuristic",
         )  # fmt: skip
+        other = dataclasses.replace(narrow, M=7000)
+        found = tuning.Entry("cuda_forward", other, dataclasses.replace(mine, group=4), 9.0, 10.0)
+        tuning.write(tuning.Table(GPU, [tuning.Entry("cuda_forward", narrow, before, 9.0, 10.0), found]), cache)
+        assert tuning.choose("cuda_forward", narrow, DEVICE, True)[0] == found.config, "the nearest of those that fit"
         monkeypatch.setattr(tuning, "sources_hash", lambda: "other kernels")
         tuning.tables.cache_clear()
         assert tuning.read(cache, GPU).entries.items == {}
@@ -295,17 +329,11 @@ class TestTable:
         finally:
             torch.use_deterministic_algorithms(False)
 
-    def test_what_was_compared_decides(self, cache: Path, monkeypatch) -> None:
+    def test_what_was_compared_decides(self, cache: Path, on_gpu, monkeypatch) -> None:
         """On any GPU, and against what the cost model expects of one that it knows."""
         compared = [tuning.Compared("backward", P, 90.0, None, 80.0), tuning.Compared("forward", P, 90.0, None, 100.0)]
         tuning.write(tuning.Table(GPU, compared=compared), cache)
-        monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
-        monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
-        monkeypatch.setattr(backends, "_triton_missing", lambda: None)
-        bf16, layout = torch.bfloat16, (4096, 1, 0)
-        call = backends.Call(
-            False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", rows=8192, plain=True
-        )
+        call = on_gpu._replace(plain=True)
         back = call._replace(direction="backward")
         expected = "PyTorch's own products are expected to take less time: measured 80 µs, the kernels 90"
         assert backends.TRITON.why_not(back) == backends.TRITON.why_not(back._replace(rows=6000)) == expected
@@ -320,53 +348,50 @@ class TestTable:
         finally:
             torch.use_deterministic_algorithms(False)
 
-    def test_what_was_compared_decides_between_the_kernels(self, cache: Path, monkeypatch) -> None:
+    def test_what_was_compared_decides_between_the_kernels(self, cache: Path, on_gpu, monkeypatch) -> None:
         """Against what was measured elsewhere, as long as csrc is the same."""
         faster = tuning.Compared("forward", P, 90.0, 80.0, None), tuning.Compared("backward", P, 90.0, 100.0, 95.0)
         tuning.write(tuning.Table(GPU, compared=faster), cache)
-        monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
-        monkeypatch.setattr(backends.cuda, "missing", lambda: None)
-        monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
-        monkeypatch.setattr(backends, "_triton_missing", lambda: None)
-        measured_here = [False]
-        monkeypatch.setattr(backends, "prefers_cuda", lambda *about: measured_here[0])
-        bf16, layout = torch.bfloat16, (4096, 1, 0)
-        call = backends.Call(
-            False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", rows=8192
-        )
-        back = call._replace(direction="backward")
+        elsewhere = [False]
+        monkeypatch.setattr(backends, "prefers_cuda", lambda *about: elsewhere[0])
+        call, back = on_gpu, on_gpu._replace(direction="backward")
         assert backends.select("auto", call) is backends.CUDA
         assert backends.select("auto", call._replace(param_dtype=torch.float32)) is backends.CUDA, "under autocast"
         assert backends.select("auto", call._replace(rows=2048)) is backends.TRITON, "as nobody compared them there"
-        measured_here[0] = True
+        elsewhere[0] = True
         told = "Triton's kernels take less time: measured 90 µs, these 100"
         assert backends.CUDA.why_not(back) == told and backends.CUDA.why_not(back._replace(named=True)) is None
         assert backends.select("auto", back) is backends.TRITON
         assert backends.select("auto", back._replace(rows=2048)) is backends.CUDA
         monkeypatch.setattr(tuning, "sources_hash", lambda: "other kernels")
         tuning.tables.cache_clear()
-        measured_here[0] = False
-        assert "not been measured faster" in (backends.CUDA.why_not(call._replace(r=16)) or "")
+        elsewhere[0] = False
+        assert "not been measured faster" in (backends.CUDA.why_not(call) or "")
         assert tuning.compared("backward", P, DEVICE) == dataclasses.replace(faster[1], cuda_us=None)
 
-    def test_products_are_weighed_against_the_kernels_that_auto_takes(self, cache: Path, monkeypatch) -> None:
-        times = {
-            2048: (100.0, 80.0, 90.0),
-            4096: (100.0, 80.0, 70.0),
-            8192: (80.0, 100.0, 90.0),
-            16384: (95.0, 100.0, 90.0),
-        }
-        tables = [tuning.Compared("forward", dataclasses.replace(P, M=M), *us) for M, us in times.items()]
+    def test_few_rows_are_compared_for_themselves(self, cache: Path, on_gpu, monkeypatch) -> None:
+        """The decode kernels take up to 64, by how they are padded, and csrc's no parameters that are to be rounded."""
+        tables = [tuning.Compared("forward", dataclasses.replace(P, M=M), 20.0, 14.0, None) for M in (64, 200)]
+        tables += [tuning.Compared("backward", dataclasses.replace(P, M=64), 20.0, 14.0, None)]
         tuning.write(tuning.Table(GPU, compared=tables), cache)
-        monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
-        monkeypatch.setattr(backends.cuda, "missing", lambda: None)
-        monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
-        monkeypatch.setattr(backends, "_triton_missing", lambda: None)
-        bf16, layout = torch.bfloat16, (4096, 1, 0)
-        call = backends.Call(
-            False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", plain=True
-        )
-        taken = {M: backends.select("auto", call._replace(rows=M)).name for M in times}
+        monkeypatch.setattr(backends, "prefers_cuda", lambda *about: False)
+
+        def taken(rows: int, **changes) -> str:
+            return backends.select("auto", on_gpu._replace(rows=rows, **changes)).name
+
+        assert [taken(rows) for rows in (32, 46, 64, 65, 80, 150, 200)] == [
+            *("triton", "cuda", "cuda", "triton", "triton", "cuda", "cuda")
+        ]
+        assert taken(46, direction="backward") == taken(80, direction="backward") == "cuda"
+        for rows in (64, 200):
+            assert taken(rows, param_dtype=torch.float32) == "triton"
+
+    def test_products_are_weighed_against_the_kernels_that_auto_takes(self, cache: Path, on_gpu) -> None:
+        times = {2048: (100.0, 80.0, 90.0), 4096: (100.0, 80.0, 70.0)}
+        times |= {8192: (80.0, 100.0, 90.0), 16384: (95.0, 100.0, 90.0)}
+        compared = [tuning.Compared("forward", dataclasses.replace(P, M=M), *us) for M, us in times.items()]
+        tuning.write(tuning.Table(GPU, compared=compared), cache)
+        taken = {M: backends.select("auto", on_gpu._replace(rows=M, plain=True)).name for M in times}
         assert taken == {2048: "cuda", 4096: "reference", 8192: "triton", 16384: "reference"}
 
     @pytest.mark.parametrize(
@@ -390,6 +415,7 @@ class TestTable:
                 "shrink_clusters is 0; .* from 1, in tiles 0",
             ),
             (lambda d: d["entries"][1]["config"].update(block_n=192), "block_n is 192; it must be 128 or 256"),
+            (lambda d: d["entries"][1]["config"].update(decode_rows=128), "decode_split is 1; it must be 2, 4 or 8"),
         ],
     )
     def test_a_table_that_does_not_fit_is_named_once_and_ignored(self, cache: Path, change, reason: str) -> None:
