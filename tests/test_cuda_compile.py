@@ -58,14 +58,16 @@ def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
 def instructions_of_a_step(code: str) -> int:
     """Of a tile's step of 64 columns of depth: the shortest loop around four wgmma of the tile's width."""
     width = kernel_of(code.split(None, 1)[0])[2][0]
-    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
-    wgmma = [at for at, what in lines if f"HGMMA.64x{width}x16" in what]
-    loops = []
-    for at, what in lines:
-        if branch := re.search(r"\bBRA (?:`\S+ )?\(?0x([0-9a-f]+)", what):
-            first = int(branch[1], 16)
-            if sum(first <= place <= at for place in wgmma) == 4:
-                loops.append((at - first) // 16 + 1)
+    wgmma, branches, loops = [], [], []
+    for line in code.splitlines():
+        if f"HGMMA.64x{width}x16" in line or "BRA " in line:
+            found = re.search(r"/\*([0-9a-f]{4,})\*/.*?(HGMMA|BRA [^;]*?0x([0-9a-f]+))", line)
+            assert found, line
+            at = int(found[1], 16)
+            wgmma.append(at) if found[2] == "HGMMA" else branches.append((int(found[3], 16), at))
+    for first, at in branches:
+        if sum(first <= place <= at for place in wgmma) == 4:
+            loops.append((at - first) // 16 + 1)
     return min(loops)
 
 
