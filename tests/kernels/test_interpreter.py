@@ -25,7 +25,7 @@ BROKEN = triton.__version__ < "3.9" and np.lib.NumpyVersion(np.__version__) >= "
         ("test_decode.py", 28),
         ("test_dora_kernels.py", 60),
         ("test_interleaving.py", 51),
-        ("test_tuning_kernels.py", 7),
+        ("test_tuning_kernels.py", 9),
         ("test_masks.py", 12),
     ],
 )

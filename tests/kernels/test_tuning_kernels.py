@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 import fusedlora
 from fusedlora import __main__ as cli
-from fusedlora import backends, tune, tune_check, tune_gpu, tuning
+from fusedlora import backends, reference, tune, tune_check, tune_gpu, tuning
 from fusedlora.config import backward_config, forward_config
 from fusedlora.kernels import backward, forward
 from fusedlora.kernels.common import INTERPRET
@@ -24,6 +24,36 @@ from fusedlora.tune_check import Checker, Shape
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 TABLES = tuning.tables.__wrapped__  # which conftest.py puts out of the way
+
+
+@interpreted
+@pytest.mark.parametrize("direction, outputs", tune_check.OUTPUTS.items())
+def test_the_child_launches_csrc_by_its_configurations(direction: str, outputs, monkeypatch) -> None:
+    """With PyTorch in its place, of which one configuration gets the last output wrong."""
+    launched = []
+
+    def stand_in(way):
+        def run(*tensors, config, **settings):
+            launched.append(config)
+            about = {"dropout_p": 0.0} | settings
+            out = way(*tensors, *[None] * (8 - len(tensors)), **about)
+            if config.group == 3:
+                out[-1][0, 0] += 1.0
+            return out
+
+        return run
+
+    monkeypatch.setattr(tune_check.cuda, "lora_forward", stand_in(reference.forward))
+    monkeypatch.setattr(tune_check.cuda, "lora_backward", stand_in(reference.backward))
+    shape = Shape(70, 64, 72, 8, "fp16", "fp16")
+    kernel = tuning.cuda_kernel(direction)
+    base = tuning.heuristic(kernel, shape.problem(direction, 90, 4))
+    checker = Checker(kernel, shape, CPU)
+    assert [config.group for config in launched] == [base.group] and set(checker.limits) == set(outputs)
+    other, wrong = (dataclasses.replace(base, group=group) for group in (2, 3))
+    assert checker.why_not(other) is None
+    assert (checker.why_not(wrong) or "").startswith(f"{outputs[-1]}'s error is")
+    assert [config.group for config in launched[1:]] == [2, 2, 3]
 
 
 @interpreted
