@@ -7,7 +7,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from .config import Config, Problem
+from .config import Config, Problem, check_config
 
 MAX_RANK = 256
 MAX_RANK_NARROW = 128  # where tiles are 128 columns wide
@@ -50,13 +50,22 @@ class CudaConfig:
     decode_split: int = 1
     decode_early: bool = True
 
+    @property
+    def clusters(self) -> int:
+        return self.programs // _CLUSTER
+
 
 AnyConfig = Config | CudaConfig  # of Triton's kernels or these
 
 
-def check_cuda_config(c: CudaConfig) -> None:
+def check_any_config(config: AnyConfig) -> None:
     """Raises ValueError where kernels of this configuration could not run: they would wait for ever, say."""
-    clusters = c.programs // _CLUSTER
+    check_cuda_config(config) if isinstance(config, CudaConfig) else check_config(config)
+
+
+def check_cuda_config(c: CudaConfig) -> None:
+    """`check_any_config` for these kernels."""
+    clusters = c.clusters
     bounds = {
         "block_n": (c.block_n in (128, 256), "128 or 256"),
         "group": (c.group >= 1, "at least 1"),
@@ -87,7 +96,7 @@ def suits(p: Problem, c: CudaConfig) -> bool:
         return False
     stages, steps, wide_steps = _stages(c.block_n), _cdiv(p.depth, 64), _cdiv(p.depth, 128)
     half = wide_steps * (c.slices // 2) // c.slices * 2
-    columns = _columns_in_a_turn(p, c.block_n, c.group, c.programs // _CLUSTER)
+    columns = _columns_in_a_turn(p, c.block_n, c.group, c.clusters)
     return columns >= c.slices <= wide_steps and 2 * stages + 2 + max(half, steps - half) < steps
 
 
@@ -216,7 +225,7 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
     several = [best(config(n, 1), _counts(pairs_m, slack(n), clusters)) for n in widths]
     if not forward and p.r in RANKS_DB_WITH_T and p.depth >= DEPTH_DB_WITH_T:
         with_t = dataclasses.replace(config(256, 1), db_with_t=True)
-        several.append(best(with_t, _counts(_cdiv(pairs_m, 2), slack(256), clusters)))
+        several.append(best(with_t, _counts(count_units(p, with_t), slack(256), clusters)))
     return min(several, key=cost)
 
 
@@ -248,6 +257,11 @@ def _unit_pairs(config: CudaConfig) -> int:
     return 2 if config.db_with_t else 1
 
 
+def count_units(p: Problem, config: CudaConfig) -> int:
+    """Of S or T in all."""
+    return _cdiv(_cdiv(p.M, _PAIR_M), _unit_pairs(config))
+
+
 class Share(NamedTuple):
     """What one cluster takes: tiles, units of S or T before them, jobs of dB and of dA."""
 
@@ -259,9 +273,9 @@ class Share(NamedTuple):
 
 def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> list[tuple[range, Share]]:
     """Of all places, as csrc/shares.h has it: runs of places that take as much. Slices of S are not looked at."""
-    clusters, units_by, first_job = config.programs // _CLUSTER, config.shrink_clusters, config.first_job
-    pairs_m = _cdiv(p.M, _PAIR_M)
-    all_tiles, all_units = pairs_m * _cdiv(p.out, config.block_n) if tiles else 0, _cdiv(pairs_m, _unit_pairs(config))
+    clusters, units_by, first_job = config.clusters, config.shrink_clusters, config.first_job
+    all_tiles = _cdiv(p.M, _PAIR_M) * _cdiv(p.out, config.block_n) if tiles else 0
+    all_units = count_units(p, config)
     db_jobs = 0 if forward or config.db_with_t else config.parts * _cdiv(p.depth, 256)
     jobs = db_jobs if forward else db_jobs + config.parts * _cdiv(p.out, 256)
     # Who takes one less of something than the place before, or, of tiles, one more.
@@ -286,7 +300,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     Known are the times of a tile and of a unit of S or T, for each 64 columns of depth, of a tile's further 64 ranks,
     of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added.
     """
-    clusters, pairs_m, tiles_n = config.programs // _CLUSTER, _cdiv(p.M, _PAIR_M), _cdiv(p.out, config.block_n)
+    clusters, pairs_m, tiles_n = config.clusters, _cdiv(p.M, _PAIR_M), _cdiv(p.out, config.block_n)
     wide, steps, parts = config.block_n == 256, _cdiv(p.depth, 64), config.parts
     times = (0.26, 0.6, 0.6) if p.r <= 64 else (0.49, 1.05, 6.0) if p.r <= 128 else (0.69, 1.75, 12.0)
     unit_step_us, b_us, part_us = times

@@ -90,11 +90,10 @@ def compare(direction: str, shape: Shape, outcome: Outcome, cuda: Outcome | None
     products = shape.adapter == shape.dtype != "fp32" and not shape.dropout  # else "auto" takes none
     others: dict[str, AnyConfig | None] = {} if cuda is None else {"cuda": cuda.config}
     others |= {"products": None} if products else {}
+    us: dict[str, float] = {}
     if others:
         _, *times = tools.times(direction, shape, [outcome.config, *others.values()], LAST)
         us = {name: outcome.us * time[1].median for name, time in zip(others, times) if time is not None}
-    else:
-        us = {}
     outcome.cuda_us, outcome.products_us = us.get("cuda"), us.get("products")
 
 

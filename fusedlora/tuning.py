@@ -26,13 +26,12 @@ from .config import (
     ForwardConfig,
     Problem,
     backward_config,
-    check_config,
     decode_config,
     decode_rows,
     forward_config,
 )
 from .cuda_build import sources_hash
-from .cuda_config import DECODE_UP_TO, AnyConfig, CudaConfig, check_cuda_config, cuda_config, suits
+from .cuda_config import DECODE_UP_TO, AnyConfig, CudaConfig, check_any_config, cuda_config, suits
 from .doctor import fingerprint
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ def _entry(data: dict[str, Any], gpu: Gpu) -> Entry:
     kernel = data["kernel"]
     cls = config_class(kernel, data["config"])
     config = cls(**_typed(cls, data["config"]))
-    check_cuda_config(config) if isinstance(config, CudaConfig) else check_config(config)
+    check_any_config(config)
     return Entry(kernel, _problem(data, gpu), config, float(data["us"]), float(data["heuristic_us"]))
 
 
@@ -228,19 +227,10 @@ def user_path(gpu: Gpu) -> Path:
 def read(path: Path, gpu: Gpu) -> Table:
     """The table of a file, empty where there is none. One that does not fit is ignored with a warning."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return Table(gpu, path=path)
-    except OSError as error:
-        return _ignored(path, gpu, error)
-    try:
-        return parse(text, gpu, path)
+        if path.exists():
+            return parse(path.read_text(encoding="utf-8"), gpu, path)
     except (OSError, ValueError) as error:
-        return _ignored(path, gpu, error)
-
-
-def _ignored(path: Path, gpu: Gpu, error: Exception) -> Table:
-    warnings.warn(f"fusedlora ignores the tuned table {path}: {error}", stacklevel=3)
+        warnings.warn(f"fusedlora ignores the tuned table {path}: {error}", stacklevel=2)
     return Table(gpu, path=path)
 
 

@@ -15,10 +15,9 @@ from .config import (
     ForwardConfig,
     Problem,
     block_r,
-    check_config,
     decode_rows,
 )
-from .cuda_config import AnyConfig, CudaConfig, check_cuda_config, suits
+from .cuda_config import AnyConfig, CudaConfig, check_any_config, count_units, suits
 
 # Groups of fields that are varied together, each around the best of the groups before it.
 STEPS = {
@@ -56,7 +55,7 @@ def shared_bytes(c: Config, p: Problem) -> int:
 
 def _may_run(c: AnyConfig, p: Problem) -> bool:
     try:
-        check_cuda_config(c) if isinstance(c, CudaConfig) else check_config(c)
+        check_any_config(c)
     except ValueError:
         return False
     if isinstance(c, CudaConfig):
@@ -77,19 +76,17 @@ def _may_run(c: AnyConfig, p: Problem) -> bool:
 def _cuda(c: CudaConfig, p: Problem, step: str) -> Iterator[dict[str, Any]]:
     """Of csrc's kernels; whether S is summed in tiles or in slices stays as it is."""
     if c.decode_rows:
-        for rows, split, early in itertools.product((64, 128), (1, 2, 4, 8), (False, True)):
-            if step == "tile" and (rows, split) != (128, 1):
-                yield {"decode_rows": rows, "decode_split": split, "decode_early": early}
+        for rows, split, early in itertools.product((64, 128), (1, 2, 4, 8), (False, True)) if step == "tile" else ():
+            yield {"decode_rows": rows, "decode_split": split, "decode_early": early}
     elif step == "tile":
         yield from ({"block_n": n, "db_with_t": c.db_with_t and n == 256} for n in (128, 256))
     elif step == "order":
         yield from ({"group": group} for group in (2, 4, 8, 16))
     elif step == "shrink" and c.slices == 1 and not c.in_tiles:
-        units, clusters = -(-p.M // (512 if c.db_with_t else 256)), c.programs // 2
-        counts = {min(clusters, -(-units // each)) for each in range(1, 9)}
-        yield from ({"shrink_clusters": n, "first_job": n % clusters if c.first_job else 0} for n in sorted(counts))
+        counts = {min(c.clusters, -(-count_units(p, c) // each)) for each in range(1, 9)}
+        yield from ({"shrink_clusters": n, "first_job": n % c.clusters if c.first_job else 0} for n in sorted(counts))
     elif step == "jobs":
-        starts = {0, c.shrink_clusters % (c.programs // 2)}
+        starts = {0, c.shrink_clusters % c.clusters}
         for with_t, first, parts in itertools.product((False, True), sorted(starts), range(1, 9)):
             yield {"db_with_t": with_t, "first_job": first, "parts": parts}
 

@@ -212,6 +212,11 @@ class TestSearch:
         assert gpu.timed[-2:] == [outcome.entry.config, None]
         assert (outcome.cuda_us, outcome.products_us) == (None, pytest.approx(80.0))
         assert tune.report("forward", SHAPE, outcome).endswith("; PyTorch's products take 80.0 µs: auto takes those")
+        slower = FakeGpu(lambda c: 210.0 if isinstance(c, CudaConfig) else 100.0)
+        fastest = tuned("forward", slower)
+        tune.compare("forward", SHAPE, fastest, tuned("cuda_forward", slower), slower)
+        told = "; the CUDA kernels take 210.0 µs; PyTorch's products take 200.0 µs"
+        assert tune.report("forward", SHAPE, fastest).endswith(told), "auto takes Triton's"
         for change in ({"adapter": "fp32"}, {"dropout": 0.1}, {"dtype": "fp32", "adapter": "fp32"}):
             other = dataclasses.replace(SHAPE, **change)
             tune.compare("forward", other, outcome, cuda, gpu)
