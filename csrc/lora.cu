@@ -98,7 +98,7 @@ template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int T
 int launch(const Arguments& a, const Call<T>& call) {
   static std::atomic<uint64_t> allowed{0};
   return launch_clusters(lora_kernel<T, BLOCK_N, RANKS, BACKWARD, DROPOUT, TERMS, KIND>, allowed,
-                         Layout<BLOCK_N, RANKS>::TOTAL, a.programs, THREADS, CLUSTER, false, a.stream, call);
+                         Layout<BLOCK_N, RANKS>::TOTAL, a.programs, THREADS, CLUSTER, true, a.stream, call);
 }
 
 template <typename T, int TILES, int HALVES>

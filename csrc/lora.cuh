@@ -475,9 +475,8 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
   __shared__ Mask mask;
   const uint32_t rank = cluster_rank();
   cluster_arrive();  // before anything is written to another block of the cluster, that has begun
-  int claimed = 0;
+  let_next_launch_begin();  // on each SM as soon as this one's block has left it
   if (threadIdx.x == 0) {
-    if (rank == 0) claimed = claim(c.words + PLACE);
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, CLUSTER * CONSUMERS / 128);
@@ -490,7 +489,6 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     barrier_expect(told, sizeof(int));
     const int tiles_n = c.tiles ? (c.cols + BLOCK_N - 1) / BLOCK_N : 0;
     tiles = Tiles::of(pairs_m, tiles_n, c.group, int(gridDim.x) / CLUSTER, IN_TILES ? c.shrink.slices : 0);
-    if (DROPOUT) mask = c.mask.read();
     if (c.tiles || c.shrink.out) tma_prefetch(&c.left);
     if (c.shrink.out) tma_prefetch(&c.skinny);
     if (c.tiles) {
@@ -502,8 +500,14 @@ __global__ void __launch_bounds__(THREADS, 1) lora_kernel(const __grid_constant_
     }
   }
   __syncwarp();
+  wait_for_launch_before();  // nothing before reads or writes global memory
+  // By warps that have had nothing to do so far.
+  int claimed = 0;
+  if (threadIdx.x == 32 && rank == 0) claimed = claim(c.words + PLACE);
+  if (DROPOUT && threadIdx.x == 64) mask = c.mask.read();
+  __syncwarp();
   cluster_wait();
-  if (threadIdx.x == 0 && rank == 0) tell_cluster(shared_address(const_cast<int*>(own_place)), claimed, CLUSTER);
+  if (threadIdx.x == 32 && rank == 0) tell_cluster(shared_address(const_cast<int*>(own_place)), claimed, CLUSTER);
   __syncwarp();
   cluster_meet();
 
