@@ -298,7 +298,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     """Microseconds until the last cluster ends, roughly: as measured on an H200.
 
     Known are the times of a tile and of a unit of S or T, for each 64 columns of depth, of a tile's further 64 ranks,
-    of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added.
+    of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added, which tiles after it hide.
     """
     clusters, pairs_m, tiles_n = config.clusters, _cdiv(p.M, _PAIR_M), _cdiv(p.out, config.block_n)
     wide, steps, parts = config.block_n == 256, _cdiv(p.depth, 64), config.parts
@@ -323,7 +323,8 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     end = 0.0
     for _, (own_tiles, units, db, da) in shares(p, config, forward, tiles=tiles):
         waits = late if own_tiles and not units else 0.0
-        end = max(end, own_tiles * tile_us + units * unit_us + db * db_us + da * da_us + waits)
+        seen_us = 2.0 if parts > 1 and own_tiles == 1 and db + da else 0.0  # the adding, after its only tile
+        end = max(end, own_tiles * tile_us + units * unit_us + db * db_us + da * da_us + waits + seen_us)
     return end + (0.8 + part_us * (parts - 1) if parts > 1 or config.db_with_t else 0)
 
 

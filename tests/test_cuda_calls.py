@@ -315,7 +315,7 @@ def test_what_is_chosen_is_what_was_measured_fastest() -> None:
         return config.shrink_clusters, config.parts, config.db_with_t
 
     assert [chosen(M, 4096, 4096) for M in (2048, 4096, 8192)] == [(4, 4, True), (8, 4, True), (16, 4, True)]
-    assert [chosen(M, 4096, 4096) for M in (512, 1024)] == [(2, 1, False), (2, 2, False)]
+    assert [chosen(M, 4096, 4096) for M in (512, 1024)] == [(2, 1, False), (2, 1, False)]
     assert chosen(8192, 14336, 4096) == (16, 1, True) and chosen(8192, 4096, 2048) == (16, 4, True)
     assert chosen(8192, 8192, 2048) == (16, 2, True)
     assert chosen(8192, 4096, 1024) == (16, 3, False), "of few columns dB takes little, and with T that comes late"
