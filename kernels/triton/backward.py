@@ -17,6 +17,7 @@ from fusedlora.kernels.common import (
     JOB,
     PROGRESS,
     TICKET,
+    begin_early,
     conversions,
     dot_skinny,
     leave,
@@ -230,7 +231,7 @@ def backward_kernel(
     DROPOUT: tl.constexpr, LEAST: tl.constexpr,
     NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
     CONVERT: tl.constexpr, SHRINK: tl.constexpr, REST: tl.constexpr, FUSE_DB: tl.constexpr, TURNS: tl.constexpr,
-    TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr, PARTIALS: tl.constexpr, R_ALIGN: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
@@ -247,6 +248,7 @@ def backward_kernel(
     already; dB's stripes put it on theirs, and form dm where |gain| is not below LEAST. TERMS: A and B are fp32 beside
     a 16-bit dy, and CONVERT writes their terms.
     """
+    begin_early(EARLY)
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
     if scale_ptr is not None:

@@ -32,6 +32,7 @@ cover fp32's 24. From there on every operand of a product is 16-bit memory, as i
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedlora import dropout, schedule
 
@@ -46,6 +47,17 @@ CONVERTED = tl.constexpr(4)
 PROGRESS = tl.constexpr(schedule.FIXED_WORDS)
 # Elements of fp32 that one conversion takes.
 CONVERT_SIZE = tl.constexpr(4096)
+
+
+@triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """With EARLY a launch may begin before the one before it on the stream has ended: this waits until that has.
+
+    It comes first in a kernel: only then is what either wrote there. The next launch may already begin.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

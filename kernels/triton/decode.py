@@ -9,18 +9,17 @@ has to be there at the same time. What A and x cost is bandwidth of L2.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedlora.config import DecodeConfig, Problem, block_r, decode_rows
 from fusedlora.kernels.common import (
-    INTERPRET,
+    begin_early,
     dot_rank,
     dot_skinny,
     load_skinny,
     next_term,
     regained,
 )
-from fusedlora.kernels.launch import PRECISION, Launcher, LaunchPlan, rank_alignment
+from fusedlora.kernels.launch import PRECISION, Launcher, LaunchPlan, begins_early, rank_alignment
 from fusedlora.memory import Workspace, device_memory
 
 
@@ -92,13 +91,9 @@ def decode_kernel(
     """S = scaling · scale · x Aᵀ, rounded once to S's dtype; y = gain ∘ (x Wᵀ + S Bᵀ) + bias, as `forward_kernel`.
 
     TERMS: A and B are fp32 beside a 16-bit x, which their tiles become in registers. ALIGN, elements of 16 bytes,
-    divides K and the strides of x, W and A, and R_ALIGN r and stride_bn. EARLY: the launch may begin before the one
-    before it on the stream has ended.
+    divides K and the strides of x, W and A, and R_ALIGN r and stride_bn.
     """
-    if EARLY:
-        # The next launch may begin before the one before this has ended: it waits before it reads what either wrote.
-        gdc_launch_dependents()
-        gdc_wait()
+    begin_early(EARLY)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     K = K // ALIGN * ALIGN
     stride_xm = stride_xm // ALIGN * ALIGN
@@ -172,7 +167,7 @@ def decode_plan(
     """The launch of `forward_plan` for a DecodeConfig; strides are those of the rows of x and W."""
     p = problem
     tile_rows, wide = decode_rows(p.M), block_r(p.r)
-    early = config.early and p.capability >= 90 and not INTERPRET
+    early = config.early and begins_early(p.capability)
     constants = {
         "TERMS": terms,
         "PRECISION": PRECISION,

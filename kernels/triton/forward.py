@@ -9,7 +9,7 @@ import triton.language as tl
 from fusedlora import tuning
 from fusedlora.config import Config, DecodeConfig, Problem
 from fusedlora.dropout import launch_dropout
-from fusedlora.kernels.common import TICKET, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
+from fusedlora.kernels.common import TICKET, begin_early, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
 from fusedlora.kernels.decode import decode_plan
 from fusedlora.kernels.launch import (
     Launcher,
@@ -38,7 +38,7 @@ def forward_kernel(
     # with DROPOUT: a number or an address, and the least hash that is kept
     seed, threshold,
     DROPOUT: tl.constexpr, CONVERT: tl.constexpr, SHRINK: tl.constexpr, TILES: tl.constexpr,
-    TERMS: tl.constexpr, PRECISION: tl.constexpr, R_ALIGN: tl.constexpr,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr, R_ALIGN: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
@@ -49,6 +49,7 @@ def forward_kernel(
     `tile_programs` programs; with both a tile waits for its rows of S. TERMS: A and B are fp32 beside a 16-bit x, and
     CONVERT writes their terms. R_ALIGN divides r and stride_bn.
     """
+    begin_early(EARLY)
     r = r // R_ALIGN * R_ALIGN
     stride_bn = stride_bn // R_ALIGN * R_ALIGN
     if scale_ptr is not None:

@@ -191,6 +191,11 @@ def rank_alignment(r: int) -> int:
     return min(16, r & -r)
 
 
+def begins_early(capability: int) -> bool:
+    """Whether launches may begin before the one before them on the stream has ended, as `begin_early` has it."""
+    return capability >= 90 and not INTERPRET
+
+
 def mask_method(capability: int) -> int:
     """The kernels' DROPOUT where there is one: how they make its mask."""
     return (PAIRED if capability >= 90 and not INTERPRET else PLAIN).value
@@ -202,7 +207,8 @@ def num_terms(param_dtype: torch.dtype, adapter_dtype: torch.dtype, dtype: torch
 
 
 def common_constants(r: int, capability: int, terms: int, dropout: bool) -> dict[str, Any]:
-    """The constexpr arguments that both kernels take and no tile configuration sets."""
+    """The constexpr arguments that both kernels take and no tile configuration sets, and an option of the launch."""
+    early = begins_early(capability)
     return {
         "DROPOUT": mask_method(capability) if dropout else 0,
         "TERMS": terms,
@@ -210,6 +216,8 @@ def common_constants(r: int, capability: int, terms: int, dropout: bool) -> dict
         "R_ALIGN": rank_alignment(r),
         "BLOCK_R": block_r(r),
         "DELAY": 0,
+        "EARLY": early,
+        "launch_pdl": early,
     }
 
 

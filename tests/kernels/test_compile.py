@@ -137,6 +137,12 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         assert report.loop_spills <= (5 if capability == 120 else 0)
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
+        if launch.arguments.get("EARLY"):
+            before, after = report.ptx.split("griddepcontrol.wait", 1)
+            touched = r"\b(ld|st|atom|red|cp|tensormap)\.\S*global"
+            assert not re.search(touched, before) and re.search(touched, after), "it comes first"
+        else:
+            assert report.count("griddepcontrol") == 0
         if publishes(launch):
             assert re.search(r"\b(ld|atom)\.\S*acquire", report.ptx)
             assert re.search(r"\b(red|atom)\.\S*release", report.ptx)
