@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "arguments.h"
+#include "call.cuh"
 #include "decode.cuh"
 #include "lora.cuh"
 

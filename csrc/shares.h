@@ -62,7 +62,9 @@ struct Jobs {
   int place, first, stride, tiles, db_jobs, count;
 
   FUSEDLORA_BOTH static constexpr Jobs of(int db_jobs, int da_jobs, int place, int first_place, int stride, int tiles) {
-    const int jobs = db_jobs + da_jobs, first = (place + stride - first_place % stride) % stride;
+    const int jobs = db_jobs + da_jobs;
+    if (jobs == 0) return {place, 0, stride, tiles, 0, 0};  // as in a forward
+    const int first = (place + stride - first_place % stride) % stride;
     return {place, first, stride, tiles, db_jobs, first < jobs ? (jobs - first + stride - 1) / stride : 0};
   }
 

@@ -253,7 +253,7 @@ def _columns_in_a_turn(p: Problem, block_n: int, group: int, clusters: int) -> i
 
 
 def _unit_pairs(config: CudaConfig) -> int:
-    """How many pairs of row blocks a unit of S or T is, as csrc/lora.cuh's Layout has it."""
+    """How many pairs of row blocks a unit of S or T is, as csrc/block.cuh's Traits has it."""
     return 2 if config.db_with_t else 1
 
 
