@@ -21,7 +21,7 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardConfig:
+class TileConfig:
     """Tile sizes of one kernel, in elements; `num_stages` and `*_STAGES` are buffers of the software pipelines."""
 
     BLOCK_M: int
@@ -39,7 +39,17 @@ class ForwardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardConfig(ForwardConfig):
+class ForwardConfig(TileConfig):
+    """Adds whether tiles compute their rows of S, each by itself, beside their own product: no shrink tasks then.
+
+    For a rank up to RANK_K, without dropout, and where adapters are not kept at fp32 precision.
+    """
+
+    IN_TILES: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig(TileConfig):
     """Adds the jobs of dA and dB: stripes of STRIPE_N columns, STRIPE_M rows a step, about `stripe_rows` rows a job."""
 
     # dB from the shrink tasks' read of dy (partial sums for each row block) rather than from stripes of its own.
@@ -66,7 +76,7 @@ class DecodeConfig:
 
 
 # What a launcher takes.
-Config = ForwardConfig | DecodeConfig
+Config = ForwardConfig | BackwardConfig | DecodeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +124,35 @@ def forward_config(p: Problem) -> ForwardConfig:
     """The configuration of the forward kernel."""
     # The SMs that a single round leaves free compute S meanwhile; a backward has no time for its stripes then. Sixteen
     # row blocks a group take 0.003 less than eight at one clock, 0.009 in long blocks (an H200, mean of six shapes).
-    return ForwardConfig(**_tile(p, busy=0.9), GROUP_M=16, **_shrink(p, tall=True, masked=p.dropout))
+    tile, shrink = _tile(p, busy=0.9), _shrink(p, tall=True, masked=p.dropout)
+    in_tiles = _in_tiles(p, tile, shrink)
+    if in_tiles and -(-p.M // 64) * -(-p.out // 64) <= p.num_sms:  # or most SMs would have none
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+    return ForwardConfig(**tile, GROUP_M=16, **shrink, IN_TILES=in_tiles)
+
+
+def why_not_in_tiles(p: Problem, config: ForwardConfig) -> str | None:
+    """Why tiles can't compute S for such calls, None where they can."""
+    if block_r(p.r) > config.RANK_K:
+        return f"r is {p.r}, above RANK_K, {config.RANK_K}"
+    if p.dropout:
+        return "there is a dropout"
+    return "the adapters keep fp32's precision" if p.split else None
+
+
+def _in_tiles(p: Problem, tile: dict[str, int], shrink: dict[str, int]) -> bool:
+    """Whether tiles should compute S: where that costs them less than waiting for tasks does (measured on an H200)."""
+    if not _large_shared(p) or p.itemsize != 2 or p.split or p.dropout or block_r(p.r) > 16:
+        return False
+    if p.M <= 256:
+        return True
+    tiles = -(-p.M // tile["BLOCK_M"]) * -(-p.out // tile["BLOCK_N"])
+    blocks, idle = -(-p.M // shrink["SHRINK_M"]), -tiles % p.num_sms  # SMs that have a tile less than others
+    # A row block takes 0.75 of a tile's time where it has 256 rows and the tile is 128×256. What of that the first
+    # tiles do not hide delays all; in tiles S takes about a seventh of their time.
+    block = 97 * shrink["SHRINK_M"] / (tile["BLOCK_M"] * tile["BLOCK_N"])
+    late = -(-blocks // idle) * block - 1 if idle else -(-blocks // p.num_sms) * block
+    return late / -(-tiles // p.num_sms) > 0.15
 
 
 def decode_rows(M: int) -> int:

@@ -54,6 +54,8 @@ def triton_us(p: Problem, forward: bool) -> float:
     weight = 2 * p.out * p.depth
     if forward and decode_config(p) is not None:
         return weight / BYTES_PER_US * (1 + (p.r / MAX_RANK) ** 3) + DECODE_FIXED_US
+    if forward and (config := forward_config(p)).IN_TILES:
+        return max(forward_end_us(p, config), weight / BYTES_PER_US) + TRITON_FIXED_US[True]
     end = forward_end_us(p, forward_config(p)) if forward else backward_end_us(p, backward_config(p))
     us = (1.13 if forward else 1.17) * end
     if p.M <= 256:  # memory has less to do than where depths are split

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator
 
-from fusedlora.config import BackwardConfig, ForwardConfig, Problem
+from fusedlora.config import BackwardConfig, ForwardConfig, Problem, TileConfig
 
 # Measured on an H100: a 128×256×4096 bf16 tile takes 44 µs; beside busy neighbours one SM streams about 65 KB/µs
 # through a shrink task of a small rank, 50 KB/µs of a rank above 32, 42 KB/µs where the task forms dB as well, and
@@ -23,6 +23,8 @@ BYTES_PER_US_FEW_ROWS = 25e3
 BYTES_PER_US_ALL = 2500e3
 MASKED_PER_US = 25e3
 STEP_US = 1.5
+# A tile that computes its rows of S, over one that does not.
+IN_TILES = 1.15
 # More parts than this would write more partial sums than the balance is worth.
 MAX_PARTS = 16
 # Rounds of tiles looked at one by one; a launch of more is looked at in steps, which takes less of the host's time.
@@ -64,12 +66,18 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def tile_us(p: Problem, c: ForwardConfig) -> float:
-    """Time of one GEMM tile."""
-    return 2.0 * c.BLOCK_M * c.BLOCK_N * p.depth * (p.itemsize / 2) / FLOP_PER_US + STEP_US
+def tile_us(p: Problem, c: TileConfig) -> float:
+    """Time of one GEMM tile, with its rows of S where it computes them."""
+    us = 2.0 * c.BLOCK_M * c.BLOCK_N * p.depth * (p.itemsize / 2) / FLOP_PER_US + STEP_US
+    return us if _blocks(p, c) else IN_TILES * us
 
 
-def shrink_us(p: Problem, c: ForwardConfig, streaming: int = 1) -> float:
+def _blocks(p: Problem, c: TileConfig) -> int:
+    """Row blocks of S or T that shrink tasks compute."""
+    return 0 if isinstance(c, ForwardConfig) and c.IN_TILES else cdiv(p.M, c.SHRINK_M)
+
+
+def shrink_us(p: Problem, c: TileConfig, streaming: int = 1) -> float:
     """Time of one row block of a shrink task where so many programs stream at once."""
     rate = BYTES_PER_US if p.r <= 32 else BYTES_PER_US_WIDE
     if isinstance(c, BackwardConfig) and c.FUSE_DB:
@@ -129,10 +137,12 @@ def _alternatives(
             )
 
 
-def _end_us(p: Problem, c: ForwardConfig, s: Schedule, num_tiles: int, jobs: int) -> float:
+def _end_us(p: Problem, c: TileConfig, s: Schedule, num_tiles: int, jobs: int) -> float:
     """Microseconds until a launch so scheduled ends."""
-    tile, tiles_n, blocks = tile_us(p, c), cdiv(p.out, c.BLOCK_N), cdiv(p.M, c.SHRINK_M)
+    tile, tiles_n, blocks = tile_us(p, c), cdiv(p.out, c.BLOCK_N), _blocks(p, c)
     rounds = cdiv(num_tiles, s.tile_programs)
+    if not blocks:
+        return rounds * tile
     idle = rounds * s.tile_programs - num_tiles  # of those that compute tiles, in their last round
 
     # Row blocks: those of the tasks, and those of the side programs, which begin late where tasks were left for them.
@@ -190,7 +200,7 @@ def _turns(period: int, rounds: int, first: int) -> float:
 
 def _schedule(
     p: Problem,
-    c: ForwardConfig,
+    c: TileConfig,
     num_tiles: int,
     *,
     jobs: int = 0,
@@ -199,7 +209,7 @@ def _schedule(
     turns: bool = False,
 ) -> Schedule:
     """The schedule that should end first."""
-    blocks = cdiv(p.M, c.SHRINK_M)
+    blocks = _blocks(p, c)
     num_programs = max(1, min(p.num_sms, num_tiles + jobs + blocks))
     whole = Schedule(
         num_programs,
@@ -210,7 +220,7 @@ def _schedule(
         num_words=FIXED_WORDS + cdiv(p.M, max(c.BLOCK_M, c.SHRINK_M)) + stripes,
         parts=parts,
     )
-    if num_tiles == 0:
+    if num_tiles == 0 or blocks == 0:
         return whole
     best, least = whole, _end_us(p, c, whole, num_tiles, jobs)
     for other in _alternatives(whole, blocks, num_tiles, JOB_PERIODS if turns else (0,)):
@@ -226,7 +236,7 @@ def forward_schedule(p: Problem, c: ForwardConfig) -> Schedule:
     return _schedule(p, c, _tiles(p, c))
 
 
-def _tiles(p: Problem, c: ForwardConfig) -> int:
+def _tiles(p: Problem, c: TileConfig) -> int:
     return cdiv(p.M, c.BLOCK_M) * cdiv(p.out, c.BLOCK_N)
 
 

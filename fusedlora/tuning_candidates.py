@@ -14,8 +14,10 @@ from .config import (
     DecodeConfig,
     ForwardConfig,
     Problem,
+    TileConfig,
     block_r,
     decode_rows,
+    why_not_in_tiles,
 )
 from .cuda_config import AnyConfig, CudaConfig, check_any_config, count_units, suits
 
@@ -48,6 +50,8 @@ def shared_bytes(c: Config, p: Problem) -> int:
     if isinstance(c, DecodeConfig):
         return (c.num_stages - 1) * (c.BLOCK_N + decode_rows(p.M) + block_r(p.r)) * c.BLOCK_K * p.itemsize
     tile = c.num_stages * (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * p.itemsize
+    if isinstance(c, ForwardConfig) and c.IN_TILES:
+        tile += c.num_stages * block_r(p.r) * c.BLOCK_K * p.itemsize
     shrink = c.SHRINK_STAGES * c.SHRINK_M * c.SHRINK_K * p.itemsize
     stripe = c.STRIPE_STAGES * c.STRIPE_M * c.STRIPE_N * p.itemsize if isinstance(c, BackwardConfig) else 0
     return max(tile, shrink, stripe)
@@ -68,7 +72,7 @@ def _may_run(c: AnyConfig, p: Problem) -> bool:
     skinny = max(c.SHRINK_M, c.STRIPE_N if isinstance(c, BackwardConfig) else 0) * block_r(p.r)
     if max(c.BLOCK_M * c.BLOCK_N, skinny) > MOST_A_THREAD * threads or c.BLOCK_M * c.BLOCK_N < 4 * threads:
         return False
-    if c.RANK_K > block_r(p.r):
+    if c.RANK_K > block_r(p.r) or (isinstance(c, ForwardConfig) and c.IN_TILES and why_not_in_tiles(p, c)):
         return False
     return fits
 
@@ -105,7 +109,7 @@ def _decodes(c: DecodeConfig, p: Problem) -> Iterator[dict[str, Any]]:
         yield {"num_stages": stages}
 
 
-def _tiles(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
+def _tiles(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
     """Up to 64 rows: tiles no taller than they need. More rows: tiles that keep the tensor cores busy."""
     few = p.M <= 64
     heights = (16, 32, 64) if few else (64, 128, 256)
@@ -118,12 +122,12 @@ def _tiles(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
             yield {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
 
-def _orders(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
+def _orders(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
     for group in (4, 8, 16, 32):
         yield {"GROUP_M": group}
 
 
-def _shrinks(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
+def _shrinks(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
     # Tensor cores truncate within a step: fp32 adapters keep steps as long as the heuristic's, or shorter.
     longest = c.SHRINK_K if p.split else 256
     for m, k, stages in itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (3, 4)):
@@ -135,9 +139,11 @@ def _shrinks(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
             yield {"SHRINK_M": m, "SHRINK_K": k, "SHRINK_STAGES": stages}
     for rank in (16, 32, 64):
         yield {"RANK_K": rank}
+    if isinstance(c, ForwardConfig):
+        yield {"IN_TILES": not c.IN_TILES}
 
 
-def _stripes(c: ForwardConfig, p: Problem) -> Iterator[dict[str, Any]]:
+def _stripes(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
     assert isinstance(c, BackwardConfig)
     longest = c.STRIPE_M if p.split else 128
     for n, m, stages in itertools.product((32, 64, 128, 256), (32, 64, 128), (3, 4)):

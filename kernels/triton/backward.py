@@ -165,7 +165,7 @@ def dx_tile(
     row = tile_m * BLOCK_M
     col = tile_n * BLOCK_N
     acc = lora_tile(
-        dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr,
+        dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr, None, None, None,
         row, col, M, K, N, r, stride_ar, 1, seed, threshold,
         dtype, False, SHRINK, DROPOUT, TERMS, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,

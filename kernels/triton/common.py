@@ -523,6 +523,8 @@ def masked_product(
 @triton.jit
 def lora_tile(
     left_desc, right_desc, small_ptr, skinny_ptr, sync_ptr,
+    # None, or what the tile sums small itself by: [r, depth], its row stride, and what the sums are multiplied by
+    own_ptr, own_stride, scaling,
     row, col, M, cols, depth, r, stride_r, stride_d, seed, threshold,
     dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr,
     DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
@@ -537,7 +539,12 @@ def lora_tile(
     SHRINK_M and BLOCK_M are powers of two, so from one row block or a few whole ones. Operands of a rank up to RANK_K
     are loaded before the main loop where they are ready, which hides their latency; higher ranks would leave it too few
     registers.
+
+    With `own_ptr` nothing is waited for: beside its product the tile sums left @ ownᵀ, so its rows of small, and the
+    tiles of the first columns store it. For a rank up to RANK_K, one term at most and no dropout.
     """
+    OWN: tl.constexpr = own_ptr is not None
+    tl.static_assert(not OWN or (BLOCK_R == RANK_K and TERMS <= 1 and DROPOUT == 0 and not WAIT))
     n_offs = col + tl.arange(0, BLOCK_N)
     early: tl.constexpr = BLOCK_R == RANK_K
     TWO: tl.constexpr = min(TERMS, 2)
@@ -553,16 +560,29 @@ def lora_tile(
         # Shrink tasks wait for the terms of both A and B: where their rows are there, so are the terms of `skinny`.
         there = r if TERMS == 0 else tl.where(ready, r, 0)
         skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, there, cols, TWO)
-        small, small_rest = load_small_terms(small_ptr, row, 0, M, r, ready, BLOCK_M, RANK_K, TERMS)
+        if not OWN:
+            small, small_rest = load_small_terms(small_ptr, row, 0, M, r, ready, BLOCK_M, RANK_K, TERMS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if OWN:
+        sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, depth, BLOCK_K):
         left = left_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
+        if OWN:
+            own = load_skinny(own_ptr, own_stride, 1, r_offs, k + tl.arange(0, BLOCK_K), r, depth)
+            sums = tl.dot(left, own.T, sums, input_precision=PRECISION)
         if TRANS_RIGHT:
             right = right_desc.load([col, k]).T  # [BLOCK_K, BLOCK_N]
         else:
             right = right_desc.load([k, col])  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     linger(sync_ptr, DELAY)
+    if OWN:
+        small = tl.where((r_offs < r)[None, :], sums * scaling, 0.0).to(dtype)  # left may be infinite
+        small_rest = small
+        if col == 0:
+            m_offs = row + tl.arange(0, BLOCK_M)
+            mask = (m_offs < M)[:, None] & (r_offs < r)[None, :]
+            tl.store(small_ptr + tl.cast(m_offs, tl.int64)[:, None] * r + r_offs[None, :], small, mask=mask)
     if early:
         if WAIT:
             if not ready:

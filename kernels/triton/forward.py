@@ -7,9 +7,19 @@ import triton
 import triton.language as tl
 
 from fusedlora import tuning
-from fusedlora.config import Config, DecodeConfig, Problem
+from fusedlora.config import Config, DecodeConfig, ForwardConfig, Problem, why_not_in_tiles
 from fusedlora.dropout import launch_dropout
-from fusedlora.kernels.common import TICKET, begin_early, conversions, leave, lora_tile, shrink_tasks, tile_coordinates
+from fusedlora.kernels.common import (
+    CONVERTED,
+    TICKET,
+    begin_early,
+    conversions,
+    leave,
+    lora_tile,
+    shrink_tasks,
+    tile_coordinates,
+    wait_for,
+)
 from fusedlora.kernels.decode import decode_plan
 from fusedlora.kernels.launch import (
     Launcher,
@@ -41,12 +51,14 @@ def forward_kernel(
     TERMS: tl.constexpr, PRECISION: tl.constexpr, R_ALIGN: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
-    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, DELAY: tl.constexpr,
+    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, IN_TILES: tl.constexpr,
+    DELAY: tl.constexpr,
 ):  # fmt: skip
     """S = scaling · scale · x Aᵀ, rounded once to S's dtype; y = gain ∘ (x Wᵀ + S Bᵀ) + bias, one fp32 accumulator.
 
     SHRINK computes S in `num_tasks` tasks before the tiles and `side_programs` beside them, TILES computes y on
-    `tile_programs` programs; with both a tile waits for its rows of S. TERMS: A and B are fp32 beside a 16-bit x, and
+    `tile_programs` programs; with both a tile waits for its rows of S. With IN_TILES every tile computes its rows of S
+    by itself and nothing but terms is waited for. TERMS: A and B are fp32 beside a 16-bit x, and
     CONVERT writes their terms. R_ALIGN divides r and stride_bn.
     """
     begin_early(EARLY)
@@ -82,6 +94,8 @@ def forward_kernel(
         place = tl.program_id(0)
     if TILES:
         if place < tile_programs:
+            if IN_TILES and CONVERT:
+                wait_for(sync_ptr + CONVERTED, first_ticket)
             x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
             w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
             y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
@@ -93,6 +107,7 @@ def forward_kernel(
                 col = tile_n * BLOCK_N
                 acc = lora_tile(
                     x_desc, w_desc, small_ptr, b_ptr, sync_ptr,
+                    a_ptr if IN_TILES else None, stride_ar, scaling,
                     row, col, M, N, K, r, 1, stride_bn, None, None,
                     x_ptr.dtype.element_ty, True, SHRINK, 0, TERMS, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
@@ -130,9 +145,12 @@ def _plan(
     config = config or tuning.choose("forward", problem, device, tuned)[0]
     if isinstance(config, DecodeConfig):
         return decode_plan(device, problem, config, strides, terms, save_s)
+    assert isinstance(config, ForwardConfig)
+    if config.IN_TILES and (why := why_not_in_tiles(problem, config)):
+        raise ValueError(f"config.IN_TILES is True; it must be False where {why}")
     schedule = forward_schedule(problem, config)
     constants = common_constants(r, facts[0], terms, dropout) | vars(config)
-    phases = [{"CONVERT": terms > 0, "SHRINK": True, "TILES": True}]
+    phases = [{"CONVERT": terms > 0, "SHRINK": not config.IN_TILES, "TILES": True}]
     if not one_launch:
         phases = separate(phases[0])
     own_s = () if save_s else ((adapter_dtype, M * r),)

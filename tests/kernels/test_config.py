@@ -11,6 +11,7 @@ from fusedlora.config import (
     BackwardConfig,
     ForwardConfig,
     Problem,
+    TileConfig,
     backward_config,
     check_config,
     decode_config,
@@ -31,8 +32,9 @@ PROBLEMS = [
 ]
 
 
-def check_schedule(p: Problem, config: ForwardConfig, s: Schedule) -> None:
-    blocks = cdiv(p.M, config.SHRINK_M)
+def check_schedule(p: Problem, config: TileConfig, s: Schedule) -> None:
+    in_tiles = isinstance(config, ForwardConfig) and config.IN_TILES
+    blocks = 0 if in_tiles else cdiv(p.M, config.SHRINK_M)
     assert 1 <= s.num_programs <= p.num_sms, (p, s)
     assert 1 <= s.parts <= MAX_PARTS, (p, s)
     # Every row block is somebody's, and nobody is without one, which would count as finished what is not.

@@ -51,6 +51,7 @@ class Case:
     one_launch: bool = True
     fuse_db: bool = True
     dropout_p: float = 0.0
+    in_tiles: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.M}x{self.K}x{self.N}r{self.r}", str(self.dtype).removeprefix("torch.")]
@@ -59,6 +60,7 @@ class Case:
         words += ["two-launches"] if not self.one_launch else []
         words += ["db-stripes"] if not self.fuse_db else []
         words += ["dropout"] if self.dropout_p else []
+        words += ["in-tiles"] if self.in_tiles else []
         return "-".join(words)
 
 
@@ -66,6 +68,9 @@ CASES = [
     Case(64, 64, 64, 16),
     Case(1, 64, 32, 1),
     Case(63, 40, 72, 5, bias=True),
+    Case(100, 72, 136, 5, bias=True, in_tiles=True),
+    Case(70, 64, 72, 3, adapter_dtype=torch.float32, autocast=True, in_tiles=True),
+    Case(33, 40, 64, 16, adapter_dtype=torch.float32, autocast=True, one_launch=False, in_tiles=True),
     Case(100, 48, 136, 40, one_launch=False),
     Case(130, 64, 96, 8, fuse_db=False),
     Case(65, 96, 64, 33, fuse_db=False, one_launch=False),
@@ -91,7 +96,7 @@ CASES = [
 
 def launch_both(case: Case, i: Inputs, small_tiles: bool) -> dict[str, torch.Tensor]:
     """y, dx, dA, dB; every buffer that the launchers allocate starts as NaN."""
-    forward = ForwardConfig(**SMALL_FORWARD) if small_tiles else None
+    forward = ForwardConfig(**SMALL_FORWARD, IN_TILES=case.in_tiles) if small_tiles else None
     backward = BackwardConfig(**SMALL_BACKWARD, FUSE_DB=case.fuse_db) if small_tiles else None
     keep = case.adapter_dtype is not None and not case.autocast
     adapter_dtype = torch.float32 if keep else case.dtype
