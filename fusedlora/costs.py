@@ -24,6 +24,8 @@ FLOP_PER_US_SM, BYTES_PER_US = 743e6 / 132, 3.4e6  # of cuBLAS
 STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
 CUDA_FIXED_US, DECODE_FIXED_US = 8.0, 3.0
 TRITON_BYTES_PER_US, TRITON_FIXED_US = {True: 2.2e6, False: 1.9e6}, {True: 9.0, False: 5.0}
+# Of a forward whose tiles compute S, who wait for nobody. Those of 64 rows are one warpgroup's and less than half as fast.
+IN_TILES_FIXED_US, IN_TILES_64_ROWS = 3.0, 1.4
 
 
 def products_us(M: int, N: int, K: int, r: int, forward: bool, converts: bool, num_sms: int) -> float:
@@ -54,10 +56,11 @@ def triton_us(p: Problem, forward: bool) -> float:
     weight = 2 * p.out * p.depth
     if forward and decode_config(p) is not None:
         return weight / BYTES_PER_US * (1 + (p.r / MAX_RANK) ** 3) + DECODE_FIXED_US
-    if forward and (config := forward_config(p)).IN_TILES:
-        return max(forward_end_us(p, config), weight / BYTES_PER_US) + TRITON_FIXED_US[True]
     end = forward_end_us(p, forward_config(p)) if forward else backward_end_us(p, backward_config(p))
     us = (1.13 if forward else 1.17) * end
+    if forward and (config := forward_config(p)).IN_TILES:
+        us *= IN_TILES_64_ROWS if config.BLOCK_M == 64 else 1
+        return max(us, weight / BYTES_PER_US) + IN_TILES_FIXED_US
     if p.M <= 256:  # memory has less to do than where depths are split
         us = max(us, weight / TRITON_BYTES_PER_US[forward] + (0 if forward else 7))
     return us + TRITON_FIXED_US[forward]

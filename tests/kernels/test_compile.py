@@ -54,6 +54,8 @@ VARIANTS = {
     "tensors-for-scalars": (512, 16, BF16, BF16, BF16, {"seed": "cuda", "scale": True, "gain": True}),
     "512-rows": (512, 16, BF16, BF16, BF16, {}),
     "200-rows": (200, 16, BF16, BF16, BF16, {}),
+    "narrow": (8192, 16, BF16, BF16, BF16, {"N": 1024}),
+    "narrow-autocast": (8192, 16, BF16, FP32, BF16, {"N": 1024}),
     "16-rows": (16, 16, BF16, BF16, BF16, {}),
     "64-rows": (64, 16, BF16, BF16, BF16, FORWARD | {"bias": True}),
     "16-rows-r64": (16, 64, BF16, BF16, BF16, FORWARD),
@@ -87,7 +89,7 @@ def cases():
 
 def launches_of(capability: int, variant: str) -> list[Launch]:
     M, r, dtype, parameter_dtype, adapter_dtype, settings = VARIANTS[variant]
-    K, N = 4096, 4096
+    K, N = 4096, settings.get("N", 4096)
     one_launch = settings.get("one_launch", True)
     need_dx, need_dA, need_dB = settings.get("need", (True, True, True))
 
@@ -146,6 +148,11 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         if publishes(launch):
             assert re.search(r"\b(ld|atom)\.\S*acquire", report.ptx)
             assert re.search(r"\b(red|atom)\.\S*release", report.ptx)
+        if capability == 90 and variant.startswith(("narrow", "200")) and "TILES" in launch.arguments:
+            assert launch.arguments["IN_TILES"] and not launch.arguments["SHRINK"]
+            assert len(set(re.findall(r"wgmma.mma_async.sync.aligned.m64n\d+k16", report.ptx))) == 2
+            depths = {int(n) for n in re.findall(r"wgmma.wait_group.sync.aligned (\d)", report.ptx)}
+            assert max(depths) == 2, "both products of a step are under way while the next one's operands come"
         if capability == 90 and (launch.arguments.get("TILES") or launch.arguments.get("NEED_DX")):
             assert report.count("cp.async.bulk.tensor")
             assert report.count("wgmma.mma_async")

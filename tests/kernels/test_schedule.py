@@ -269,8 +269,8 @@ def test_every_alternative_is_safe(shape) -> None:
             assert schedule.num_words == FIXED_WORDS + row_words + stripes
 
 
-# How long forward and backward take on 132 SMs, over the rounds that their tiles alone take. The backward's tiles of keys
-# and values leave little room for the row blocks, and those of 512 rows for the jobs.
+# How long forward and backward take on 132 SMs, over the rounds that their tiles alone take. The backward's tiles of
+# keys and values leave little room for the row blocks, and those of 512 rows for the jobs.
 BALANCE = {
     "square": (1.01, 1.06),
     "wide-rank": (1.01, 1.08),
