@@ -24,7 +24,7 @@ FLOP_PER_US_SM, BYTES_PER_US = 743e6 / 132, 3.4e6  # of cuBLAS
 STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
 CUDA_FIXED_US, DECODE_FIXED_US = 8.0, 3.0
 TRITON_BYTES_PER_US, TRITON_FIXED_US = {True: 2.2e6, False: 1.9e6}, {True: 9.0, False: 5.0}
-# Of a forward whose tiles compute S, who wait for nobody. Those of 64 rows are one warpgroup's and less than half as fast.
+# Of a forward whose tiles compute S: they wait for nobody. Those of 64 rows, one warpgroup's, take longer than by area.
 IN_TILES_FIXED_US, IN_TILES_64_ROWS = 3.0, 1.4
 
 
