@@ -42,7 +42,7 @@ class TileConfig:
 class ForwardConfig(TileConfig):
     """Adds whether tiles compute their rows of S, each by itself, beside their own product: no shrink tasks then.
 
-    For a rank up to RANK_K, without dropout, and where adapters are not kept at fp32 precision.
+    For a rank that RANK_K holds at once, without dropout, and where adapters are not kept at fp32 precision.
     """
 
     IN_TILES: bool = False
@@ -133,8 +133,8 @@ def forward_config(p: Problem) -> ForwardConfig:
 
 def why_not_in_tiles(p: Problem, config: ForwardConfig) -> str | None:
     """Why tiles can't compute S for such calls, None where they can."""
-    if block_r(p.r) > config.RANK_K:
-        return f"r is {p.r}, above RANK_K, {config.RANK_K}"
+    if block_r(p.r) != config.RANK_K:
+        return f"r is {p.r}, which takes a RANK_K of {block_r(p.r)}, and RANK_K is {config.RANK_K}"
     if p.dropout:
         return "there is a dropout"
     return "the adapters keep fp32's precision" if p.split else None

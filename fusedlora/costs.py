@@ -56,11 +56,14 @@ def triton_us(p: Problem, forward: bool) -> float:
     weight = 2 * p.out * p.depth
     if forward and decode_config(p) is not None:
         return weight / BYTES_PER_US * (1 + (p.r / MAX_RANK) ** 3) + DECODE_FIXED_US
-    end = forward_end_us(p, forward_config(p)) if forward else backward_end_us(p, backward_config(p))
-    us = (1.13 if forward else 1.17) * end
-    if forward and (config := forward_config(p)).IN_TILES:
-        us *= IN_TILES_64_ROWS if config.BLOCK_M == 64 else 1
-        return max(us, weight / BYTES_PER_US) + IN_TILES_FIXED_US
+    if forward:
+        config = forward_config(p)
+        us = 1.13 * forward_end_us(p, config)
+        if config.IN_TILES:
+            us *= IN_TILES_64_ROWS if config.BLOCK_M == 64 else 1
+            return max(us, weight / BYTES_PER_US) + IN_TILES_FIXED_US
+    else:
+        us = 1.17 * backward_end_us(p, backward_config(p))
     if p.M <= 256:  # memory has less to do than where depths are split
         us = max(us, weight / TRITON_BYTES_PER_US[forward] + (0 if forward else 7))
     return us + TRITON_FIXED_US[forward]

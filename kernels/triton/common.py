@@ -541,7 +541,7 @@ def lora_tile(
     registers.
 
     With `own_ptr` nothing is waited for: beside its product the tile sums left @ ownᵀ, so its rows of small, and the
-    tiles of the first columns store it. For a rank up to RANK_K, one term at most and no dropout.
+    tiles of the first columns store it. For a rank that RANK_K holds at once, one term at most and no dropout.
     """
     OWN: tl.constexpr = own_ptr is not None
     tl.static_assert(not OWN or (BLOCK_R == RANK_K and TERMS <= 1 and DROPOUT == 0 and not WAIT))

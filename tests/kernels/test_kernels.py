@@ -281,3 +281,43 @@ def test_each_address_counts_by_itself() -> None:
     bad = good[1:]
     assert alignment(good, good, None) == 0
     assert alignment(bad, good, None) != alignment(good, bad, None)
+
+
+@pytest.mark.parametrize(
+    "r, settings, why",
+    [
+        (20, {}, "r is 20, which takes a RANK_K of 32, and RANK_K is 16"),
+        (16, {"seed": SEED, "dropout_p": 0.1}, "there is a dropout"),
+        (16, {"adapter_dtype": torch.float32}, "the adapters keep fp32's precision"),
+    ],
+)
+def test_tiles_refuse_what_they_cannot_sum(r: int, settings: dict, why: str) -> None:
+    parameters = settings.get("adapter_dtype", HALF)
+    i = make_inputs(70, 64, 72, r, HALF, parameters, device=DEVICE)
+    settings = {
+        "adapter_dtype": HALF,
+        "save_s": True,
+        "config": ForwardConfig(**SMALL_FORWARD, IN_TILES=True),
+    } | settings
+    with pytest.raises(ValueError, match=f"config.IN_TILES is True; it must be False where {why}"):
+        lora_forward(i.x, i.weight, i.lora_A, i.lora_B, None, scaling=i.scaling, **settings)
+
+
+def test_tiles_sum_s_of_infinite_x() -> None:
+    """Ranks that are padded must not make NaN of it."""
+    i = make_inputs(70, 64, 72, 5, HALF, device=DEVICE)
+    i.x[3, 2] = float("inf")
+    i.lora_A[:, 2] = 1.0
+    i.lora_B.abs_()
+    i.weight[:, 2] = 1.0
+    outputs = [
+        lora_forward(
+            i.x, i.weight, i.lora_A, i.lora_B, None, scaling=1.0, adapter_dtype=HALF, save_s=True,
+            config=ForwardConfig(**SMALL_FORWARD, IN_TILES=in_tiles),
+        )
+        for in_tiles in (False, True)
+    ]  # fmt: skip
+    for one, other in zip(*outputs):
+        assert one is not None and other is not None and bool(one[3].isinf().all())
+        assert bool(torch.isfinite(one).all(1).sum() == len(one) - 1)
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
