@@ -188,6 +188,32 @@ def test_graph_replays_and_streams_give_the_eager_answer(backend: str) -> None:
     assert wrong.item() == 0
 
 
+@pytest.mark.parametrize("rows", [8, 200, 1000])
+@torch.no_grad()
+def test_launches_in_a_row_wait_for_each_other(rows: int, backend: str) -> None:
+    """A launch may begin before the one before it has ended; it still reads what that one writes, in a graph too."""
+    i = make_inputs(rows, 1024, 1024, 16, BF16, device="cuda", bias=False)
+
+    def chain(between: Callable[[], None]) -> torch.Tensor:
+        y = i.x
+        for _ in range(20):
+            y = fusedlora.lora_linear(y, i.weight, i.lora_A, i.lora_B, scaling=0.1, backend=backend)
+            between()
+        return y
+
+    expected = chain(torch.cuda.synchronize)
+    assert bool(torch.isfinite(expected).all()) and bool(expected.any())
+    for _ in range(5):
+        assert torch.equal(chain(lambda: None), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for _ in range(5):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
 @pytest.mark.parametrize("grid", [1, 2, 131, 132])
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside-a-kernel"])
 @pytest.mark.parametrize("kind", ["plain", "fp32-adapters", "dropout"])
