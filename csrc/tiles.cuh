@@ -143,9 +143,8 @@ __device__ __forceinline__ void form_product(
 // The first of them, beside the last of the tile's other sums, which then are there.
 template <typename Kernel>
 __device__ __forceinline__ void begin_products(
-    Consumer<Kernel>& me, float (&acc)[Kernel::ACCS], float (&product)[32], int before) {
+    Consumer<Kernel>& me, float (&acc)[Kernel::ACCS], float (&product)[32], const Ring<Kernel::L::STAGES>& first, int before) {
   constexpr int GROUPS = Kernel::L::GROUPS;
-  const Ring<Kernel::L::STAGES> first = me.ring;
   if (GROUPS > 1) {  // of all stages the last products' may be one that these want
     wgmma_wait<0>();
     me.release(before);
@@ -252,7 +251,7 @@ __device__ __forceinline__ void compute_tile(Consumer<Kernel>& me, int n) {
   const Ring<Kernel::L::STAGES> first = me.ring;  // of the steps of depth r
   float product[32];                              // of 64 columns, under the dropout
   if constexpr (Kernel::MASK_ON_RANK_STEP) {
-    begin_products(me, acc, product, before);
+    begin_products(me, acc, product, first, before);
   } else {
     add_rank_steps(me, acc, before);
   }

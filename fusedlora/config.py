@@ -126,8 +126,10 @@ def forward_config(p: Problem) -> ForwardConfig:
     # row blocks a group take 0.003 less than eight at one clock, 0.009 in long blocks (an H200, mean of six shapes).
     tile, shrink = _tile(p, busy=0.9), _shrink(p, tall=True, masked=p.dropout)
     in_tiles = _in_tiles(p, tile, shrink)
-    if in_tiles and -(-p.M // 64) * -(-p.out // 64) <= p.num_sms:  # or most SMs would have none
-        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+    if in_tiles:
+        shrink |= {"SHRINK_M": 128, "SHRINK_K": 128, "SHRINK_STAGES": 4}  # there are no tasks: one kernel for all M
+        if -(-p.M // 64) * -(-p.out // 64) <= p.num_sms:  # or most SMs would have no tile
+            tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
     return ForwardConfig(**tile, GROUP_M=16, **shrink, IN_TILES=in_tiles)
 
 
@@ -144,13 +146,13 @@ def _in_tiles(p: Problem, tile: dict[str, int], shrink: dict[str, int]) -> bool:
     """Whether tiles should compute S: where that costs them less than waiting for tasks does (measured on an H200)."""
     if not _large_shared(p) or p.itemsize != 2 or p.split or p.dropout or block_r(p.r) > 16:
         return False
-    if p.M <= 256:
-        return True
-    tiles = -(-p.M // tile["BLOCK_M"]) * -(-p.out // tile["BLOCK_N"])
+    tiles, area = -(-p.M // tile["BLOCK_M"]) * -(-p.out // tile["BLOCK_N"]), tile["BLOCK_M"] * tile["BLOCK_N"]
+    if p.M <= 256:  # what tasks cost beside their time, 6 µs, is more than a seventh of up to some 45
+        return -(-tiles // p.num_sms) * area * p.depth <= 1.4e8
     blocks, idle = -(-p.M // shrink["SHRINK_M"]), -tiles % p.num_sms  # SMs that have a tile less than others
     # A row block takes 0.75 of a tile's time where it has 256 rows and the tile is 128×256. What of that the first
     # tiles do not hide delays all; in tiles S takes about a seventh of their time.
-    block = 97 * shrink["SHRINK_M"] / (tile["BLOCK_M"] * tile["BLOCK_N"])
+    block = 97 * shrink["SHRINK_M"] / area
     late = -(-blocks // idle) * block - 1 if idle else -(-blocks // p.num_sms) * block
     return late / -(-tiles // p.num_sms) > 0.15
 

@@ -132,10 +132,10 @@ FASTER: dict[str, tuple[Calls, ...]] = {
         ),
         Calls(rows=(512, 32768), N=(3072, 28672), K=(2048, 14336)),
         Calls(rows=(2048, 32768), N=(256, 1024), K=(3584, 8192)),
-        Calls(rows=(16384, 32768), N=(256, 1024), K=(1536, 3072)),
+        Calls(rows=(16384, 32768), N=(256, 1024), K=(1536, 3583)),
         # where Triton's tiles can't compute S
-        Calls(rows=(2048, 8192), N=(256, 1024), K=(1536, 3072), r=(17, MAX_RANK)),
-        Calls(rows=(2048, 8192), N=(256, 1024), K=(1536, 3072), dropout=(True,)),
+        Calls(rows=(2048, 8192), N=(256, 1024), K=(1536, 3583), r=(17, MAX_RANK)),
+        Calls(rows=(2048, 8192), N=(256, 1024), K=(1536, 3583), dropout=(True,)),
         Calls(rows=(512, 1024), N=(1024, 1024), K=(4096, 8192), dropout=(True,)),
         Calls(rows=(2048, 16384), N=(2048, 2048), K=(2048, 4096), dropout=(False,)),
         Calls(rows=(8192, 16384), N=(2048, 2048), K=(4096, 4096)),

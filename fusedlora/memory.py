@@ -113,7 +113,7 @@ class StreamMemory:
 
 
 class Reused:
-    """Memory that each launch on a stream may use, as none overlaps the next; nothing is kept for a captured one."""
+    """Memory that each launch on a stream may use, as it waits for the one before; none is kept for a captured one."""
 
     def __init__(self, device: torch.device, captured: bool) -> None:
         self.device, self.captured = device, captured

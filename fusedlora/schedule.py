@@ -23,8 +23,8 @@ BYTES_PER_US_FEW_ROWS = 25e3
 BYTES_PER_US_ALL = 2500e3
 MASKED_PER_US = 25e3
 STEP_US = 1.5
-# A tile that computes its rows of S, over one that does not.
-IN_TILES = 1.15
+# The time of a tile that computes its rows of S over one's that does not.
+OWN_S = 1.15
 # More parts than this would write more partial sums than the balance is worth.
 MAX_PARTS = 16
 # Rounds of tiles looked at one by one; a launch of more is looked at in steps, which takes less of the host's time.
@@ -69,12 +69,16 @@ def cdiv(a: int, b: int) -> int:
 def tile_us(p: Problem, c: TileConfig) -> float:
     """Time of one GEMM tile, with its rows of S where it computes them."""
     us = 2.0 * c.BLOCK_M * c.BLOCK_N * p.depth * (p.itemsize / 2) / FLOP_PER_US + STEP_US
-    return us if _blocks(p, c) else IN_TILES * us
+    return OWN_S * us if _in_tiles(c) else us
+
+
+def _in_tiles(c: TileConfig) -> bool:
+    return isinstance(c, ForwardConfig) and c.IN_TILES
 
 
 def _blocks(p: Problem, c: TileConfig) -> int:
     """Row blocks of S or T that shrink tasks compute."""
-    return 0 if isinstance(c, ForwardConfig) and c.IN_TILES else cdiv(p.M, c.SHRINK_M)
+    return 0 if _in_tiles(c) else cdiv(p.M, c.SHRINK_M)
 
 
 def shrink_us(p: Problem, c: TileConfig, streaming: int = 1) -> float:

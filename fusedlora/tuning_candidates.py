@@ -51,7 +51,7 @@ def shared_bytes(c: Config, p: Problem) -> int:
         return (c.num_stages - 1) * (c.BLOCK_N + decode_rows(p.M) + block_r(p.r)) * c.BLOCK_K * p.itemsize
     tile = c.num_stages * (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * p.itemsize
     if isinstance(c, ForwardConfig) and c.IN_TILES:
-        tile += c.num_stages * block_r(p.r) * c.BLOCK_K * p.itemsize
+        return tile + c.num_stages * block_r(p.r) * c.BLOCK_K * p.itemsize
     shrink = c.SHRINK_STAGES * c.SHRINK_M * c.SHRINK_K * p.itemsize
     stripe = c.STRIPE_STAGES * c.STRIPE_M * c.STRIPE_N * p.itemsize if isinstance(c, BackwardConfig) else 0
     return max(tile, shrink, stripe)
@@ -128,6 +128,10 @@ def _orders(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
 
 
 def _shrinks(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
+    if isinstance(c, ForwardConfig):
+        yield {"IN_TILES": not c.IN_TILES}
+        if c.IN_TILES:
+            return  # there are no tasks
     # Tensor cores truncate within a step: fp32 adapters keep steps as long as the heuristic's, or shorter.
     longest = c.SHRINK_K if p.split else 256
     for m, k, stages in itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (3, 4)):
@@ -139,8 +143,6 @@ def _shrinks(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
             yield {"SHRINK_M": m, "SHRINK_K": k, "SHRINK_STAGES": stages}
     for rank in (16, 32, 64):
         yield {"RANK_K": rank}
-    if isinstance(c, ForwardConfig):
-        yield {"IN_TILES": not c.IN_TILES}
 
 
 def _stripes(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:

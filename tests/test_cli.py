@@ -12,6 +12,7 @@ import torch
 
 from fusedlora import __main__ as cli
 from fusedlora import __version__, doctor, doctor_check
+from fusedlora.config import Problem, decode_config, forward_config
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +155,14 @@ class TestDoctor:
         told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert told[-1]["ok"] is False
         assert any("NaN" in fact.get("check", "") for fact in told)
+
+    @pytest.mark.parametrize("capability, num_sms", [(80, 108), (89, 128), (90, 132), (100, 148), (120, 170)])
+    @pytest.mark.parametrize("checked", [doctor_check.CHECKS, doctor_check.REPEATED], ids=["errors", "bits"])
+    def test_forwards_of_all_kinds_are_checked(self, checked, capability: int, num_sms: int) -> None:
+        """Some whose tiles wait for S, which a launch of its own then need not compute, and some whose tiles do."""
+        problems = [Problem(M, 768, 1024, r, 2, False, capability, num_sms) for M, r in checked]
+        in_tiles = {forward_config(p).IN_TILES for p in problems if decode_config(p) is None}
+        assert in_tiles == ({False, True} if capability in (90, 100) else {False})
 
 
 class TestMarker:

@@ -478,6 +478,14 @@ def test_the_table_of_what_is_faster(monkeypatch) -> None:
         assert not prefers_cuda("backward", **about | {"rows": 8192})
 
 
+def test_narrow_forwards_are_csrcs_but_where_tritons_tiles_compute_s() -> None:
+    for K, rows, r, drops in itertools.product(
+        (1536, 3072, 3200, 3584, 8192), (2048, 8192, 32768), (16, 64), (False, True)
+    ):
+        theirs = K < 3584 and rows <= 8192 and r == 16 and not drops
+        assert prefers_cuda("forward", rows, 1024, K, r, drops, False, False) is not theirs, (K, rows, r, drops)
+
+
 @pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_a_recipe_makes_the_same_arguments(recorder: Recorder, monkeypatch, drops: bool, bias: bool) -> None:

@@ -8,7 +8,8 @@ Both kernels multiply a tall matrix by a frozen one and add a product of rank r:
 With dropout a mask m(row, k) lies on the adapter's x: S = scaling · (m∘x) Aᵀ, dX = dy W + m∘(T A), dA = Tᵀ (m∘x).
 
 So both run *shrink tasks* (S or T, memory-bound, one row block after another) beside *tiles*, whose epilogue takes one
-more step of depth r once their row block is published. The backward ends with the *jobs* of dA and dB.
+more step of depth r once their row block is published. The backward ends with the *jobs* of dA and dB. In a forward
+tiles may compute their own rows of S instead: then there are no shrink tasks.
 
 Synchronisation words, int32, zero between launches:
     TICKET      next conversion, shrink task or place    DONE    shrink tasks finished
@@ -22,8 +23,8 @@ A ticket says what a program does: first come the conversions, then the shrink t
 which the first `tile_programs` compute tiles. A program claims tickets until it has a place.
 
 Why nothing can deadlock: a conversion waits for nothing, a shrink task for conversions, a tile or a job, which come
-after a place, for shrink tasks: all of them for what has a lower ticket, and so for a program that runs, however few
-are resident at a time.
+after a place, for shrink tasks or, where there are none, for conversions: all of them for what has a lower ticket, and
+so for a program that runs, however few are resident at a time.
 
 fp32 adapters beside a 16-bit base: the first thing that a launch does is to write A and B, and in the backward S, as
 sums of 16-bit terms, one where the products run in 16 bits anyway (autocast), else three, whose 3 × 8 bits of mantissa
@@ -579,7 +580,7 @@ def lora_tile(
     if OWN:
         small = tl.where((r_offs < r)[None, :], sums * scaling, 0.0).to(dtype)  # left may be infinite
         small_rest = small
-        if col == 0:
+        if small_ptr is not None and col == 0:
             m_offs = row + tl.arange(0, BLOCK_M)
             mask = (m_offs < M)[:, None] & (r_offs < r)[None, :]
             tl.store(small_ptr + tl.cast(m_offs, tl.int64)[:, None] * r + r_offs[None, :], small, mask=mask)

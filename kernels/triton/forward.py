@@ -153,7 +153,7 @@ def _plan(
     phases = [{"CONVERT": terms > 0, "SHRINK": not config.IN_TILES, "TILES": True}]
     if not one_launch:
         phases = separate(phases[0])
-    own_s = () if save_s else ((adapter_dtype, M * r),)
+    own_s = () if save_s else (None if config.IN_TILES else (adapter_dtype, M * r),)
     terms_size = terms * r * (K + N) + (terms * M * r if terms > 1 else 0)
     return LaunchPlan(
         tuple(Launcher(forward_kernel, schedule.num_programs, device, constants | phase) for phase in phases),

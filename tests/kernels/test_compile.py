@@ -56,6 +56,9 @@ VARIANTS = {
     "200-rows": (200, 16, BF16, BF16, BF16, {}),
     "narrow": (8192, 16, BF16, BF16, BF16, {"N": 1024}),
     "narrow-autocast": (8192, 16, BF16, FP32, BF16, {"N": 1024}),
+    "narrow-tensors-for-scalars": (8192, 16, BF16, BF16, BF16, {"N": 1024, "scale": True, "gain": True, "bias": True}),
+    "128-rows": (128, 16, BF16, BF16, BF16, FORWARD),
+    "200-rows-wide": (200, 16, BF16, BF16, BF16, FORWARD | {"N": 8192}),
     "16-rows": (16, 16, BF16, BF16, BF16, {}),
     "64-rows": (64, 16, BF16, BF16, BF16, FORWARD | {"bias": True}),
     "16-rows-r64": (16, 64, BF16, BF16, BF16, FORWARD),
@@ -118,7 +121,7 @@ def launches_of(capability: int, variant: str) -> list[Launch]:
 def publishes(launch: Launch) -> bool:
     """Whether programs of it wait for what others write."""
     a = launch.arguments
-    return bool(a.get("SHRINK") and (a.get("TILES") or a.get("REST")))
+    return bool((a.get("SHRINK") or a.get("CONVERT")) and (a.get("TILES") or a.get("REST")))
 
 
 @pytest.mark.parametrize("capability, variant", list(cases()))
@@ -139,7 +142,11 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         assert report.loop_spills <= (5 if capability == 120 else 0)
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
-        if launch.arguments.get("EARLY"):
+        early = launch.arguments.get("EARLY")
+        if early is not None and launch.kernel is not decode_kernel:
+            assert early == launch.arguments["launch_pdl"] == (capability >= 90)
+        if early:
+            assert report.count("griddepcontrol.launch_dependents") == report.count("griddepcontrol.wait") == 1
             before, after = report.ptx.split("griddepcontrol.wait", 1)
             touched = r"\b(ld|st|atom|red|cp|tensormap)\.\S*global"
             assert not re.search(touched, before) and re.search(touched, after), "it comes first"
@@ -148,7 +155,7 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         if publishes(launch):
             assert re.search(r"\b(ld|atom)\.\S*acquire", report.ptx)
             assert re.search(r"\b(red|atom)\.\S*release", report.ptx)
-        if capability == 90 and variant.startswith(("narrow", "200")) and "TILES" in launch.arguments:
+        if capability == 90 and variant.startswith(("narrow", "128", "200")) and "TILES" in launch.arguments:
             assert launch.arguments["IN_TILES"] and not launch.arguments["SHRINK"]
             assert len(set(re.findall(r"wgmma.mma_async.sync.aligned.m64n\d+k16", report.ptx))) == 2
             depths = {int(n) for n in re.findall(r"wgmma.wait_group.sync.aligned (\d)", report.ptx)}

@@ -151,7 +151,8 @@ def test_repeats_to_the_bit_on_any_grid() -> None:
 
 
 def test_graph_replays_and_streams_give_the_eager_answer(backend: str) -> None:
-    problems = [make_inputs(512, 512, 1024, 16, BF16, device="cuda", seed=n) for n in range(2)]
+    # of rank 16 Triton's tiles compute S, of rank 32 they wait for it
+    problems = [make_inputs(512, 512, 1024, r, BF16, device="cuda", seed=n) for n, r in enumerate((16, 32))]
     expected = [forward_backward(i, backend) for i in problems]
     streams = [torch.cuda.Stream() for _ in problems]
     graphs, outputs, kept = [], [], []
@@ -188,38 +189,46 @@ def test_graph_replays_and_streams_give_the_eager_answer(backend: str) -> None:
     assert wrong.item() == 0
 
 
-@pytest.mark.parametrize("rows", [8, 200, 1000])
-@torch.no_grad()
-def test_launches_in_a_row_wait_for_each_other(rows: int, backend: str) -> None:
+@pytest.mark.parametrize("rows, r", [(8, 16), (200, 16), (1000, 16), (1000, 32)])
+def test_launches_in_a_row_wait_for_each_other(rows: int, r: int, backend: str) -> None:
     """A launch may begin before the one before it has ended; it still reads what that one writes, in a graph too."""
-    i = make_inputs(rows, 1024, 1024, 16, BF16, device="cuda", bias=False)
+    i = make_inputs(rows, 1024, 1024, r, BF16, device="cuda", bias=False).leaves()
 
-    def chain(between: Callable[[], None]) -> torch.Tensor:
+    def chain(between: Callable[[], None]) -> list[torch.Tensor]:
         y = i.x
         for _ in range(20):
             y = fusedlora.lora_linear(y, i.weight, i.lora_A, i.lora_B, scaling=0.1, backend=backend)
+            y.register_hook(lambda gradient: between())
             between()
-        return y
+        return [y.detach(), *torch.autograd.grad(y, (i.x, i.lora_A, i.lora_B), i.dy)]
 
     expected = chain(torch.cuda.synchronize)
-    assert bool(torch.isfinite(expected).all()) and bool(expected.any())
+    assert all(bool(torch.isfinite(t).all()) and bool(t.any()) for t in expected)
     for _ in range(5):
-        assert torch.equal(chain(lambda: None), expected)
+        assert all(map(torch.equal, chain(lambda: None), expected))
+    stream = torch.cuda.Stream()  # where gradients are captured, all that they read is made
+    stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain(lambda: None)
-    for _ in range(5):
-        captured.zero_()
-        graph.replay()
-        assert torch.equal(captured, expected)
+    with torch.cuda.stream(stream):
+        i = i.leaves()
+        chain(lambda: None)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = chain(lambda: None)
+        for _ in range(5):
+            for t in captured:
+                t.zero_()
+            graph.replay()
+            assert all(map(torch.equal, captured, expected))
 
 
 @pytest.mark.parametrize("grid", [1, 2, 131, 132])
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside-a-kernel"])
-@pytest.mark.parametrize("kind", ["plain", "fp32-adapters", "dropout"])
+@pytest.mark.parametrize("kind", ["plain", "fp32-adapters", "dropout", "autocast-in-tiles"])
 def test_no_race_and_no_hang_with_delays(kind: str, grid: int, beside: bool) -> None:
     """Buffers poisoned with NaN, pauses before every publish, wait and clear; 10,000 launches of the plain kind."""
-    i = make_inputs(520, 512, 512, 16, BF16, FP32 if kind == "fp32-adapters" else BF16, "cuda")
+    adapter_dtype = FP32 if kind in ("fp32-adapters", "autocast-in-tiles") else BF16
+    i = make_inputs(520, 512, 512, 32 if kind == "plain" else 16, BF16, adapter_dtype, "cuda")
     settings = {"dropout_p": 0.3} if kind == "dropout" else {}
     seed = torch.tensor([2**62 + 3])
     capability, _ = launch.device_facts(i.x.device)
@@ -229,10 +238,13 @@ def test_no_race_and_no_hang_with_delays(kind: str, grid: int, beside: bool) -> 
     class Delayed(launch.Launcher):
         def __init__(self, kernel, num_programs, device, constants):
             super().__init__(kernel, num_programs, device, constants | {"DELAY": 50})
+            if "TILES" in constants:
+                assert constants["SHRINK"] == (kind != "autocast-in-tiles")
 
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(dropout, "draw", lambda *args: seed))
+        stack.enter_context(torch.autocast("cuda", dtype=BF16, enabled=kind == "autocast-in-tiles"))
         for module in (forward, backward):
             stack.enter_context(mock.patch.object(module, "device_facts", lambda device: (capability, grid)))
         stack.enter_context(mock.patch.object(plans, "_plans", {}))
@@ -265,7 +277,7 @@ def test_the_tensors_device_not_the_current_one(backend: str) -> None:
 
 
 def test_a_capture_that_finds_no_words_captures_their_zeroing(backend: str) -> None:
-    i = make_inputs(300, 512, 512, 16, BF16, device="cuda")
+    i = make_inputs(300, 512, 512, 32, BF16, device="cuda")  # of rank 16 Triton's forward takes no words
     expected = forward_backward(i, backend)
     slab = device_memory(i.x.device)
     graph = torch.cuda.CUDAGraph()

@@ -51,6 +51,7 @@ KINDS = {
     "db-stripes": {"fuse_db": False},
     "fp32-adapters": {},
     "dropout": {"dropout": True},
+    "autocast": {"autocast": True},
 }
 # Far more than any test takes: programs that still wait then would wait for ever.
 MAX_TURNS = 20_000
@@ -120,8 +121,14 @@ class InterleavedLauncher(launch.Launcher):
         real_rmw = builder.create_atomic_rmw
 
         def create_atomic_rmw(*args: object) -> object:
-            turns.switch()
-            return real_rmw(*args)
+            # before, what is published is late; after, what a claim is of
+            before = turns.order.random() < 0.5
+            if before:
+                turns.switch()
+            found = real_rmw(*args)
+            if not before:
+                turns.switch()
+            return found
 
         # The language is patched once for all threads, also as the functions in triton's own modules see it, and each
         # executor is told of the whole grid.
@@ -167,9 +174,9 @@ def scheduled(counts: tuple[int, ...], launcher: type[launch.Launcher] = launch.
         yield
 
 
-def launch_both(i: Inputs, fuse_db: bool = True, dropout: bool = False) -> list[torch.Tensor]:
+def launch_both(i: Inputs, fuse_db: bool = True, dropout: bool = False, autocast: bool = False) -> list[torch.Tensor]:
     """y, dX, dA, dB; all that the launchers allocate starts as NaN."""
-    common = {"scaling": 0.5, "adapter_dtype": i.lora_A.dtype}
+    common = {"scaling": 0.5, "adapter_dtype": i.x.dtype if autocast else i.lora_A.dtype}
     common |= {"seed": SEED, "dropout_p": 0.3} if dropout else {}
     configs = ForwardConfig(**SMALL_FORWARD), BackwardConfig(**SMALL_BACKWARD, FUSE_DB=fuse_db)
     with poisoned_memory():
@@ -184,7 +191,7 @@ def launch_both(i: Inputs, fuse_db: bool = True, dropout: bool = False) -> list[
 @functools.cache
 def one_after_another(kind: str) -> tuple[Inputs, list[torch.Tensor]]:
     """Inputs, and what the programs give that the interpreter runs by itself."""
-    i = make_inputs(M, K, N, R, torch.float16, torch.float32 if kind == "fp32-adapters" else None)
+    i = make_inputs(M, K, N, R, torch.float16, torch.float32 if kind in ("fp32-adapters", "autocast") else None)
     with scheduled(SCHEDULES["every-program-has-tasks"]):
         return i, launch_both(i, **KINDS[kind])
 
@@ -198,6 +205,26 @@ def test_bits_do_not_depend_on_whose_turn_it_is(counts, kind: str, resident: int
     with scheduled(counts, interleaved(resident, seed=sum(counts))):
         got = launch_both(i, **KINDS[kind])
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert not any(words.any() for words in device_memory(i.x.device).slabs)
+
+
+@pytest.mark.parametrize("resident", [1, 2, PROGRAMS])
+@pytest.mark.parametrize("seed", range(6))
+def test_tiles_that_compute_s_wait_for_terms_alone(seed: int, resident: int) -> None:
+    i = make_inputs(M, K, N, R, torch.float16, torch.float32)
+    config = ForwardConfig(**SMALL_FORWARD, IN_TILES=True)
+
+    def launched() -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+        with poisoned_memory():
+            return forward.lora_forward(*tensors, scaling=0.5, adapter_dtype=i.x.dtype, save_s=True, config=config)
+
+    counts = (0, 0, 0, PROGRAMS, 0)
+    with scheduled(counts):
+        expected = launched()
+    assert not any(t.isnan().any() for t in expected)
+    with scheduled(counts, interleaved(resident, seed)):
+        assert all(torch.equal(a, b) for a, b in zip(launched(), expected))
     assert not any(words.any() for words in device_memory(i.x.device).slabs)
 
 

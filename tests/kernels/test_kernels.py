@@ -303,6 +303,7 @@ def test_tiles_refuse_what_they_cannot_sum(r: int, settings: dict, why: str) -> 
         lora_forward(i.x, i.weight, i.lora_A, i.lora_B, None, scaling=i.scaling, **settings)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, of the infinity beside padding
 def test_tiles_sum_s_of_infinite_x() -> None:
     """Ranks that are padded must not make NaN of it."""
     i = make_inputs(70, 64, 72, 5, HALF, device=DEVICE)
