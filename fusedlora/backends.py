@@ -37,6 +37,12 @@ class Call(NamedTuple):
     direction: str = "forward"  # or "backward": "auto" may take one backend for the one and another for the other
     plain: bool = False  # the products of lora_linear and no more: "auto" may leave them to PyTorch where it is faster
 
+    def problem(self, M: int, direction: str, capability: int, num_sms: int) -> Problem:
+        """What such a call of M rows is to the configurations of a direction's kernels."""
+        sides = (self.N, self.K) if direction == "forward" else (self.K, self.N)
+        precise = self.adapter_dtype is not self.dtype
+        return Problem(M, *sides, self.r, self.dtype.itemsize, precise, capability, num_sms, self.dropout != "")
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -223,10 +229,8 @@ def _why_slower(kernels: str, call: Call) -> str | None:
 
 def _compared(call: Call) -> tuning.Compared | None:
     """What was measured for about such a call on its GPU."""
-    sides = (call.N, call.K) if call.direction == "forward" else (call.K, call.N)
-    (major, minor), num_sms = _capability(call.device), cuda.num_sms(call.device)
-    about = call.rows, *sides, call.r, call.dtype.itemsize, call.adapter_dtype is not call.dtype
-    problem = Problem(*about, 10 * major + minor, num_sms, call.dropout != "")
+    major, minor = _capability(call.device)
+    problem = call.problem(call.rows, call.direction, 10 * major + minor, cuda.num_sms(call.device))
     return tuning.compared(call.direction, problem, call.device)
 
 

@@ -20,6 +20,11 @@ MAX_DECODE_ROWS, MAX_DECODE_RANK = 64, 64
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
     """Tile sizes of one kernel, in elements; `num_stages` and `*_STAGES` are buffers of the software pipelines."""
@@ -37,6 +42,11 @@ class TileConfig:
     SHRINK_K: int
     SHRINK_STAGES: int
 
+    @property
+    def has_tasks(self) -> bool:
+        """Whether shrink tasks compute S or T."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig(TileConfig):
@@ -46,6 +56,10 @@ class ForwardConfig(TileConfig):
     """
 
     IN_TILES: bool = False
+
+    @property
+    def has_tasks(self) -> bool:
+        return not self.IN_TILES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +142,12 @@ def forward_config(p: Problem) -> ForwardConfig:
     in_tiles = _in_tiles(p, tile, shrink)
     if in_tiles:
         shrink |= {"SHRINK_M": 128, "SHRINK_K": 128, "SHRINK_STAGES": 4}  # there are no tasks: one kernel for all M
-        if -(-p.M // 64) * -(-p.out // 64) <= p.num_sms:  # or most SMs would have no tile
+        if cdiv(p.M, 64) * cdiv(p.out, 64) <= p.num_sms:  # or most SMs would have no tile
             tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
     return ForwardConfig(**tile, GROUP_M=16, **shrink, IN_TILES=in_tiles)
 
 
-def why_not_in_tiles(p: Problem, config: ForwardConfig) -> str | None:
+def why_not_in_tiles(p: Problem, config: TileConfig) -> str | None:
     """Why tiles can't compute S for such calls, None where they can."""
     if block_r(p.r) != config.RANK_K:
         return f"r is {p.r}, which takes a RANK_K of {block_r(p.r)}, and RANK_K is {config.RANK_K}"
@@ -146,15 +160,15 @@ def _in_tiles(p: Problem, tile: dict[str, int], shrink: dict[str, int]) -> bool:
     """Whether tiles should compute S: where that costs them less than waiting for tasks does (measured on an H200)."""
     if not _large_shared(p) or p.itemsize != 2 or p.split or p.dropout or block_r(p.r) > 16:
         return False
-    tiles, area = -(-p.M // tile["BLOCK_M"]) * -(-p.out // tile["BLOCK_N"]), tile["BLOCK_M"] * tile["BLOCK_N"]
+    tiles, area = cdiv(p.M, tile["BLOCK_M"]) * cdiv(p.out, tile["BLOCK_N"]), tile["BLOCK_M"] * tile["BLOCK_N"]
     if p.M <= 256:  # what tasks cost beside their time, 6 µs, is more than a seventh of up to some 45
-        return -(-tiles // p.num_sms) * area * p.depth <= 1.4e8
-    blocks, idle = -(-p.M // shrink["SHRINK_M"]), -tiles % p.num_sms  # SMs that have a tile less than others
+        return cdiv(tiles, p.num_sms) * area * p.depth <= 1.4e8
+    blocks, idle = cdiv(p.M, shrink["SHRINK_M"]), -tiles % p.num_sms  # SMs that have a tile less than others
     # A row block takes 0.75 of a tile's time where it has 256 rows and the tile is 128×256. What of that the first
     # tiles do not hide delays all; in tiles S takes about a seventh of their time.
     block = 97 * shrink["SHRINK_M"] / area
-    late = -(-blocks // idle) * block - 1 if idle else -(-blocks // p.num_sms) * block
-    return late / -(-tiles // p.num_sms) > 0.15
+    late = cdiv(blocks, idle) * block - 1 if idle else cdiv(blocks, p.num_sms) * block
+    return late / cdiv(tiles, p.num_sms) > 0.15
 
 
 def decode_rows(M: int) -> int:
@@ -174,7 +188,7 @@ def decode_config(p: Problem) -> DecodeConfig | None:
     # split their depth only where nothing else gives enough programs: whoever adds the parts comes last.
     candidates = {16: ((128, 1), (64, 1), (32, 8)), 32: ((64, 4),), 64: ((128, 1), (64, 2), (32, 4))}[rows]
     for columns, most in candidates:
-        blocks, split = -(-p.out // columns), 1
+        blocks, split = cdiv(p.out, columns), 1
         while split < most and blocks * split < 0.8 * p.num_sms and p.depth >= 1024 * split:
             split *= 2
         if blocks * split >= 0.8 * p.num_sms:
@@ -257,7 +271,7 @@ def _tile(p: Problem, busy: float = 1.0) -> dict[str, int]:
         return tile(128, 128, 32, warps=4 if few else 8, stages=3)
     # Hopper and later. 128×256 has the best ratio of arithmetic to loads; smaller tiles where it would leave SMs
     # without one.
-    tiles_large = -(-p.M // 128) * -(-p.out // 256)
+    tiles_large = cdiv(p.M, 128) * cdiv(p.out, 256)
     if p.M <= 64:
         return tile(64, 64, 128, warps=4, stages=4)
     if p.split and not p.dropout and block_r(p.r) == 128:

@@ -7,7 +7,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from .config import Config, Problem, check_config
+from .config import Config, Problem, cdiv, check_config
 
 MAX_RANK = 256
 MAX_RANK_NARROW = 128  # where tiles are 128 columns wide
@@ -94,7 +94,7 @@ def suits(p: Problem, c: CudaConfig) -> bool:
         return True
     if p.r > MAX_RANK_IN_TILES or p.split or p.dropout:
         return False
-    stages, steps, wide_steps = _stages(c.block_n), _cdiv(p.depth, 64), _cdiv(p.depth, 128)
+    stages, steps, wide_steps = _stages(c.block_n), cdiv(p.depth, 64), cdiv(p.depth, 128)
     half = wide_steps * (c.slices // 2) // c.slices * 2
     columns = _columns_in_a_turn(p, c.block_n, c.group, c.clusters)
     return columns >= c.slices <= wide_steps and 2 * stages + 2 + max(half, steps - half) < steps
@@ -173,7 +173,7 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
     One for all M of as many pairs of row blocks, since it takes some milliseconds to find.
     """
     if p.M > DECODE_UP_TO:
-        p = dataclasses.replace(p, M=_cdiv(p.M, _PAIR_M) * _PAIR_M)
+        p = dataclasses.replace(p, M=cdiv(p.M, _PAIR_M) * _PAIR_M)
     return _cuda_config(p, forward, tiles, precise)
 
 
@@ -181,8 +181,8 @@ def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool 
 def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaConfig:
     programs = p.num_sms // _CLUSTER * _CLUSTER
     clusters = programs // _CLUSTER
-    pairs_m = _cdiv(p.M, _PAIR_M)
-    wide_tiles = pairs_m * _cdiv(p.out, 256)
+    pairs_m = cdiv(p.M, _PAIR_M)
+    wide_tiles = pairs_m * cdiv(p.out, 256)
     block_n = 256 if wide_tiles >= clusters or p.r > MAX_RANK_NARROW else 128  # unless times say otherwise
     few = forward and not p.dropout and not precise and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK
     decodes = decode_config(p) if few else ()
@@ -192,7 +192,7 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
 
     def slack(block_n: int) -> int:
         """How many clusters have a tile less than the others."""
-        return -(pairs_m * _cdiv(p.out, block_n)) % clusters if tiles else 0
+        return -(pairs_m * cdiv(p.out, block_n)) % clusters if tiles else 0
 
     # Narrow outputs would wait for S, which takes as long as for wide ones, a quarter of the time of 1024 columns.
     if forward and not p.dropout and not precise and p.out <= 2048:
@@ -200,10 +200,10 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
             return config(block_n, 0, slices, True)
     # These shrink, unless that makes them late.
     idle = slack(block_n)
-    shrink_clusters = min(clusters if idle == 0 or _cdiv(pairs_m, idle) > 3 else idle, pairs_m)
+    shrink_clusters = min(clusters if idle == 0 or cdiv(pairs_m, idle) > 3 else idle, pairs_m)
     if forward and p.dropout and not precise and pairs_m <= 4:
         # The mask takes so long that few clusters would keep all waiting.
-        slices = max(1, min(16, clusters // pairs_m, _cdiv(p.depth, 128)))
+        slices = max(1, min(16, clusters // pairs_m, cdiv(p.depth, 128)))
         return config(block_n, pairs_m * slices, slices)
 
     def cost(config: CudaConfig) -> float:
@@ -235,13 +235,13 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
 
 def _counts(units: int, slack: int, clusters: int) -> set[int]:
     """How many clusters may share units of S or T: one or two each, or those with a tile less do all, or two each."""
-    counts = {min(clusters, _cdiv(units, n)) for n in (1, 2)}
+    counts = {min(clusters, cdiv(units, n)) for n in (1, 2)}
     return counts | {n for n in (min(slack, units), units - slack) if 0 < n <= clusters}
 
 
 def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
     """Into how many slices S is cut where tiles sum it; 0 where tiles are too short for that or sums take too long."""
-    if _cdiv(p.depth, 64) <= 2 * (2 * _stages(block_n) + 2) + 2 or p.r > MAX_RANK_IN_TILES:
+    if cdiv(p.depth, 64) <= 2 * (2 * _stages(block_n) + 2) + 2 or p.r > MAX_RANK_IN_TILES:
         return 0
     columns = _columns_in_a_turn(p, block_n, _GROUP, clusters)
     return 4 if columns >= 4 else 2 if columns >= 2 else 0
@@ -253,7 +253,7 @@ def _stages(block_n: int) -> int:
 
 def _columns_in_a_turn(p: Problem, block_n: int, group: int, clusters: int) -> int:
     """Of the tiles that are computed within a turn of all clusters, as csrc/shares.h's Tiles has it."""
-    return min(_cdiv(p.out, block_n), 1 + (clusters - 1) // min(group, _cdiv(p.M, _PAIR_M)))
+    return min(cdiv(p.out, block_n), 1 + (clusters - 1) // min(group, cdiv(p.M, _PAIR_M)))
 
 
 def _unit_pairs(config: CudaConfig) -> int:
@@ -263,7 +263,7 @@ def _unit_pairs(config: CudaConfig) -> int:
 
 def count_units(p: Problem, config: CudaConfig) -> int:
     """Of S or T in all."""
-    return _cdiv(_cdiv(p.M, _PAIR_M), _unit_pairs(config))
+    return cdiv(cdiv(p.M, _PAIR_M), _unit_pairs(config))
 
 
 class Share(NamedTuple):
@@ -278,10 +278,10 @@ class Share(NamedTuple):
 def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> list[tuple[range, Share]]:
     """Of all places, as csrc/shares.h has it: runs of places that take as much. Slices of S are not looked at."""
     clusters, units_by, first_job = config.clusters, config.shrink_clusters, config.first_job
-    all_tiles = _cdiv(p.M, _PAIR_M) * _cdiv(p.out, config.block_n) if tiles else 0
+    all_tiles = cdiv(p.M, _PAIR_M) * cdiv(p.out, config.block_n) if tiles else 0
     all_units = count_units(p, config)
-    db_jobs = 0 if forward or config.db_with_t else config.parts * _cdiv(p.depth, 256)
-    jobs = db_jobs if forward else db_jobs + config.parts * _cdiv(p.out, 256)
+    db_jobs = 0 if forward or config.db_with_t else config.parts * cdiv(p.depth, 256)
+    jobs = db_jobs if forward else db_jobs + config.parts * cdiv(p.out, 256)
     # Who takes one less of something than the place before, or, of tiles, one more.
     firsts = {0, clusters, clusters - all_tiles % clusters, first_job, (first_job + db_jobs) % clusters}
     firsts.add((first_job + jobs) % clusters)
@@ -304,16 +304,16 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     Known are the times of a tile and of a unit of S or T, for each 64 columns of depth, of a tile's further 64 ranks,
     of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added, which tiles after it hide.
     """
-    clusters, pairs_m, tiles_n = config.clusters, _cdiv(p.M, _PAIR_M), _cdiv(p.out, config.block_n)
-    wide, steps, parts = config.block_n == 256, _cdiv(p.depth, 64), config.parts
+    clusters, pairs_m, tiles_n = config.clusters, cdiv(p.M, _PAIR_M), cdiv(p.out, config.block_n)
+    wide, steps, parts = config.block_n == 256, cdiv(p.depth, 64), config.parts
     times = (0.26, 0.6, 0.6) if p.r <= 64 else (0.49, 1.05, 6.0) if p.r <= 128 else (0.69, 1.75, 12.0)
     unit_step_us, b_us, part_us = times
     if config.db_with_t:
         unit_step_us = 0.58
-    tile_us = (2.3 + 0.66 * steps if wide else 1.5 + 0.364 * steps) + 1.8 * (_cdiv(p.r, 64) - 1)
+    tile_us = (2.3 + 0.66 * steps if wide else 1.5 + 0.364 * steps) + 1.8 * (cdiv(p.r, 64) - 1)
     unit_us = 3 + steps * unit_step_us
     rows = job_rows(config.block_n, p.r)
-    job_us = b_us * _cdiv(_cdiv(p.M, parts), rows) * rows / 128
+    job_us = b_us * cdiv(cdiv(p.M, parts), rows) * rows / 128
     db_us, da_us = 0.5 + job_us, 0.5 + job_us * (2 if p.dropout else 1)
     # No tile ends before its rows of S or T are there: how long the tiles of a turn have to wait, of the first two or
     # of that where the last rows begin.
@@ -322,7 +322,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     for turn in turns if tiles and config.shrink_clusters else ():
         last = min((turn + 1) * clusters, pairs_m * tiles_n) - 1
         pairs = min(pairs_m, (last // group_tiles + 1) * config.group)
-        units = _cdiv(_cdiv(pairs, unit_pairs), config.shrink_clusters)
+        units = cdiv(cdiv(pairs, unit_pairs), config.shrink_clusters)
         late = max(late, units * unit_us + 3 - (turn + 1) * tile_us)
     end = 0.0
     for _, (own_tiles, units, db, da) in shares(p, config, forward, tiles=tiles):
@@ -344,14 +344,10 @@ def decode_config(p: Problem) -> tuple[int, int, bool]:
     """
     enough = p.num_sms * 9 // 10
     rows, split = 128, 2
-    if _cdiv(p.out, rows) * split < enough or p.depth < 512:
+    if cdiv(p.out, rows) * split < enough or p.depth < 512:
         rows, split = 64, 1
-        while split < 4 and _cdiv(p.out, rows) * split < enough and p.depth >= 512 * split:
+        while split < 4 and cdiv(p.out, rows) * split < enough and p.depth >= 512 * split:
             split *= 2
     # A launch that takes long does not gain by beginning early, it competes with the one before.
     early = p.M <= 32 and p.out * p.depth <= 1 << 24
     return rows, split, early
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -152,16 +152,14 @@ def _of_both(forward: dict[str, str], backward: dict[str, str]) -> dict[str, str
 
 def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     """What is launched, and how forward and backward are configured."""
-    from .config import Problem
     from .cuda import num_sms
 
-    def config(direction: str, out: int, depth: int) -> str:
-        rest = (call.adapter_dtype != call.dtype, 90, num_sms(call.device), call.dropout != "")
-        problem = Problem(x.shape[0], out, depth, call.r, x.element_size(), *rest)
+    def config(direction: str) -> str:
+        problem = call.problem(x.shape[0], direction, 90, num_sms(call.device))
         chosen, why = tuning.choose(tuning.cuda_kernel(direction), problem, call.device, tuning.in_use())
         return f"({why}) {chosen}"
 
-    return "one launch", config("forward", call.N, call.K), config("backward", call.K, call.N)
+    return "one launch", config("forward"), config("backward")
 
 
 def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
@@ -186,14 +184,12 @@ def _layout_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
 def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     from fusedlora.kernels.launch import device_facts
 
-    from .config import DecodeConfig, Problem
+    from .config import DecodeConfig
     from .schedule import backward_schedule, forward_schedule
 
-    M, size, split = x.shape[0], x.element_size(), call.adapter_dtype != call.dtype
     facts = device_facts(call.device)
     launches = "one launch" if backends._one_launch(call.device) else "a launch for each phase"
-    rest = (call.r, size, split, *facts, call.dropout != "")
-    up, down = (Problem(M, *sides, *rest) for sides in ((call.N, call.K), (call.K, call.N)))
+    up, down = (call.problem(x.shape[0], direction, *facts) for direction in ("forward", "backward"))
     forward, why_forward = tuning.choose("forward", up, call.device, tuning.in_use())
     backward, why_backward = tuning.choose("backward", down, call.device, tuning.in_use())
     decodes = isinstance(forward, DecodeConfig)  # in one launch wherever it runs

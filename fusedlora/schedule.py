@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator
 
-from fusedlora.config import BackwardConfig, ForwardConfig, Problem, TileConfig
+from fusedlora.config import BackwardConfig, ForwardConfig, Problem, TileConfig, cdiv
 
 # Measured on an H100: a 128×256×4096 bf16 tile takes 44 µs; beside busy neighbours one SM streams about 65 KB/µs
 # through a shrink task of a small rank, 50 KB/µs of a rank above 32, 42 KB/µs where the task forms dB as well, and
@@ -62,23 +62,15 @@ class Schedule:
         return self.num_tasks, self.shared_blocks, self.side_programs, self.tile_programs
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def tile_us(p: Problem, c: TileConfig) -> float:
     """Time of one GEMM tile, with its rows of S where it computes them."""
     us = 2.0 * c.BLOCK_M * c.BLOCK_N * p.depth * (p.itemsize / 2) / FLOP_PER_US + STEP_US
-    return OWN_S * us if _in_tiles(c) else us
-
-
-def _in_tiles(c: TileConfig) -> bool:
-    return isinstance(c, ForwardConfig) and c.IN_TILES
+    return us if c.has_tasks else OWN_S * us
 
 
 def _blocks(p: Problem, c: TileConfig) -> int:
     """Row blocks of S or T that shrink tasks compute."""
-    return 0 if _in_tiles(c) else cdiv(p.M, c.SHRINK_M)
+    return cdiv(p.M, c.SHRINK_M) if c.has_tasks else 0
 
 
 def shrink_us(p: Problem, c: TileConfig, streaming: int = 1) -> float:

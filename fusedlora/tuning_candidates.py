@@ -16,6 +16,7 @@ from .config import (
     Problem,
     TileConfig,
     block_r,
+    cdiv,
     decode_rows,
     why_not_in_tiles,
 )
@@ -50,7 +51,7 @@ def shared_bytes(c: Config, p: Problem) -> int:
     if isinstance(c, DecodeConfig):
         return (c.num_stages - 1) * (c.BLOCK_N + decode_rows(p.M) + block_r(p.r)) * c.BLOCK_K * p.itemsize
     tile = c.num_stages * (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * p.itemsize
-    if isinstance(c, ForwardConfig) and c.IN_TILES:
+    if not c.has_tasks:
         return tile + c.num_stages * block_r(p.r) * c.BLOCK_K * p.itemsize
     shrink = c.SHRINK_STAGES * c.SHRINK_M * c.SHRINK_K * p.itemsize
     stripe = c.STRIPE_STAGES * c.STRIPE_M * c.STRIPE_N * p.itemsize if isinstance(c, BackwardConfig) else 0
@@ -72,7 +73,7 @@ def _may_run(c: AnyConfig, p: Problem) -> bool:
     skinny = max(c.SHRINK_M, c.STRIPE_N if isinstance(c, BackwardConfig) else 0) * block_r(p.r)
     if max(c.BLOCK_M * c.BLOCK_N, skinny) > MOST_A_THREAD * threads or c.BLOCK_M * c.BLOCK_N < 4 * threads:
         return False
-    if c.RANK_K > block_r(p.r) or (isinstance(c, ForwardConfig) and c.IN_TILES and why_not_in_tiles(p, c)):
+    if c.RANK_K > block_r(p.r) or (not c.has_tasks and why_not_in_tiles(p, c)):
         return False
     return fits
 
@@ -87,7 +88,7 @@ def _cuda(c: CudaConfig, p: Problem, step: str) -> Iterator[dict[str, Any]]:
     elif step == "order":
         yield from ({"group": group} for group in (2, 4, 8, 16))
     elif step == "shrink" and c.slices == 1 and not c.in_tiles:
-        counts = {min(c.clusters, -(-count_units(p, c) // each)) for each in range(1, 9)}
+        counts = {min(c.clusters, cdiv(count_units(p, c), each)) for each in range(1, 9)}
         yield from ({"shrink_clusters": n, "first_job": n % c.clusters if c.first_job else 0} for n in sorted(counts))
     elif step == "jobs":
         starts = {0, c.shrink_clusters % c.clusters}
@@ -98,7 +99,7 @@ def _cuda(c: CudaConfig, p: Problem, step: str) -> Iterator[dict[str, Any]]:
 def _decodes(c: DecodeConfig, p: Problem) -> Iterator[dict[str, Any]]:
     """Tiles that about fill the GPU, and enough of W on its way."""
     for n, k, split, warps in itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8)):
-        programs = -(-p.out // n) * split
+        programs = cdiv(p.out, n) * split
         deep = p.depth >= 2 * k * split or split == 1
         # Tensor cores truncate within a step: fp32 adapters keep steps as long as the heuristic's, or shorter.
         if not deep or (split > 1 and programs > 4 * p.num_sms) or (p.split and k > c.BLOCK_K) or 16 * n < 64 * warps:
@@ -130,8 +131,8 @@ def _orders(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
 def _shrinks(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
     if isinstance(c, ForwardConfig):
         yield {"IN_TILES": not c.IN_TILES}
-        if c.IN_TILES:
-            return  # there are no tasks
+    if not c.has_tasks:
+        return
     # Tensor cores truncate within a step: fp32 adapters keep steps as long as the heuristic's, or shorter.
     longest = c.SHRINK_K if p.split else 256
     for m, k, stages in itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (3, 4)):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fusedlora import tuning
-from fusedlora.config import BackwardConfig, Problem
+from fusedlora.config import BackwardConfig, Problem, cdiv
 from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import (
     CONVERTED,
@@ -41,7 +41,7 @@ from fusedlora.kernels.launch import (
     separate,
 )
 from fusedlora.memory import Workspace, device_memory, row_major, skinny_rows
-from fusedlora.schedule import SCHEDULED, backward_schedule, cdiv, takes_turns
+from fusedlora.schedule import SCHEDULED, backward_schedule, takes_turns
 
 
 @triton.jit

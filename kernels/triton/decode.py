@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlora.config import DecodeConfig, Problem, block_r, decode_rows
+from fusedlora.config import DecodeConfig, Problem, block_r, cdiv, decode_rows
 from fusedlora.kernels.common import (
     begin_early,
     dot_rank,
@@ -183,7 +183,7 @@ def decode_plan(
         "num_stages": config.num_stages,
         "launch_pdl": early,
     }
-    blocks = -(-p.out // config.BLOCK_N)
+    blocks = cdiv(p.out, config.BLOCK_N)
     programs = blocks * config.SPLIT
     parts = (torch.float32, programs * tile_rows * (config.BLOCK_N + wide)) if config.SPLIT > 1 else None
     return LaunchPlan(

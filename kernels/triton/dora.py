@@ -13,13 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlora.config import block_r
+from fusedlora.config import block_r, cdiv
 from fusedlora.kernels.backward import Dora, lora_backward
 from fusedlora.kernels.common import load_skinny, load_small
 from fusedlora.kernels.dora_gain import add_product, sum_of_parts
 from fusedlora.kernels.launch import PRECISION, Launcher, alignment, device_facts
 from fusedlora.memory import device_memory, row_major, skinny_rows
-from fusedlora.schedule import cdiv
 
 # Where |gain| is below this, u is computed again rather than taken as (y - bias) / gain: y's rounding, divided by a
 # small gain, would be large beside u where the bias is what y mostly holds, or where y has left its dtype's range.

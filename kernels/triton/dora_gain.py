@@ -13,11 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlora.config import block_r
+from fusedlora.config import block_r, cdiv
 from fusedlora.kernels.common import load_skinny, next_term
 from fusedlora.kernels.launch import PRECISION, Launcher, alignment, device_facts
 from fusedlora.memory import device_memory, skinny_rows
-from fusedlora.schedule import cdiv
 
 # Parts of a row of W, whose squares different programs sum.
 MAX_PARTS = 16

@@ -9,16 +9,16 @@ import pytest
 from fusedlora.config import (
     SHARED_MEMORY,
     BackwardConfig,
-    ForwardConfig,
     Problem,
     TileConfig,
     backward_config,
+    cdiv,
     check_config,
     decode_config,
     decode_rows,
     forward_config,
 )
-from fusedlora.schedule import MAX_PARTS, Schedule, backward_schedule, cdiv, forward_schedule
+from fusedlora.schedule import MAX_PARTS, Schedule, backward_schedule, forward_schedule
 
 PROBLEMS = [
     Problem(M, out, depth, r, itemsize, split, capability, num_sms)
@@ -33,8 +33,7 @@ PROBLEMS = [
 
 
 def check_schedule(p: Problem, config: TileConfig, s: Schedule) -> None:
-    in_tiles = isinstance(config, ForwardConfig) and config.IN_TILES
-    blocks = 0 if in_tiles else cdiv(p.M, config.SHRINK_M)
+    blocks = cdiv(p.M, config.SHRINK_M) if config.has_tasks else 0
     assert 1 <= s.num_programs <= p.num_sms, (p, s)
     assert 1 <= s.parts <= MAX_PARTS, (p, s)
     # Every row block is somebody's, and nobody is without one, which would count as finished what is not.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fusedlora.config import BackwardConfig, ForwardConfig, Problem, TileConfig, backward_config, forward_config
+from fusedlora.config import BackwardConfig, Problem, TileConfig, backward_config, cdiv, forward_config
 from fusedlora.schedule import (
     FIXED_WORDS,
     JOB_PERIODS,
@@ -20,7 +20,6 @@ from fusedlora.schedule import (
     _alternatives,
     _end_us,
     backward_schedule,
-    cdiv,
     forward_schedule,
     job_us,
     shrink_us,
@@ -65,8 +64,7 @@ class Launch:
         self.ticket = self.job = self.streaming = self.published = 0
         self.words: Counter[str] = Counter()
         self.finished: Counter[tuple[str, int]] = Counter()
-        self.in_tiles = isinstance(self.config, ForwardConfig) and self.config.IN_TILES
-        self.blocks = 0 if self.in_tiles else cdiv(self.p.M, self.config.SHRINK_M)
+        self.blocks = cdiv(self.p.M, self.config.SHRINK_M) if self.config.has_tasks else 0
         self.tiles_m, self.tiles_n = cdiv(self.p.M, self.config.BLOCK_M), cdiv(self.p.out, self.config.BLOCK_N)
         self.num_tiles = self.tiles_m * self.tiles_n if self.schedule.tile_programs else 0
         self.rows_a_word = max(self.config.BLOCK_M, self.config.SHRINK_M)
@@ -125,11 +123,11 @@ class Launch:
         place = task - s.num_tasks - s.side_programs
         tiles = range(place, self.num_tiles, s.tile_programs) if place < s.tile_programs else range(0)
         until_job = place % max(s.job_period, 1)
-        if tiles and self.in_tiles:
+        if tiles and not self.config.has_tasks:
             yield CONVERTED, conversions
         for tile in tiles:
             yield tile_us(self.p, self.config)
-            if not self.in_tiles:
+            if self.config.has_tasks:
                 yield self.progress_of(self.row(tile))
             self.finished["tile", tile] += 1
             until_job -= 1
@@ -274,7 +272,7 @@ def test_every_alternative_is_safe(shape) -> None:
 def gemm_us(launch: Launch) -> float:
     """Of a tile that computes no S."""
     config = launch.config
-    return tile_us(launch.p, dataclasses.replace(config, IN_TILES=False) if launch.in_tiles else config)
+    return tile_us(launch.p, config if config.has_tasks else dataclasses.replace(config, IN_TILES=False))
 
 
 # How long forward and backward take on 132 SMs, over the rounds that their tiles alone take. The backward's tiles of
