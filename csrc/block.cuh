@@ -16,16 +16,17 @@ struct Traits {
   static constexpr bool IN_TILES = KIND == Kind::SLICES_IN_TILES, DB_WITH_T = KIND == Kind::DB_WITH_T;
   // The dropout's mask is on x, where S is summed and in dA's jobs, and on what the rank-r step adds to dX.
   static constexpr bool MASK_ON_S = DROPOUT && !BACKWARD, MASK_ON_RANK_STEP = DROPOUT && BACKWARD;
-  // There may be more slices than one, as there are in tiles and, for few rows, under a mask on x, which takes long.
-  static constexpr bool CUT = IN_TILES || MASK_ON_S;
+  // There may be more slices than one, as there are in tiles and, for S under a mask or of terms, which takes long.
+  static constexpr bool CUT = IN_TILES || MASK_ON_S || (TERMS > 1 && !BACKWARD);
   static constexpr int UNIT_PAIRS = DB_WITH_T ? L::BOXES : 1;  // pairs of row blocks that a unit is of
   // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
-  static constexpr int EIGHTS = BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1) ? 2 : 1;
-  static constexpr int SIDE_REGISTERS = BLOCK_N == 128 ? 136 : EIGHTS == 2 ? 120 : BACKWARD ? 72 : 88;
+  static constexpr bool MASK_IN_TILES = IN_TILES && DROPOUT;
+  static constexpr int EIGHTS = !MASK_IN_TILES && (BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1)) ? 2 : 1;
+  static constexpr int SIDE_REGISTERS = EIGHTS == 2 ? (BLOCK_N == 128 ? 136 : 120) : BACKWARD ? 72 : 88;
   static constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
-  // Terms are added up box by box, and a mask on x is put on registers: neither goes beside a tile's sums. And dA's jobs
-  // would have to wait for a T that comes with the tiles.
-  static_assert(!IN_TILES || (L::SLICES_IN_TILES && TERMS == 1 && !DROPOUT && !BACKWARD));
+  // Terms are added up box by box, which does not go beside a tile's sums. And dA's jobs would have to wait for a T that
+  // comes with the tiles.
+  static_assert(!IN_TILES || (L::SLICES_IN_TILES && TERMS == 1 && !BACKWARD));
   static_assert(!DB_WITH_T || (L::DB_WITH_T && TERMS == 1 && BACKWARD));
 };
 

@@ -11,13 +11,22 @@ struct Consumer {
   using L = typename Kernel::L;
 
   const Block<Kernel>& block;
-  const int group, warp, lane, thread;  // warp and thread of the warpgroup's
+  int group, warp, lane, thread;  // warp and thread of the warpgroup's
   Ring<L::STAGES> ring = {};
   int left_before = 0;  // how often it has left sums for a side warp
   bool looked = false;  // with slices in tiles: whether all clusters have begun
 
   // Of 128 rows from `row` on, the upper one of the two that wgmma gives the thread.
   __device__ int own_row(int row) const { return row + 64 * group + 16 * warp + lane / 4; }
+
+  // Where the kernel has no registers left for it, nothing that follows from the thread's number is kept in them.
+  __device__ __forceinline__ void forget() {
+    if constexpr (Kernel::MASK_IN_TILES) {
+      int number;
+      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+      lane = number % 32, thread = number % 128;
+    }
+  }
 
   __device__ __forceinline__ void meet_group() const { meet(3 + group, 128); }
 
@@ -52,6 +61,17 @@ __device__ __forceinline__ void publish_rows(const Consumer<Kernel>& me, const f
   if (me.warp == 0 && me.lane == 0) publish_bit(c.words + PROGRESS + row / BLOCK_M, 1u << me.group);
 }
 
+// Of a box of the left operand in shared memory, a warp's 16 rows of columns 16 i and on, as far as the mask keeps them.
+template <typename T>
+__device__ __forceinline__ void load_kept(
+    uint32_t (&a)[4], const Mask& mask, uint32_t eight, uint32_t box, int warp, int lane, int i) {
+  uint32_t words[4];
+  mask.hash(words, eight);
+  load_matrices(a, box + (16 * warp + lane % 16) * 128 + (((2 * i + lane / 16) ^ (lane % 8)) * 16));
+#pragma unroll
+  for (int j = 0; j < 4; j++) a[j] = mask.keep<T>(a[j], words[j]);
+}
+
 // A slice of S or T for the row block from `row` on, left for side warps or, if there is but one, published.
 template <typename Kernel>
 __device__ __forceinline__ void sum_slice(Consumer<Kernel>& me, int row, int slice) {
@@ -60,16 +80,18 @@ __device__ __forceinline__ void sum_slice(Consumer<Kernel>& me, int row, int sli
   constexpr bool BACKWARD = Kernel::BACKWARD, MASKED = Kernel::MASK_ON_S;
   constexpr int R = L::R, SUMS = Kernel::SUMS, TERMS = Kernel::TERMS, STEPS = BLOCK_K / 16, SLOTS = TERMS > 1 ? L::BOXES : 1;
   // The mask is put on registers, which wgmma keeps until it is done: while it has one half of a box the other is made.
-  // For few ranks mma.sync, which does not keep them, is faster.
-  constexpr bool SYNC = MASKED && Kernel::RANKS < 4;
-  constexpr int PORTIONS = MASKED && !SYNC ? 2 : 1, PORTION_STEPS = STEPS / PORTIONS;
+  // For few ranks mma.sync, which does not keep them, is faster; but tiles, whose bits these would be, use wgmma.
+  constexpr bool SYNC = MASKED && Kernel::RANKS < 4 && !Kernel::IN_TILES;
+  constexpr int PORTIONS = MASKED && !SYNC ? 2 : 1, PORTION_STEPS = STEPS / PORTIONS, HELD = Kernel::MASK_IN_TILES ? 1 : PORTIONS;
   const Block<Kernel>& block = me.block;
   const Call<T>& c = block.c;
   const Mask mask = block.mask;
-  const int warp = me.warp, lane = me.lane, slices = block.slices;
+  const int warp = me.warp, slices = block.slices;
+  me.forget();
+  const int lane = me.lane;
   const uint32_t eight = Mask::eight(me.own_row(row), 2 * (lane % 4), c.depth);
   float acc[SLOTS][R / 2] = {}, total[8] = {};  // with terms a slot is of a box, and total of those before
-  [[maybe_unused]] uint32_t a[PORTIONS][PORTION_STEPS][4];
+  [[maybe_unused]] uint32_t held[HELD][PORTION_STEPS][4];
   const auto release = [&](int stage) {
     if (MASKED) me.meet_group();  // other warps' loads
     me.release(stage);
@@ -90,16 +112,13 @@ __device__ __forceinline__ void sum_slice(Consumer<Kernel>& me, int row, int sli
       const int slot = box % SLOTS;
 #pragma unroll
       for (int q = 0; q < PORTIONS; q++) {
+        [[maybe_unused]] auto& a = held[q % HELD];
         if constexpr (MASKED) {
-          if (!SYNC) wgmma_wait<1>();  // that of this half of the box before
+          if (!SYNC) wgmma_wait<HELD - 1>();  // that of this half of the box before
 #pragma unroll
           for (int n = 0; n < PORTION_STEPS; n++) {
             const int i = q * PORTION_STEPS + n;
-            uint32_t words[4];
-            mask.hash(words, eight + (k + box * BLOCK_K) / 4 + 4 * i);
-            load_matrices(a[q][n], left + (16 * warp + lane % 16) * 128 + (((2 * i + lane / 16) ^ (lane % 8)) * 16));
-#pragma unroll
-            for (int j = 0; j < 4; j++) a[q][n][j] = mask.keep<T>(a[q][n][j], words[j]);
+            load_kept<T>(a[n], mask, eight + (k + box * BLOCK_K) / 4 + 4 * i, left, warp, lane, i);
           }
         }
         if constexpr (SYNC) {
@@ -110,7 +129,7 @@ __device__ __forceinline__ void sum_slice(Consumer<Kernel>& me, int row, int sli
               uint32_t b[4];
               load_matrices(b, right + (n + lane / 16 * 8 + lane % 8) * 128 + (((2 * i + lane / 8 % 2) ^ (lane % 8)) * 16));
               for (int h = 0; h < 2; h++) {
-                Type<T>::mma(*reinterpret_cast<float(*)[4]>(acc[0] + n / 2 + 4 * h), a[0][i], b[2 * h], b[2 * h + 1]);
+                Type<T>::mma(*reinterpret_cast<float(*)[4]>(acc[0] + n / 2 + 4 * h), a[i], b[2 * h], b[2 * h + 1]);
               }
             }
           }
@@ -121,7 +140,7 @@ __device__ __forceinline__ void sum_slice(Consumer<Kernel>& me, int row, int sli
             const int i = q * PORTION_STEPS + n, accumulate = TERMS == 1 || i > 0;
             const uint64_t b = BACKWARD ? ranks_descriptor<R, BLOCK_K>(right, i) : matrix_descriptor(right, 32 * i, 16);
             if constexpr (MASKED) {
-              RegisterWgmma<T, R>::run(acc[slot], a[q][n], b, accumulate);
+              RegisterWgmma<T, R>::run(acc[slot], a[n], b, accumulate);
             } else {
               Wgmma<T, R, 0, BACKWARD>::run(acc[slot], matrix_descriptor(left, 32 * i, 16), b, accumulate);
             }

@@ -5,10 +5,11 @@
 namespace fusedlora {
 
 // One stage, BLOCK_K columns of depth, is multiplied. `k` is the tile's steps so far, `before` the stage of the last one.
-// beside(i, a) is another product of a, the left operand's next 16 columns.
-template <typename Kernel, typename Beside>
+// beside(i, a) is another product of a, the left operand's next 16 columns; then(box), once all of the step before is done,
+// more of them with that operand, whose box is here.
+template <typename Kernel, typename Beside, typename Then>
 __device__ __forceinline__ void multiply(
-    Consumer<Kernel>& me, float (&acc)[Kernel::ACCS], int k, int& before, Beside beside) {
+    Consumer<Kernel>& me, float (&acc)[Kernel::ACCS], int k, int& before, Beside beside, Then then) {
   using T = typename Kernel::T;
   using L = typename Kernel::L;
   constexpr int BLOCK_N = Kernel::BLOCK_N;
@@ -28,6 +29,7 @@ __device__ __forceinline__ void multiply(
   }
   wgmma_commit();
   wgmma_wait<1>();
+  then(left);
   if (k > 0) me.release(before);
   before = me.ring.stage;
   me.ring.advance();
@@ -35,7 +37,7 @@ __device__ __forceinline__ void multiply(
 
 template <typename Kernel>
 __device__ __forceinline__ void multiply(Consumer<Kernel>& me, float (&acc)[Kernel::ACCS], int k, int& before) {
-  multiply(me, acc, k, before, [](int, uint64_t) {});
+  multiply(me, acc, k, before, [](int, uint64_t) {}, [](uint32_t) {});
 }
 
 // Where slices are in tiles, a tile's first LEAD steps. After those of its first one a cluster knows whether all others have
@@ -78,11 +80,39 @@ __device__ __forceinline__ int multiply_with_slice(
   if (slice < 0) return k;
   const int begin = block.slice_begins(slice), end = block.slice_ends(slice);
   for (; k < begin; k++) multiply(me, acc, k, before);
-  for (; k < end; k++) {
-    const uint32_t skinny = block.out + me.ring.stage * L::SKINNY;
-    multiply(me, acc, k, before, [&](int i, uint64_t a) {
-      Wgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny, 32 * i, 16), k > begin || i > 0);
-    });
+  if constexpr (Kernel::DROPOUT) {
+    // Registers under the mask are wgmma's until it is done, which the next step waits for as it does for its own.
+    const Mask mask = block.mask;
+    const int begins = slice_begin(block.c.depth, slice, block.slices) * BLOCK_K;
+    uint32_t eight = Mask::eight(me.own_row(row), begins + 2 * (me.lane % 4), block.c.depth);
+    uint32_t a[BLOCK_K / 16][4];
+#pragma unroll 1
+    for (; k < end; k++) {
+      const uint32_t skinny = block.out + me.ring.stage * L::SKINNY;
+      multiply(me, acc, k, before, [](int, uint64_t) {}, [&](uint32_t left) {
+        me.meet_group();  // all have loaded what they want of the stage before
+        me.forget();
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 16; i++) {
+          load_kept<T>(a[i], mask, eight, left, me.warp, me.lane, i);
+          eight += 4;
+          asm volatile("" : "+r"(eight), "+r"(a[i][3]));  // one after the other, for want of registers
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 16; i++) {
+          RegisterWgmma<T, L::R>::run(sums, a[i], matrix_descriptor(skinny, 32 * i, 16), k > begin || i > 0);
+        }
+        wgmma_commit();
+      });
+    }
+  } else {
+    for (; k < end; k++) {
+      const uint32_t skinny = block.out + me.ring.stage * L::SKINNY;
+      multiply(me, acc, k, before, [&](int i, uint64_t a) {
+        Wgmma<T, L::R, 0, 0>::run(sums, a, matrix_descriptor(skinny, 32 * i, 16), k > begin || i > 0);
+      }, [](uint32_t) {});
+    }
   }
   wgmma_wait<0>();
   settle(sums);
@@ -226,6 +256,7 @@ template <typename Kernel>
 __device__ __forceinline__ void compute_tile(Consumer<Kernel>& me, int n) {
   constexpr int ACCS = Kernel::ACCS;
   const Block<Kernel>& block = me.block;
+  me.forget();
   int pair_m, tile_n;
   block.coordinates(n, pair_m, tile_n);
   const int row = block.row(pair_m), col = tile_n * Kernel::BLOCK_N;
@@ -255,6 +286,7 @@ __device__ __forceinline__ void compute_tile(Consumer<Kernel>& me, int n) {
   } else {
     add_rank_steps(me, acc, before);
   }
+  me.forget();
   if constexpr (!Kernel::BACKWARD) put_gain_and_bias(me, acc, col);
 #pragma unroll
   for (int i = 0; i < Kernel::BLOCK_N / 64; i++) {

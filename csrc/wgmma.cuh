@@ -71,6 +71,8 @@ struct RegisterWgmma<TYPE, N> {                                                 
   FUSEDLORA_WGMMA(TYPE, NAME, 64, 32, "%32", "%33", "%34", "%35", "%36")                                               \
   FUSEDLORA_WGMMA(TYPE, NAME, 128, 64, "%64", "%65", "%66", "%67", "%68")                                              \
   FUSEDLORA_WGMMA(TYPE, NAME, 256, 128, "%128", "%129", "%130", "%131", "%132")                                        \
+  FUSEDLORA_WGMMA_REGISTERS(TYPE, NAME, 16, 8, "%8, %9, %10, %11", "%12", "%13")                                       \
+  FUSEDLORA_WGMMA_REGISTERS(TYPE, NAME, 32, 16, "%16, %17, %18, %19", "%20", "%21")                                    \
   FUSEDLORA_WGMMA_REGISTERS(TYPE, NAME, 64, 32, "%32, %33, %34, %35", "%36", "%37")                                    \
   FUSEDLORA_WGMMA_REGISTERS(TYPE, NAME, 128, 64, "%64, %65, %66, %67", "%68", "%69")                                   \
   FUSEDLORA_WGMMA_REGISTERS(TYPE, NAME, 256, 128, "%128, %129, %130, %131", "%132", "%133")

@@ -171,7 +171,7 @@ def _plan(
         if forward or (pointers["dx"] and pointers["da"] and pointers["db"]):
             config, _ = tuning.choose(tuning.cuda_kernel(direction), problem, device, tuned)
         else:
-            config = cuda_config(problem, forward, tiles=pointers["dx"] > 0, precise=precise)
+            config = cuda_config(problem, forward, tiles=pointers["dx"] > 0)
     settings = {
         "is_bf16": dtype is torch.bfloat16,
         "param_is_float": param_dtype is torch.float32,

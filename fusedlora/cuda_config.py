@@ -92,7 +92,7 @@ def suits(p: Problem, c: CudaConfig) -> bool:
         return False
     if not c.in_tiles:
         return True
-    if p.r > MAX_RANK_IN_TILES or p.split or p.dropout:
+    if p.r > MAX_RANK_IN_TILES or p.split:
         return False
     stages, steps, wide_steps = _stages(c.block_n), cdiv(p.depth, 64), cdiv(p.depth, 128)
     half = wide_steps * (c.slices // 2) // c.slices * 2
@@ -167,24 +167,24 @@ def prefers_cuda(
     return any(calls.hold(rows, N, K, r, dropout, converts, precise) for calls in FASTER[direction])
 
 
-def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, precise: bool = False) -> CudaConfig:
+def cuda_config(p: Problem, forward: bool, *, tiles: bool = True) -> CudaConfig:
     """The configuration of one direction; without `tiles`, of a backward that asks for no dX.
 
     One for all M of as many pairs of row blocks, since it takes some milliseconds to find.
     """
     if p.M > DECODE_UP_TO:
         p = dataclasses.replace(p, M=cdiv(p.M, _PAIR_M) * _PAIR_M)
-    return _cuda_config(p, forward, tiles, precise)
+    return _cuda_config(p, forward, tiles)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaConfig:
+def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
     programs = p.num_sms // _CLUSTER * _CLUSTER
     clusters = programs // _CLUSTER
     pairs_m = cdiv(p.M, _PAIR_M)
     wide_tiles = pairs_m * cdiv(p.out, 256)
     block_n = 256 if wide_tiles >= clusters or p.r > MAX_RANK_NARROW else 128  # unless times say otherwise
-    few = forward and not p.dropout and not precise and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK
+    few = forward and not p.dropout and not p.split and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK
     decodes = decode_config(p) if few else ()
 
     def config(block_n: int, shrink_clusters: int, slices: int = 1, in_tiles: bool = False) -> CudaConfig:
@@ -195,16 +195,9 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
         return -(pairs_m * cdiv(p.out, block_n)) % clusters if tiles else 0
 
     # Narrow outputs would wait for S, which takes as long as for wide ones, a quarter of the time of 1024 columns.
-    if forward and not p.dropout and not precise and p.out <= 2048:
+    if forward and not p.split and p.out <= 2048:
         if slices := _in_tile_slices(p, clusters, block_n):
             return config(block_n, 0, slices, True)
-    # These shrink, unless that makes them late.
-    idle = slack(block_n)
-    shrink_clusters = min(clusters if idle == 0 or cdiv(pairs_m, idle) > 3 else idle, pairs_m)
-    if forward and p.dropout and not precise and pairs_m <= 4:
-        # The mask takes so long that few clusters would keep all waiting.
-        slices = max(1, min(16, clusters // pairs_m, cdiv(p.depth, 128)))
-        return config(block_n, pairs_m * slices, slices)
 
     def cost(config: CudaConfig) -> float:
         # That jobs begin beside those who shrink is worth it only for more than the model's error.
@@ -222,10 +215,19 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool, precise: bool) -> CudaC
             key=cost,
         )
 
-    if not tiles or precise or (forward and p.dropout):
-        return best(config(block_n, shrink_clusters), {shrink_clusters})
     # Narrow tiles take more than half as long, but fill the last turn of few better.
     widths = (256,) if p.r > MAX_RANK_NARROW or wide_tiles >= 4 * clusters else (256, 128)
+    if forward and (p.dropout or p.split):
+        # A mask and terms take so long that few clusters would keep all waiting.
+        runs = [n for n in (1, 2, 4, 8, 16) if n <= cdiv(p.depth, 128)]
+        all_take = [config(width, min(clusters, pairs_m * n), n) for width in widths for n in runs]
+        few_take = [config(width, min(pairs_m, slack(width))) for width in widths if slack(width)]
+        return min(few_take + all_take, key=cost)
+    if not tiles or p.split:
+        # These shrink, unless that makes them late.
+        idle = slack(block_n)
+        shrink_clusters = min(clusters if idle == 0 or cdiv(pairs_m, idle) > 3 else idle, pairs_m)
+        return best(config(block_n, shrink_clusters), {shrink_clusters})
     several = [best(config(n, 1), _counts(pairs_m, slack(n), clusters)) for n in widths]
     if not forward and p.r in RANKS_DB_WITH_T and p.depth >= DEPTH_DB_WITH_T:
         with_t = dataclasses.replace(config(256, 1), db_with_t=True)
@@ -276,10 +278,10 @@ class Share(NamedTuple):
 
 
 def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> list[tuple[range, Share]]:
-    """Of all places, as csrc/shares.h has it: runs of places that take as much. Slices of S are not looked at."""
+    """Of all places, as csrc/shares.h has it: runs of places that take as much."""
     clusters, units_by, first_job = config.clusters, config.shrink_clusters, config.first_job
     all_tiles = cdiv(p.M, _PAIR_M) * cdiv(p.out, config.block_n) if tiles else 0
-    all_units = count_units(p, config)
+    all_units = count_units(p, config) * config.slices
     db_jobs = 0 if forward or config.db_with_t else config.parts * cdiv(p.depth, 256)
     jobs = db_jobs if forward else db_jobs + config.parts * cdiv(p.out, 256)
     # Who takes one less of something than the place before, or, of tiles, one more.
@@ -311,7 +313,13 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     if config.db_with_t:
         unit_step_us = 0.58
     tile_us = (2.3 + 0.66 * steps if wide else 1.5 + 0.364 * steps) + 1.8 * (cdiv(p.r, 64) - 1)
-    unit_us = 3 + steps * unit_step_us
+    published_us, seen_by_all_us = 3.0, 0.0
+    if forward and (p.dropout or p.split):
+        # Units of S compete with tiles for longer: here the times are those of a hot GPU.
+        unit_step_us, published_us = 0.36 if p.r <= 32 else max(0.58, unit_step_us), 5.0
+        tile_us *= 1.12 if pairs_m * tiles_n > clusters else 1
+        seen_by_all_us = (3.0 if p.split else 1.0) if config.slices > 1 else 0.0
+    unit_us = 3 + cdiv(steps, config.slices) * unit_step_us
     rows = job_rows(config.block_n, p.r)
     job_us = b_us * cdiv(cdiv(p.M, parts), rows) * rows / 128
     db_us, da_us = 0.5 + job_us, 0.5 + job_us * (2 if p.dropout else 1)
@@ -322,14 +330,14 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     for turn in turns if tiles and config.shrink_clusters else ():
         last = min((turn + 1) * clusters, pairs_m * tiles_n) - 1
         pairs = min(pairs_m, (last // group_tiles + 1) * config.group)
-        units = cdiv(cdiv(pairs, unit_pairs), config.shrink_clusters)
-        late = max(late, units * unit_us + 3 - (turn + 1) * tile_us)
+        units = cdiv(cdiv(pairs, unit_pairs) * config.slices, config.shrink_clusters)
+        late = max(late, units * unit_us + published_us - (turn + 1) * tile_us)
     end = 0.0
     for _, (own_tiles, units, db, da) in shares(p, config, forward, tiles=tiles):
         waits = late if own_tiles and not units else 0.0
         seen_us = 2.0 if parts > 1 and own_tiles == 1 and db + da else 0.0  # the adding, after its only tile
         end = max(end, own_tiles * tile_us + units * unit_us + db * db_us + da * da_us + waits + seen_us)
-    return end + (0.8 + part_us * (parts - 1) if parts > 1 or config.db_with_t else 0)
+    return end + seen_by_all_us + (0.8 + part_us * (parts - 1) if parts > 1 or config.db_with_t else 0)
 
 
 def job_rows(block_n: int, r: int) -> int:

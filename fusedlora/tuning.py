@@ -271,7 +271,7 @@ def heuristic(kernel: str, problem: Problem) -> AnyConfig:
     """The configuration of a kernel in KERNELS where nothing was measured."""
     direction = direction_of(kernel)
     if kernel == cuda_kernel(direction):
-        return cuda_config(problem, direction == "forward", precise=problem.split)
+        return cuda_config(problem, direction == "forward")
     if direction == "backward":
         return backward_config(problem)
     return decode_config(problem) or forward_config(problem)

@@ -169,13 +169,17 @@ def test_the_bits_do_not_depend_on_who_computes_what(case: Case, db_with_t: bool
             assert all(torch.equal(got[name], expected[name]) for name in expected), (programs, clusters)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.dropout_p and case.K >= 512], ids=str)
-def test_slices_of_a_masked_x(case: Case) -> None:
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if (case.dropout_p or case.precise) and case.K >= 512], ids=str
+)
+def test_slices_before_the_tiles(case: Case) -> None:
     """The bits of y and S depend on how S is cut, not on who sums a slice."""
     i = case.inputs()
     config = dataclasses.replace(WIDE, slices=4)
-    settings: dict[str, Any] = {"scaling": i.scaling, "seed": SEED, "dropout_p": i.dropout_p, "save_s": True}
+    settings: dict[str, Any] = {"scaling": i.scaling, "save_s": True}
     settings["adapter_dtype"] = FP32 if case.precise else case.dtype
+    if case.dropout_p:
+        settings |= {"seed": SEED, "dropout_p": i.dropout_p}
 
     def forward(config: CudaConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
         with poisoned_memory():
@@ -197,6 +201,10 @@ def test_slices_of_a_masked_x(case: Case) -> None:
         Case(700, 2304, 1536, 32),
         Case(520, 2304, 520, 32, fp32_adapters=True),
         Case(5000, 4096, 1024, 16),
+        Case(700, 2304, 1536, 16, dropout_p=0.1),
+        Case(1300, 4096, 1032, 5, FP16, bias=True, dropout_p=0.3),
+        Case(520, 2304, 520, 32, fp32_adapters=True, dropout_p=0.1),
+        Case(5000, 4096, 1024, 16, dropout_p=0.1),
     ],
     ids=str,
 )
@@ -208,10 +216,14 @@ def test_slices_in_tiles(case: Case, block_n: int, slices: int) -> None:
     config = dataclasses.replace(WIDE, block_n=block_n, group=2, shrink_clusters=0, slices=slices, in_tiles=True)
     tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
     settings: dict[str, Any] = {"scaling": i.scaling, "adapter_dtype": case.dtype, "save_s": True}
+    kept = i.x.double()
+    if case.dropout_p:
+        settings |= {"seed": SEED, "dropout_p": case.dropout_p}
+        kept = kept * i.mask / (1 - case.dropout_p)
     expected = cuda.lora_forward(*tensors, config=config, **settings)
     ratios = error_ratios({"y": expected[0]}, eager_answers(case, i), exact(i))
     assert ratios["y"] <= LUCK, ratios
-    exact_s = i.scaling * i.x.double() @ i.lora_A.double().t()
+    exact_s = i.scaling * kept @ i.lora_A.double().t()
     assert relative_error(expected[1], exact_s) <= torch.finfo(case.dtype).eps
     # With more blocks than there are SMs some have not begun when others want their slices.
     for programs in (132, 132, 64, 16, 320):

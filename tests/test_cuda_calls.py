@@ -354,10 +354,15 @@ def test_how_s_is_cut() -> None:
     """slices, whether they are in tiles, and how many clusters sum them otherwise."""
 
     def cut(
-        M: int, out: int, r: int = 16, drops: bool = False, depth: int = 4096, **kind: bool
+        M: int,
+        out: int,
+        r: int = 16,
+        drops: bool = False,
+        depth: int = 4096,
+        precise: bool = False,
+        forward: bool = True,
     ) -> tuple[int, bool, int]:
-        problem = Problem(M, out, depth, r, 2, False, 90, 132, drops)
-        config = cuda_config(problem, **({"forward": True} | kind))
+        config = cuda_config(Problem(M, out, depth, r, 2, precise, 90, 132, drops), forward)
         return config.slices, config.in_tiles, config.shrink_clusters
 
     assert cut(8192, 4096) == (1, False, 16), "512 tiles on 66 clusters: 16 have one less"
@@ -365,10 +370,12 @@ def test_how_s_is_cut() -> None:
     assert cut(8192, 512) == (4, True, 0) and cut(8192, 256) == (2, True, 0) and cut(8192, 128) == (1, False, 32)
     assert cut(512, 1024, r=33) == (1, False, 2) and cut(8192, 1024, r=64) == (1, False, 28), "sums that take long"
     assert cut(8192, 1024, depth=1024) == (1, False, 28), "too few steps"
-    assert cut(8192, 1024, drops=True) == cut(8192, 1024, precise=True) == (1, False, 32)
+    assert cut(8192, 1024, drops=True) == (4, True, 0)
+    assert cut(8192, 1024, drops=True, r=64) == cut(8192, 1024, precise=True) == (2, False, 64), "nearly all take some"
+    assert cut(8192, 4096, drops=True) == (1, False, 16) and cut(8192, 4096, drops=True, r=64) == (2, False, 64)
     assert cut(8192, 1024, forward=False) == (1, False, 28), "the four that have a tile less have two units"
     assert cut(512, 4096, drops=True) == (16, False, 32) and cut(1024, 4096, drops=True) == (16, False, 64)
-    assert cut(100, 4096, drops=True, depth=520) == (5, False, 5)
+    assert cut(100, 4096, drops=True, depth=520) == (4, False, 4)
     assert cut(512, 4096, r=128, drops=True) == (16, False, 32)
     assert cut(8192, 3584, r=128) == (1, False, 18), "a unit of S takes long: the 14 with a tile less have no three"
     assert cut(8192, 3584, r=64) == (1, False, 14)

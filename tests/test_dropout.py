@@ -307,6 +307,31 @@ class TestOnAGPU:
             assert all(torch.equal(a, b) for a, b in zip(captured, eager))
         assert len(set(seen)) == 3
 
+    def test_a_capture_draws_its_seeds_together(self) -> None:
+        x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        graphs, drawn = [torch.cuda.CUDAGraph() for _ in streams], []
+        for graph, stream in zip(graphs, streams):
+            with torch.cuda.graph(graph, stream=stream):
+                drawn.append([dropout.draw(x, self.p, "triton") for _ in range(dropout._BATCH + 3)])
+        assert len({seed.untyped_storage().data_ptr() for seeds in drawn for seed in seeds}) == 4
+        assert all(seed.data_ptr() % 16 == 0 and seed.shape == (1,) for seeds in drawn for seed in seeds)
+        seen = set()
+        for _ in range(3):
+            torch.manual_seed(1)
+            for graph in graphs:
+                graph.replay()
+            torch.cuda.synchronize()
+            values = tuple(torch.stack([torch.cat(seeds) for seeds in drawn]).flatten().tolist())
+            assert len(set(values)) == len(values) and all(2**62 <= seed < 2**63 for seed in values)
+            seen.add(values)
+        assert len(seen) == 1, "the same seeds after torch.manual_seed, others for each capture"
+        graphs[0].replay()
+        assert torch.cat(drawn[0]).tolist() != list(values[: len(drawn[0])])
+        assert dropout._captured
+        dropout.draw(x, self.p, "triton")
+        assert not dropout._captured, "nothing of a graph's memory is kept"
+
     def test_every_backend_uses_the_seeds_mask(self) -> None:
         i = make_inputs(130, 256, 128, 16, torch.bfloat16, device="cuda", dropout_p=0.0)
         call = {"scaling": 1.0, "dropout_p": self.p}

@@ -205,39 +205,48 @@ def occupied(free: int) -> Iterator[Callable[[], bool]]:
 
 # CUDA's blocks come in clusters of two, for which an SM alone is no place.
 @pytest.mark.parametrize(
-    "backend, free, N, r",
+    "backend, free, N, r, dropout_p",
     [
-        *(("triton", 1, 4096, 64), ("triton", 3, 4096, 64)),
-        *(("cuda", 20, 4096, 64), ("cuda", 20, 4096, 16), ("cuda", 20, 1024, 32)),
+        *(("triton", 1, 4096, 64, 0.0), ("triton", 3, 4096, 64, 0.0)),
+        *(("cuda", 20, 4096, 64, 0.0), ("cuda", 20, 4096, 16, 0.0), ("cuda", 20, 1024, 32, 0.0)),
+        *(("cuda", 20, 4096, 64, 0.1), ("cuda", 20, 1024, 16, 0.1)),
     ],
 )
-def test_two_launches_finish_on_the_few_sms_that_another_kernel_leaves(backend: str, free: int, N: int, r: int) -> None:
+def test_two_launches_finish_on_the_few_sms_that_another_kernel_leaves(
+    backend: str, free: int, N: int, r: int, dropout_p: float
+) -> None:
     """Their programs come a few at a time, and none may wait for one that has not begun."""
     problems = [make_inputs(8192, 4096, N, r, BF16, device="cuda", seed=n) for n in range(2)]
     capability, num_sms = device_facts(problems[0].x.device)
-    p = Problem(8192, N, 4096, r, 2, False, capability, num_sms)
+    p = Problem(8192, N, 4096, r, 2, False, capability, num_sms, dropout_p > 0)
     if backend == "cuda":
         if reason := cuda.missing():
             pytest.skip(reason)
         config = cuda_config(p, True)
         assert config.in_tiles == (N == 1024)
-        assert cuda_config(Problem(8192, 4096, N, r, 2, False, capability, num_sms), False).db_with_t == (r == 16)
+        down = dataclasses.replace(p, out=4096, depth=N)
+        assert cuda_config(down, False).db_with_t == (r == 16 and N == 4096)
         assert (config.programs if config.in_tiles else 2 * config.shrink_clusters) > free
     else:
         schedule = backward_schedule(p, backward_config(p), True, True, True)
         assert schedule.num_programs == num_sms and schedule.num_tasks + schedule.side_programs > free
     streams = [torch.cuda.Stream() for _ in problems]
     expected, events, got = [], [torch.cuda.Event() for _ in problems], []
-    for i, stream in zip(problems, streams):
+
+    def call(n: int) -> list[torch.Tensor]:
+        torch.manual_seed(n)  # which the mask comes from
+        return list(run(fusedlora.lora_linear, problems[n], backend=backend, dropout_p=dropout_p).values())
+
+    for n, stream in enumerate(streams):
         with torch.cuda.stream(stream):
             for _ in range(2):  # the second leaves memory for the next
-                first = list(run(fusedlora.lora_linear, i, backend=backend).values())
+                first = call(n)
             expected.append(first)
     torch.cuda.synchronize()
     with occupied(free) as still:
-        for i, stream, event in zip(problems, streams, events):
+        for n, (stream, event) in enumerate(zip(streams, events)):
             with torch.cuda.stream(stream):
-                got.append(list(run(fusedlora.lora_linear, i, backend=backend).values()))
+                got.append(call(n))
                 event.record()
         deadline = time.monotonic() + 20.0
         while not all(event.query() for event in events):
