@@ -194,10 +194,12 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
         """How many clusters have a tile less than the others."""
         return -(pairs_m * cdiv(p.out, block_n)) % clusters if tiles else 0
 
-    # Narrow outputs would wait for S, which takes as long as for wide ones, a quarter of the time of 1024 columns.
-    if forward and not p.split and p.out <= 2048:
-        if slices := _in_tile_slices(p, clusters, block_n):
-            return config(block_n, 0, slices, True)
+    # Narrow outputs would wait for S, which takes as long as for wide ones, a quarter of the time of 1024 columns. A
+    # mask takes too long beside narrow tiles.
+    width = 256 if p.dropout else block_n
+    if forward and not p.split and p.out <= 2048 and (not p.dropout or wide_tiles >= 0.9 * clusters):
+        if slices := _in_tile_slices(p, clusters, width):
+            return config(width, 0, slices, True)
 
     def cost(config: CudaConfig) -> float:
         # That jobs begin beside those who shrink is worth it only for more than the model's error.
