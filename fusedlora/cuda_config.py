@@ -187,19 +187,12 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
     few = forward and not p.dropout and not p.split and p.M <= DECODE_UP_TO and p.r <= MAX_DECODE_RANK
     decodes = decode_config(p) if few else ()
 
-    def config(block_n: int, shrink_clusters: int, slices: int = 1, in_tiles: bool = False) -> CudaConfig:
-        return CudaConfig(block_n, _GROUP, programs, shrink_clusters, 1, slices, in_tiles, False, 0, *decodes)
+    def config(block_n: int, shrink_clusters: int, slices: int = 1) -> CudaConfig:
+        return CudaConfig(block_n, _GROUP, programs, shrink_clusters, 1, slices, False, False, 0, *decodes)
 
     def slack(block_n: int) -> int:
         """How many clusters have a tile less than the others."""
         return -(pairs_m * cdiv(p.out, block_n)) % clusters if tiles else 0
-
-    # Narrow outputs would wait for S, which takes as long as for wide ones, a quarter of the time of 1024 columns. A
-    # mask takes too long beside narrow tiles.
-    width = 256 if p.dropout else block_n
-    if forward and not p.split and p.out <= 2048 and (not p.dropout or wide_tiles >= 0.9 * clusters):
-        if slices := _in_tile_slices(p, clusters, width):
-            return config(width, 0, slices, True)
 
     def cost(config: CudaConfig) -> float:
         # That jobs begin beside those who shrink is worth it only for more than the model's error.
@@ -219,21 +212,22 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
 
     # Narrow tiles take more than half as long, but fill the last turn of few better.
     widths = (256,) if p.r > MAX_RANK_NARROW or wide_tiles >= 4 * clusters else (256, 128)
+    several = _in_tiles(p, clusters) if forward and not p.split and not decodes else []
     if forward and (p.dropout or p.split):
         # A mask and terms take so long that few clusters would keep all waiting.
         runs = [n for n in (1, 2, 4, 8, 16) if n <= cdiv(p.depth, 128)]
-        all_take = [config(width, min(clusters, pairs_m * n), n) for width in widths for n in runs]
-        few_take = [config(width, min(pairs_m, slack(width))) for width in widths if slack(width)]
-        return min(few_take + all_take, key=cost)
-    if not tiles or p.split:
+        several += [config(n, min(pairs_m, slack(n))) for n in widths if slack(n)]
+        several += [config(n, min(clusters, pairs_m * slices), slices) for n in widths for slices in runs]
+    elif not tiles or p.split:
         # These shrink, unless that makes them late.
         idle = slack(block_n)
         shrink_clusters = min(clusters if idle == 0 or cdiv(pairs_m, idle) > 3 else idle, pairs_m)
-        return best(config(block_n, shrink_clusters), {shrink_clusters})
-    several = [best(config(n, 1), _counts(pairs_m, slack(n), clusters)) for n in widths]
-    if not forward and p.r in RANKS_DB_WITH_T and p.depth >= DEPTH_DB_WITH_T:
-        with_t = dataclasses.replace(config(256, 1), db_with_t=True)
-        several.append(best(with_t, _counts(count_units(p, with_t), slack(256), clusters)))
+        several.append(best(config(block_n, shrink_clusters), {shrink_clusters}))
+    else:
+        several += [best(config(n, 1), _counts(pairs_m, slack(n), clusters)) for n in widths]
+        if not forward and p.r in RANKS_DB_WITH_T and p.depth >= DEPTH_DB_WITH_T:
+            with_t = dataclasses.replace(config(256, 1), db_with_t=True)
+            several.append(best(with_t, _counts(count_units(p, with_t), slack(256), clusters)))
     return min(several, key=cost)
 
 
@@ -243,12 +237,25 @@ def _counts(units: int, slack: int, clusters: int) -> set[int]:
     return counts | {n for n in (min(slack, units), units - slack) if 0 < n <= clusters}
 
 
-def _in_tile_slices(p: Problem, clusters: int, block_n: int) -> int:
-    """Into how many slices S is cut where tiles sum it; 0 where tiles are too short for that or sums take too long."""
-    if cdiv(p.depth, 64) <= 2 * (2 * _stages(block_n) + 2) + 2 or p.r > MAX_RANK_IN_TILES:
-        return 0
-    columns = _columns_in_a_turn(p, block_n, _GROUP, clusters)
-    return 4 if columns >= 4 else 2 if columns >= 2 else 0
+def _in_tiles(p: Problem, clusters: int) -> list[CudaConfig]:
+    """Forwards whose tiles sum S: of narrow outputs, which would wait for S as long as wide ones, a quarter of the time
+    of 1024 columns.
+
+    As many pairs of rows are computed together as there are clusters for all of their columns, or some tiles would
+    wait for slices that come a turn later.
+    """
+    pairs_m, found = cdiv(p.M, _PAIR_M), []
+    for block_n in (256,) if p.dropout else (256, 128):  # a mask takes too long beside narrow tiles
+        columns = cdiv(p.out, block_n)
+        if p.out > 2048 or columns > clusters:
+            continue
+        group = clusters // columns
+        programs = _CLUSTER * (group * columns if group < pairs_m else clusters)
+        slices = 4 if columns >= 4 else 2
+        config = CudaConfig(block_n, min(group, pairs_m), programs, 0, 1, slices, True)
+        if suits(p, config):
+            found.append(config)
+    return found
 
 
 def _stages(block_n: int) -> int:
@@ -321,6 +328,12 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
         unit_step_us, published_us = 0.36 if p.r <= 32 else max(0.58, unit_step_us), 5.0
         tile_us *= 1.12 if pairs_m * tiles_n > clusters else 1
         seen_by_all_us = (3.0 if p.split else 1.0) if config.slices > 1 else 0.0
+    if config.in_tiles:
+        # A tile's second half is time enough for slices to be added where it takes this long; and a step of a slice
+        # under a mask takes longer.
+        added_us = (13 if p.r <= 16 else 18) + 3 * p.dropout
+        waits = max(0.0, added_us - tile_us / 2) + 0.15 * p.dropout * steps / config.slices
+        return cdiv(pairs_m * tiles_n, clusters) * (tile_us + waits) + 3
     unit_us = 3 + cdiv(steps, config.slices) * unit_step_us
     rows = job_rows(config.block_n, p.r)
     job_us = b_us * cdiv(cdiv(p.M, parts), rows) * rows / 128

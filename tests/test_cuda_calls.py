@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusedlora import backends, cuda, dropout
-from fusedlora.config import Problem
+from fusedlora.config import Problem, cdiv
 from fusedlora.cuda_config import (
     FASTER,
     MAX_RANK,
@@ -18,6 +18,7 @@ from fusedlora.cuda_config import (
     cuda_config,
     decode_config,
     prefers_cuda,
+    suits,
 )
 from fusedlora.testing import Inputs, make_inputs
 
@@ -366,11 +367,14 @@ def test_how_s_is_cut() -> None:
         return config.slices, config.in_tiles, config.shrink_clusters
 
     assert cut(8192, 4096) == (1, False, 16), "512 tiles on 66 clusters: 16 have one less"
-    assert cut(8192, 1024) == cut(512, 1024) == cut(8192, 1024, r=32) == (4, True, 0)
-    assert cut(8192, 512) == (4, True, 0) and cut(8192, 256) == (2, True, 0) and cut(8192, 128) == (1, False, 32)
-    assert cut(512, 1024, r=33) == (1, False, 2) and cut(8192, 1024, r=64) == (1, False, 28), "sums that take long"
-    assert cut(8192, 1024, depth=1024) == (1, False, 28), "too few steps"
-    assert cut(8192, 1024, drops=True) == (4, True, 0)
+    assert cut(8192, 1024) == cut(4096, 1024) == cut(2048, 1024) == cut(8192, 1024, r=32) == (4, True, 0)
+    assert cut(8192, 512) == (2, True, 0) and cut(8192, 256) == (2, True, 0) and cut(8192, 128) == (1, False, 32)
+    assert cut(512, 1024) == (1, False, 2), "50 of 66 clusters have no tile"
+    assert cut(8192, 1024, r=33) == cut(8192, 1024, r=64) == (1, False, 28), "sums that take long"
+    assert cut(8192, 1024, depth=1024) == cut(8192, 1024, r=32, depth=2048) == (1, False, 28), "too few steps"
+    assert cut(8192, 1280) == (1, False, 16) and cut(16384, 1280) == (4, True, 0), "2.4 turns of tiles, and 4.9"
+    assert cut(8192, 1024, drops=True) == cut(8192, 2048, drops=True) == (4, True, 0)
+    assert cut(2048, 1024, drops=True) == (8, False, 64), "a mask beside narrow tiles"
     assert cut(8192, 1024, drops=True, r=64) == cut(8192, 1024, precise=True) == (2, False, 64), "nearly all take some"
     assert cut(8192, 4096, drops=True) == (1, False, 16) and cut(8192, 4096, drops=True, r=64) == (2, False, 64)
     assert cut(8192, 1024, forward=False) == (1, False, 28), "the four that have a tile less have two units"
@@ -380,6 +384,22 @@ def test_how_s_is_cut() -> None:
     assert cut(8192, 3584, r=128) == (1, False, 18), "a unit of S takes long: the 14 with a tile less have no three"
     assert cut(8192, 3584, r=64) == (1, False, 14)
     assert cut(512, 4096, drops=True, forward=False) == (1, False, 2)
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+def test_tiles_that_sum_slices_of_the_same_rows_are_of_one_turn(drops: bool) -> None:
+    """Or a tile would wait for a slice that comes a turn later."""
+    found = 0
+    for M, out in itertools.product(range(256, 33000, 1024), range(256, 2049, 256)):
+        p = Problem(M, out, 4096, 16, 2, False, 90, 132, drops)
+        config = cuda_config(p, True)
+        if config.in_tiles:
+            columns, clusters = cdiv(out, config.block_n), config.programs // 2
+            found += 1
+            assert suits(p, config) and config.group <= cdiv(M, 256)
+            if cdiv(M, 256) * columns > clusters:
+                assert clusters == config.group * columns, "a turn is whole groups"
+    assert found > 50
 
 
 GOOD = backends.Call(True, torch.device("cuda", 0), BF16, BF16, BF16, 64, 128, 16, "seed", (128, 1, 0), "")
