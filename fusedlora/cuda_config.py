@@ -130,21 +130,22 @@ FASTER: dict[str, tuple[Calls, ...]] = {
         Calls(
             rows=(1, 64), N=(256, 28672), K=(512, 28672), r=(1, MAX_DECODE_RANK), dropout=(False,), converts=(False,)
         ),
-        Calls(rows=(512, 32768), N=(3072, 28672), K=(2048, 14336)),
-        Calls(rows=(2048, 32768), N=(256, 1024), K=(3584, 8192)),
-        Calls(rows=(16384, 32768), N=(256, 1024), K=(1536, 3583)),
+        Calls(rows=(512, 32768), N=(1280, 28672), K=(1536, 14336)),
+        Calls(rows=(1024, 32768), N=(3072, 28672), K=(768, 1535)),
+        Calls(rows=(4096, 32768), N=(768, 1279), K=(1536, 14336)),
+        Calls(rows=(4096, 32768), N=(768, 1279), K=(768, 1535), r=(1, 16)),
+        Calls(rows=(2048, 2048), N=(1024, 1279), K=(4096, 14336)),
+        Calls(rows=(2048, 2048), N=(768, 1023), K=(768, 4096)),
+        Calls(rows=(8192, 32768), N=(512, 767), K=(2048, 8192)),
         # where Triton's tiles can't compute S
-        Calls(rows=(2048, 8192), N=(256, 1024), K=(1536, 3583), r=(17, MAX_RANK)),
-        Calls(rows=(2048, 8192), N=(256, 1024), K=(1536, 3583), dropout=(True,)),
-        Calls(rows=(512, 1024), N=(1024, 1024), K=(4096, 8192), dropout=(True,)),
-        Calls(rows=(2048, 16384), N=(2048, 2048), K=(2048, 4096), dropout=(False,)),
-        Calls(rows=(8192, 16384), N=(2048, 2048), K=(4096, 4096)),
-        Calls(rows=(1024, 2048), N=(2048, 2048), K=(8192, 8192), dropout=(False,)),
+        Calls(rows=(2048, 32768), N=(256, 1279), K=(1536, 14336), r=(17, MAX_RANK)),
+        Calls(rows=(512, 32768), N=(256, 28672), K=(768, 14336), dropout=(True,)),
         Calls(rows=(256, 256), N=(4096, 14336), K=(4096, 4096), dropout=(False,), converts=(False,)),
         *_PRECISE,
     ),
     "backward": (
         Calls(rows=(512, 32768), N=(512, 8192), K=(2048, 14336)),
+        Calls(rows=(1024, 32768), N=(1536, 8192), K=(768, 2047)),
         # Beside the widest dy Triton's were faster in places.
         Calls(rows=(512, 1024), N=(8192, 28672), K=(4096, 8192)),
         Calls(rows=(8192, 16384), N=(8192, 14336), K=(4096, 8192)),

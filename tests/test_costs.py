@@ -56,7 +56,7 @@ def test_the_choice_is_near_the_best(hopper, built: bool, monkeypatch: pytest.Mo
         of_choice = call.us[chosen(call)]
         losses.append(of_choice / min(us for name, us in call.us.items() if built or name != "cuda"))
         over.append(of_choice / call.us["reference"])
-    assert statistics.mean(losses) < 1.03
+    assert statistics.mean(losses) < 1.025
     assert sum(ratio > 1.02 for ratio in over) <= 12, "of 390, as far as times can be told beforehand"
     assert max(over) < 1.35, ALL[over.index(max(over))]
 

@@ -506,11 +506,12 @@ def test_the_table_of_what_is_faster(monkeypatch) -> None:
 
 
 def test_narrow_forwards_are_csrcs_but_where_tritons_tiles_compute_s() -> None:
-    for K, rows, r, drops in itertools.product(
-        (1536, 3072, 3200, 3584, 8192), (2048, 8192, 32768), (16, 64), (False, True)
+    for N, K, rows, r, drops in itertools.product(
+        (256, 512, 1024), (1536, 3072, 4096, 8192), (1024, 2048, 4096, 8192, 32768), (16, 64), (False, True)
     ):
-        theirs = K < 3584 and rows <= 8192 and r == 16 and not drops
-        assert prefers_cuda("forward", rows, 1024, K, r, drops, False, False) is not theirs, (K, rows, r, drops)
+        few = rows < {256: 1 << 30, 512: 8192, 1024: 2048 if K > 3072 else 4096}[N] or (N == 512 and K < 2048)
+        theirs = not drops and (few if r == 16 else rows < 2048)
+        assert prefers_cuda("forward", rows, N, K, r, drops, False, False) is not theirs, (N, K, rows, r, drops)
 
 
 @pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
