@@ -21,12 +21,12 @@ struct Traits {
   static constexpr int UNIT_PAIRS = DB_WITH_T ? L::BOXES : 1;  // pairs of row blocks that a unit is of
   // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
   static constexpr bool MASK_IN_TILES = IN_TILES && DROPOUT;
-  static constexpr int EIGHTS = !MASK_IN_TILES && (BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1)) ? 2 : 1;
-  static constexpr int SIDE_REGISTERS = EIGHTS == 2 ? (BLOCK_N == 128 ? 136 : 120) : BACKWARD ? 72 : 88;
+  static constexpr int EIGHTS = BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1 && !MASK_IN_TILES) ? 2 : 1;
+  static constexpr int SIDE_REGISTERS = BLOCK_N == 128 ? 136 : EIGHTS == 2 ? 120 : BACKWARD ? 72 : 88;
   static constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
   // Terms are added up box by box, which does not go beside a tile's sums. And dA's jobs would have to wait for a T that
   // comes with the tiles.
-  static_assert(!IN_TILES || (L::SLICES_IN_TILES && TERMS == 1 && !BACKWARD));
+  static_assert(!IN_TILES || (L::SLICES_IN_TILES && TERMS == 1 && !BACKWARD && !(DROPOUT && BLOCK_N == 128)));
   static_assert(!DB_WITH_T || (L::DB_WITH_T && TERMS == 1 && BACKWARD));
 };
 

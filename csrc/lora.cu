@@ -262,7 +262,8 @@ int run(const Arguments& a, int64_t* sizes) {
     return 0;
   }
   const bool masked = a.has_seed != 0;
-  if (a.slices > 1 && !a.in_tiles && !masked && TERMS == 1) return fail("slices", -6);
+  // Slices are for what takes long; beside narrow tiles a mask takes too long.
+  if (a.in_tiles ? masked && BLOCK_N == 128 : a.slices > 1 && !masked && TERMS == 1) return fail("slices", -6);
   const void* left = BACKWARD ? a.dy : a.x;
   const int64_t left_pitch = BACKWARD ? a.dy_pitch : a.x_pitch;
   // Boxes that both blocks of a cluster want come half by half.
@@ -298,10 +299,10 @@ int run(const Arguments& a, int64_t* sizes) {
     }
   }
   if constexpr (L::SLICES_IN_TILES && !BACKWARD && TERMS == 1) {
-    if (a.in_tiles) {
-      return masked ? launch<T, BLOCK_N, RANKS, false, true, 1, Kind::SLICES_IN_TILES>(a, call)
-                    : launch<T, BLOCK_N, RANKS, false, false, 1, Kind::SLICES_IN_TILES>(a, call);
+    if constexpr (BLOCK_N == 256) {
+      if (a.in_tiles && masked) return launch<T, BLOCK_N, RANKS, false, true, 1, Kind::SLICES_IN_TILES>(a, call);
     }
+    if (a.in_tiles) return launch<T, BLOCK_N, RANKS, false, false, 1, Kind::SLICES_IN_TILES>(a, call);
   }
   if constexpr (L::DB_WITH_T && BACKWARD && TERMS == 1) {
     if (a.db_with_t) {

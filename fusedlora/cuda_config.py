@@ -92,7 +92,9 @@ def suits(p: Problem, c: CudaConfig) -> bool:
         return False
     if not c.in_tiles:
         return True
-    if p.r > MAX_RANK_IN_TILES or p.split:
+    if (
+        p.r > MAX_RANK_IN_TILES or p.split or (p.dropout and c.block_n == 128)
+    ):  # a mask takes too long beside narrow tiles
         return False
     stages, steps, wide_steps = _stages(c.block_n), cdiv(p.depth, 64), cdiv(p.depth, 128)
     half = wide_steps * (c.slices // 2) // c.slices * 2
@@ -246,7 +248,7 @@ def _in_tiles(p: Problem, clusters: int) -> list[CudaConfig]:
     wait for slices that come a turn later.
     """
     pairs_m, found = cdiv(p.M, _PAIR_M), []
-    for block_n in (256,) if p.dropout else (256, 128):  # a mask takes too long beside narrow tiles
+    for block_n in (256, 128):
         columns = cdiv(p.out, block_n)
         if p.out > 2048 or columns > clusters:
             continue

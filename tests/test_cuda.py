@@ -212,6 +212,8 @@ def test_slices_before_the_tiles(case: Case) -> None:
 def test_slices_in_tiles(case: Case, block_n: int, slices: int) -> None:
     if case.N <= block_n * (slices - 1):
         pytest.skip("no column for each slice")
+    if case.dropout_p and block_n == 128:
+        pytest.skip("a mask beside narrow tiles is not taken")
     i = case.inputs()
     config = dataclasses.replace(WIDE, block_n=block_n, group=2, shrink_clusters=0, slices=slices, in_tiles=True)
     tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
