@@ -17,7 +17,7 @@ struct Traits {
   // The dropout's mask is on x, where S is summed and in dA's jobs, and on what the rank-r step adds to dX.
   static constexpr bool MASK_ON_S = DROPOUT && !BACKWARD, MASK_ON_RANK_STEP = DROPOUT && BACKWARD;
   // There may be more slices than one, as there are in tiles and, for S under a mask or of terms, which takes long.
-  static constexpr bool CUT = IN_TILES || MASK_ON_S || (TERMS > 1 && !BACKWARD);
+  static constexpr bool CUT = IN_TILES || MASK_ON_S || KIND == Kind::SLICES_OF_TERMS;
   static constexpr int UNIT_PAIRS = DB_WITH_T ? L::BOXES : 1;  // pairs of row blocks that a unit is of
   // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
   static constexpr bool MASK_IN_TILES = IN_TILES && DROPOUT;

@@ -304,6 +304,9 @@ int run(const Arguments& a, int64_t* sizes) {
     }
     if (a.in_tiles) return launch<T, BLOCK_N, RANKS, false, false, 1, Kind::SLICES_IN_TILES>(a, call);
   }
+  if constexpr (!BACKWARD && TERMS > 1) {
+    if (a.slices > 1 && !masked) return launch<T, BLOCK_N, RANKS, false, false, TERMS, Kind::SLICES_OF_TERMS>(a, call);
+  }
   if constexpr (L::DB_WITH_T && BACKWARD && TERMS == 1) {
     if (a.db_with_t) {
       return masked ? launch<T, BLOCK_N, RANKS, true, true, 1, Kind::DB_WITH_T>(a, call)

@@ -18,11 +18,13 @@ from .schedule import backward_end_us, forward_end_us
 
 # Up to this rank Triton's kernels can be faster. For so few elements of W, and up to 2048 rows, launches decide, of
 # which kernels have one.
-MAX_RANK, SMALL = 64, 1 << 21
+MAX_RANK, SMALL = 64, 5 << 19
 FLOP_PER_US_SM, BYTES_PER_US = 743e6 / 132, 3.4e6  # of cuBLAS
 # Of a product with S, T, x or dy that only reads and writes; launches in a row.
 STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
-CUDA_FIXED_US, DECODE_FIXED_US = 8.0, 3.0
+DECODE_FIXED_US = 3.0
+# Forward and backward over what `end_us` expects, and what is added; the same above MAX_RANK, where power is the limit.
+CUDA_OVER, CUDA_FIXED_US, CUDA_WIDE_OVER, CUDA_WIDE_FIXED_US = {True: 1.07, False: 1.08}, 2.0, 1.05, 8.4
 TRITON_BYTES_PER_US, TRITON_FIXED_US = {True: 2.2e6, False: 1.9e6}, {True: 9.0, False: 5.0}
 # Of a forward whose tiles compute S: they wait for nobody. Those of 64 rows, one warpgroup's, take longer than by area.
 IN_TILES_FIXED_US, IN_TILES_64_ROWS = 3.0, 1.4
@@ -45,10 +47,11 @@ def cuda_us(p: Problem, forward: bool) -> float:
     config = cuda_config(p, forward)
     if forward and config.decode_rows:
         return 2 * p.out * p.depth / BYTES_PER_US + DECODE_FIXED_US
-    us = end_us(p, config, forward) + CUDA_FIXED_US
-    if p.r > 64:  # more products than power is there for, and A with its ranks side by side
-        us = 1.05 * us + (0 if forward else 10 if p.r <= 128 else 20)
-    return us
+    us = end_us(p, config, forward)
+    if p.r <= MAX_RANK:
+        return CUDA_OVER[forward] * us + CUDA_FIXED_US
+    a_ready = 0 if forward else 10 if p.r <= 128 else 20  # its ranks side by side
+    return CUDA_WIDE_OVER * us + CUDA_WIDE_FIXED_US + a_ready
 
 
 def triton_us(p: Problem, forward: bool) -> float:

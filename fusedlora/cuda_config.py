@@ -330,7 +330,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
         # Units of S compete with tiles for longer: here the times are those of a hot GPU.
         unit_step_us, published_us = 0.36 if p.r <= 32 else max(0.58, unit_step_us), 5.0
         tile_us *= 1.12 if pairs_m * tiles_n > clusters else 1
-        seen_by_all_us = (3.0 if p.split else 1.0) if config.slices > 1 else 0.0
+        seen_by_all_us = (3.0 if p.split else 1.5) if config.slices > 1 else 0.0
     if config.in_tiles:
         # A tile's second half is time enough for slices to be added where it takes this long; and a step of a slice
         # under a mask takes longer.

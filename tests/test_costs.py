@@ -56,14 +56,14 @@ def test_the_choice_is_near_the_best(hopper, built: bool, monkeypatch: pytest.Mo
         of_choice = call.us[chosen(call)]
         losses.append(of_choice / min(us for name, us in call.us.items() if built or name != "cuda"))
         over.append(of_choice / call.us["reference"])
-    assert statistics.mean(losses) < 1.025
+    assert statistics.mean(losses) < (1.017 if built else 1.03)
     assert sum(ratio > 1.02 for ratio in over) <= 12, "of 390, as far as times can be told beforehand"
-    assert max(over) < 1.35, ALL[over.index(max(over))]
+    assert max(over) < 1.3, ALL[over.index(max(over))]
 
 
 def test_times_are_about_right() -> None:
     """What is compared, where it is compared: ranks that the kernels may take."""
-    for kind, most in (("reference", 0.13), ("cuda", 0.16), ("triton", 0.16)):
+    for kind, most in (("reference", 0.11), ("cuda", 0.12), ("triton", 0.13)):
         errors = []
         for call in ALL:
             (M, N, K, r), us = call.shape, call.us.get(kind)

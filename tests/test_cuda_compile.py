@@ -38,7 +38,7 @@ def kernel_of(symbol: str) -> tuple[str, str, tuple[int, ...]]:
 
 
 def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
-    # block_n, ranks, backward, dropout, terms, kind: plain, slices in tiles, dB with T
+    # block_n, ranks, backward, dropout, terms, kind: plain, slices in tiles, dB with T, slices of terms
     tiles = [
         *itertools.product((128, 256), (1, 2, 4, 8), (0, 1), (0, 1), (1,), (0,)),
         *itertools.product((256,), (16,), (0, 1), (0, 1), (1,), (0,)),
@@ -46,7 +46,10 @@ def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
         *itertools.product((256,), (1, 2), (0,), (1,), (1,), (1,)),
         *itertools.product((256,), (1,), (1,), (0, 1), (1,), (2,)),
     ]
-    precise = itertools.product((128, 256), (4,), (0, 1), (0, 1), (3,), (0,))
+    precise = [
+        *itertools.product((128, 256), (4,), (0, 1), (0, 1), (3,), (0,)),
+        *itertools.product((128, 256), (4,), (0,), (0,), (3,), (3,)),
+    ]
     # 8 rows of x, 64 rows of W
     decode = itertools.product((1, 2, 4, 8), (1, 2))
     kernels = [("lora_kernel", *tiles), ("decode_kernel", *decode)]
