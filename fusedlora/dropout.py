@@ -88,8 +88,9 @@ def _seed_on_device(device: torch.device) -> Tensor:
         return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device=device)
     seed = next(_captured.get(capture, iter(())), None)
     if seed is None:
-        for other in [key for key in _captured if key[0] != capture[0]]:
-            _captured.pop(other, None)
+        for other in list(_captured):  # at once, as other threads may draw
+            if other[0] != capture[0]:
+                _captured.pop(other, None)
         # 16 bytes from each to the next, since kernels may be compiled for pointers aligned so
         seeds = torch.randint(2**62, 2**63 - 1, (_BATCH, 2), dtype=torch.int64, device=device)
         _captured[capture] = iter(seeds[:, :1].unbind())

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -229,6 +230,39 @@ def test_a_seed_for_every_seed_and_offset_of_the_generator() -> None:
             found |= {dropout._next_seed(device) for _ in range(500)}
         assert generator.offset == 2000
     assert len(found) == 2000 and all(2**62 <= seed < 2**63 for seed in found)
+
+
+def test_the_seeds_of_a_capture_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its first call on each stream; another capture draws its own, and keeps none of those before."""
+    state, draws, randint = {"capture": 1, "stream": 5}, [], torch.randint
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state["stream"]))
+    monkeypatch.setattr(dropout, "_capture", lambda stream: (state["capture"], stream) if state["capture"] else None)
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: draws.append(args[2]) or randint(*args, **kwargs))
+
+    def drawn(count: int) -> list[int]:
+        return [dropout._seed_on_device(CPU).item() for _ in range(count)]
+
+    first = drawn(dropout._BATCH)
+    assert draws == [(dropout._BATCH, 2)] and len(set(first)) == dropout._BATCH
+    drawn(1)
+    assert len(draws) == 2, "one more than were drawn"
+    state["stream"] = 6
+    drawn(1)
+    state["stream"] = 5
+    drawn(1)
+    assert len(draws) == 3 and set(dropout._captured) == {(1, 5), (1, 6)}
+    state["capture"] = 2
+    drawn(2)
+    assert len(draws) == 4 and set(dropout._captured) == {(2, 5)}
+    state["capture"] = 0
+    assert len(set(drawn(2))) == 2 and draws[4:] == [(1,), (1,)], "the stream's capture cannot be told"
+    dropout._captured.clear()
+
+
+def test_a_compiler_draws_each_seed() -> None:
+    """And finds nothing in its way to that which it could not trace."""
+    two = torch.compile(lambda: [dropout._seed_on_device(CPU) for _ in range(2)], fullgraph=True, backend="eager")()
+    assert two[0].shape == (1,) and not torch.equal(*two) and not dropout._captured
 
 
 @pytest.mark.gpu
