@@ -19,13 +19,13 @@ struct Traits {
   // There may be more slices than one, as there are in tiles and, for S under a mask or of terms, which takes long.
   static constexpr bool CUT = IN_TILES || MASK_ON_S || KIND == Kind::SLICES_OF_TERMS;
   static constexpr int UNIT_PAIRS = DB_WITH_T ? L::BOXES : 1;  // pairs of row blocks that a unit is of
-  // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
   static constexpr bool MASK_IN_TILES = IN_TILES && DROPOUT;
+  // Of 64512 for 128 and 256 threads: where consumers leave more, side warps load more together. ptxas must spill nothing.
   static constexpr int EIGHTS = BLOCK_N == 128 || (BACKWARD ? !DROPOUT : RANKS == 1 && !MASK_IN_TILES) ? 2 : 1;
   static constexpr int SIDE_REGISTERS = BLOCK_N == 128 ? 136 : EIGHTS == 2 ? 120 : BACKWARD ? 72 : 88;
   static constexpr int CONSUMER_REGISTERS = (64512 - 128 * SIDE_REGISTERS) / CONSUMERS / 8 * 8;
-  // Terms are added up box by box, which does not go beside a tile's sums. And dA's jobs would have to wait for a T that
-  // comes with the tiles.
+  // Terms are added up box by box, which does not go beside a tile's sums; a mask takes too long beside a narrow tile's.
+  // And dA's jobs would have to wait for a T that comes with the tiles.
   static_assert(!IN_TILES || (L::SLICES_IN_TILES && TERMS == 1 && !BACKWARD && !(DROPOUT && BLOCK_N == 128)));
   static_assert(!DB_WITH_T || (L::DB_WITH_T && TERMS == 1 && BACKWARD));
 };

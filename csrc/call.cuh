@@ -13,8 +13,8 @@ constexpr int CONSUMERS = 256, THREADS = 128 + CONSUMERS;
 enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
 
 // What a kernel does that others do not: in a forward's tiles it sums slices of S beside their own sums, with a backward's T
-// dB, or before a forward's tiles S of terms in slices. Kernels of their own, since forward and backward in turn find their
-// instructions cold, and few rows pay for each.
+// dB, or before a forward's tiles S of terms in slices (under a mask all may). Kernels of their own, since forward and
+// backward in turn find their instructions cold, and few rows pay for each.
 enum class Kind { PLAIN, SLICES_IN_TILES, DB_WITH_T, SLICES_OF_TERMS };
 
 // out [M, R] = scaling · left · skinnyᵀ; skinny is [R, depth] in the forward, in the backward B as it lies, [depth, R].

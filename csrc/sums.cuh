@@ -11,7 +11,8 @@ struct Consumer {
   using L = typename Kernel::L;
 
   const Block<Kernel>& block;
-  int group, warp, lane, thread;  // warp and thread of the warpgroup's
+  const int group, warp;
+  int lane, thread;  // warp and thread of the warpgroup's
   Ring<L::STAGES> ring = {};
   int left_before = 0;  // how often it has left sums for a side warp
   bool looked = false;  // with slices in tiles: whether all clusters have begun

@@ -91,10 +91,10 @@ def suits(p: Problem, c: CudaConfig) -> bool:
     if (c.block_n == 128 and p.r > MAX_RANK_NARROW) or (c.db_with_t and (p.r not in RANKS_DB_WITH_T or p.split)):
         return False
     if not c.in_tiles:
-        return True
-    if (
-        p.r > MAX_RANK_IN_TILES or p.split or (p.dropout and c.block_n == 128)
-    ):  # a mask takes too long beside narrow tiles
+        return c.slices == 1 or p.dropout or p.split
+    if p.r > MAX_RANK_IN_TILES or p.split or c.slices % 2:
+        return False
+    if p.dropout and c.block_n == 128:  # a mask takes too long beside narrow tiles
         return False
     stages, steps, wide_steps = _stages(c.block_n), cdiv(p.depth, 64), cdiv(p.depth, 128)
     half = wide_steps * (c.slices // 2) // c.slices * 2
@@ -120,7 +120,8 @@ class Calls(NamedTuple):
 
 
 # Where these kernels have been measured faster than Triton's on the whole (pytest bench/ --benchmark shows both), on an
-# H200; above r = 64 only calls with neither a mask nor a gain, and of all three gradients.
+# H200; above r = 64 only calls with neither a mask nor a gain, and of all three gradients, and under a mask few of r
+# above 16, where Triton's take much longer.
 _PRECISE = (
     Calls(rows=(2048, 16384), N=(4096, 14336), K=(4096, 14336), r=(1, MAX_RANK_PRECISE), precise=(True,)),
     Calls(rows=(512, 1024), N=(4096, 4096), K=(4096, 4096), r=(1, MAX_RANK_PRECISE), precise=(True,)),
@@ -215,7 +216,7 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
 
     # Narrow tiles take more than half as long, but fill the last turn of few better.
     widths = (256,) if p.r > MAX_RANK_NARROW or wide_tiles >= 4 * clusters else (256, 128)
-    several = _in_tiles(p, clusters) if forward and not p.split and not decodes else []
+    several = in_tiles(p, clusters) if forward and not p.split and not decodes else []
     if forward and (p.dropout or p.split):
         # A mask and terms take so long that few clusters would keep all waiting.
         runs = [n for n in (1, 2, 4, 8, 16) if n <= cdiv(p.depth, 128)]
@@ -240,7 +241,7 @@ def _counts(units: int, slack: int, clusters: int) -> set[int]:
     return counts | {n for n in (min(slack, units), units - slack) if 0 < n <= clusters}
 
 
-def _in_tiles(p: Problem, clusters: int) -> list[CudaConfig]:
+def in_tiles(p: Problem, clusters: int) -> list[CudaConfig]:
     """Forwards whose tiles sum S: of narrow outputs, which would wait for S as long as wide ones, a quarter of the time
     of 1024 columns.
 
@@ -316,7 +317,9 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     """Microseconds until the last cluster ends, roughly: as measured on an H200.
 
     Known are the times of a tile and of a unit of S or T, for each 64 columns of depth, of a tile's further 64 ranks,
-    of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added, which tiles after it hide.
+    of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added, which tiles after it hide. Where
+    tiles sum S, how long they wait for its slices. For a mask or fp32 terms these are of a hot GPU, at a lower clock,
+    and so not to be held against those without.
     """
     clusters, pairs_m, tiles_n = config.clusters, cdiv(p.M, _PAIR_M), cdiv(p.out, config.block_n)
     wide, steps, parts = config.block_n == 256, cdiv(p.depth, 64), config.parts
@@ -325,12 +328,12 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     if config.db_with_t:
         unit_step_us = 0.58
     tile_us = (2.3 + 0.66 * steps if wide else 1.5 + 0.364 * steps) + 1.8 * (cdiv(p.r, 64) - 1)
-    published_us, seen_by_all_us = 3.0, 0.0
+    published_us, sliced_us = 3.0, 0.0
     if forward and (p.dropout or p.split):
-        # Units of S compete with tiles for longer: here the times are those of a hot GPU.
-        unit_step_us, published_us = 0.36 if p.r <= 32 else max(0.58, unit_step_us), 5.0
+        few_ranks = p.r <= 32 and not (p.dropout and p.split)  # masked terms are as many columns as r = 64
+        unit_step_us, published_us = 0.36 if few_ranks else max(0.58, unit_step_us), 5.0
         tile_us *= 1.12 if pairs_m * tiles_n > clusters else 1
-        seen_by_all_us = (3.0 if p.split else 1.5) if config.slices > 1 else 0.0
+        sliced_us = (3.0 if p.split else 1.5) if config.slices > 1 else 0.0
     if config.in_tiles:
         # A tile's second half is time enough for slices to be added where it takes this long; and a step of a slice
         # under a mask takes longer.
@@ -355,7 +358,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
         waits = late if own_tiles and not units else 0.0
         seen_us = 2.0 if parts > 1 and own_tiles == 1 and db + da else 0.0  # the adding, after its only tile
         end = max(end, own_tiles * tile_us + units * unit_us + db * db_us + da * da_us + waits + seen_us)
-    return end + seen_by_all_us + (0.8 + part_us * (parts - 1) if parts > 1 or config.db_with_t else 0)
+    return end + sliced_us + (0.8 + part_us * (parts - 1) if parts > 1 or config.db_with_t else 0)
 
 
 def job_rows(block_n: int, r: int) -> int:

@@ -23,11 +23,6 @@ u, two of v, and four of either of them with a byte of h each, all of which are 
 elements do (χ² of 247 to 327 with 255 degrees of freedom, at p = 0.05, 0.1, 0.25 and 0.5).
 """
 
-import ctypes
-import functools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -37,8 +32,6 @@ C0, C1, C2, C3 = 0x9E3779B9, 0xBB67AE85, 0xD2511F53, 0xA54FF53B
 MAX_P = 0.96
 # Hashes that torch forms at a time, those of 16 rows at least: a few int64 tensors of this size are alive.
 _CHUNK = 1 << 21
-# Seeds drawn at a time inside a graph capture: a kernel for each call would take 3 µs of every replay.
-_BATCH = 256
 
 
 def threshold(dropout_p: float) -> int:
@@ -57,8 +50,7 @@ def draw(x: Tensor, dropout_p: float, backend: str) -> Tensor:
         if x.device.type != "cuda":
             return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
         if drawn_on_device(x):
-            return _seed_on_device(x.device)
-        _captured.clear()
+            return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
         return torch.tensor([_next_seed(x.device)], device="cpu")  # whatever the default device is
     shape = (x.numel() // x.shape[-1], x.shape[-1])
     if x.device.type == "cpu":  # half the time of bernoulli_ there, for a passing float32 of the mask's shape
@@ -74,47 +66,6 @@ def seeded(x: Tensor, dropout_p: float, backend: str) -> bool:
 def drawn_on_device(x: Tensor) -> bool:
     """Whether `draw` would draw a seed there."""
     return x.device.type == "cuda" and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
-
-
-# What is left of the seeds drawn for a capture, by its number and its stream. They keep a little memory of that graph's
-# pool until a call outside of captures, or another capture, draws.
-_captured: dict[tuple[int, int], Iterator[Tensor]] = {}
-
-
-def _seed_on_device(device: torch.device) -> Tensor:
-    """A seed that each replay draws anew. Those of one capture on one stream are drawn together by the first call."""
-    capture = None if torch.compiler.is_compiling() else _capture(torch.cuda.current_stream(device).cuda_stream)
-    if capture is None:
-        return torch.randint(2**62, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    seed = next(_captured.get(capture, iter(())), None)
-    if seed is None:
-        for other in list(_captured):  # at once, as other threads may draw
-            if other[0] != capture[0]:
-                _captured.pop(other, None)
-        # 16 bytes from each to the next, since kernels may be compiled for pointers aligned so
-        seeds = torch.randint(2**62, 2**63 - 1, (_BATCH, 2), dtype=torch.int64, device=device)
-        _captured[capture] = iter(seeds[:, :1].unbind())
-        seed = next(_captured[capture])
-    return seed
-
-
-@functools.cache
-def _capture_info() -> Any:
-    """The driver's function that tells of a stream's capture; None where there is none, as with ROCm."""
-    try:
-        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
-    except (OSError, AttributeError):
-        return None
-
-
-def _capture(stream: int) -> tuple[int, int] | None:
-    """The number of the capture that the stream is in, which no other one of this process has, and the stream."""
-    info = _capture_info()
-    if info is None:
-        return None
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    failed = info(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
-    return (number.value, stream) if not failed and status.value == 1 else None
 
 
 def _next_seed(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from .config import (
     decode_rows,
     why_not_in_tiles,
 )
-from .cuda_config import AnyConfig, CudaConfig, check_any_config, count_units, suits
+from .cuda_config import AnyConfig, CudaConfig, check_any_config, count_units, in_tiles, suits
 
 # Groups of fields that are varied together, each around the best of the groups before it.
 STEPS = {
@@ -83,9 +83,13 @@ def _cuda(c: CudaConfig, p: Problem, step: str) -> Iterator[dict[str, Any]]:
     if c.decode_rows:
         for rows, split, early in itertools.product((64, 128), (1, 2, 4, 8), (False, True)) if step == "tile" else ():
             yield {"decode_rows": rows, "decode_split": split, "decode_early": early}
+    elif step == "tile" and c.in_tiles:
+        for other in in_tiles(p, p.num_sms // 2):  # a width's groups are whole turns
+            if other.slices == c.slices:
+                yield {name: getattr(other, name) for name in ("block_n", "group", "programs")}
     elif step == "tile":
         yield from ({"block_n": n, "db_with_t": c.db_with_t and n == 256} for n in (128, 256))
-    elif step == "order":
+    elif step == "order" and not c.in_tiles:
         yield from ({"group": group} for group in (2, 4, 8, 16))
     elif step == "shrink" and c.slices == 1 and not c.in_tiles:
         counts = {min(c.clusters, cdiv(count_units(p, c), each)) for each in range(1, 9)}

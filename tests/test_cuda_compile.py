@@ -9,13 +9,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fusedlora import cuda, cuda_build
 from fusedlora.config import Problem
-from fusedlora.cuda_config import CudaConfig, suits
+from fusedlora.cuda_config import CudaConfig, cuda_config, suits
 from fusedlora.testing import make_inputs
 
 SEED = torch.tensor([1])
@@ -173,17 +174,32 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     for wrong in ({"slices": 7}, {"slices": 0}, {"slices": 2, "in_tiles": True}):  # six wide steps: too few for tiles
         with pytest.raises(RuntimeError, match=refusal):
             cuda.forward_plan(*tensors, save_s=True, config=dataclasses.replace(cut, **wrong), **drops)
+    launch: dict[str, Any] = {"scaling": 1.0, "adapter_dtype": torch.bfloat16, "save_s": True}
     with pytest.raises(RuntimeError, match=refusal):  # no mask, so no need
-        cuda.lora_forward(*tensors, scaling=1.0, adapter_dtype=torch.bfloat16, save_s=True, config=cut)
+        cuda.lora_forward(*tensors, config=cut, **launch)
+    deep = make_inputs(512, 2048, 1024, 16, torch.bfloat16)
+    beside_narrow = CudaConfig(128, 8, 132, 0, parts=1, slices=4, in_tiles=True)
+    deep_tensors = (deep.x, deep.weight, deep.lora_A, deep.lora_B, None)
+    with pytest.raises(RuntimeError, match=refusal):  # a mask takes too long there
+        cuda.lora_forward(*deep_tensors, config=beside_narrow, seed=SEED, dropout_p=0.1, **launch)
     # What the table chooses is never refused: its rules for slices say again what the library asks for.
-    sliced = 0
-    for M, N, K, r in itertools.product((65, 512, 8192), (256, 512, 520, 2048), range(1280, 2112, 64), (16, 32, 64)):
-        shapes = ((M, K), (N, K), (r, K), (N, r))
-        chosen = cuda.forward_plan(
-            *(torch.empty(s, dtype=torch.bfloat16) for s in shapes), None, save_s=True, **settings
-        )
-        sliced += chosen.work_size > M * r * 2 + 255  # S and its sums, not S alone
-    assert 0 < sliced < 3 * 4 * 13 * 2
+    sliced = dict.fromkeys(("", "masked", "precise"), 0)
+    for M, N, K, r, kind in itertools.product(
+        (65, 512, 8192), (256, 512, 520, 2048), range(1280, 2112, 64), (16, 32, 64), sliced
+    ):
+        if kind == "precise" and r > 16:
+            continue
+        problem = Problem(M, N, K, r, 2, kind == "precise", 90, 132, kind == "masked")
+        config = cuda_config(problem, True)
+        assert suits(problem, config)
+        sliced[kind] += config.slices > 1
+        shapes, dtype = ((M, K), (N, K), (r, K), (N, r)), torch.float32 if kind == "precise" else torch.bfloat16
+        x, w, a, b = (torch.empty(s, dtype=of) for s, of in zip(shapes, (torch.bfloat16, torch.bfloat16, dtype, dtype)))
+        kinds = {"seed": SEED if kind == "masked" else None, "adapter_dtype": dtype}
+        chosen = cuda.forward_plan(x, w, a, b, None, save_s=True, **kinds)
+        if kind != "precise":  # S and its sums, or S alone
+            assert (chosen.work_size > M * r * 2 + 255) == (config.slices > 1), problem
+    assert 0 < sliced[""] < 3 * 4 * 13 * 2 and 0 < sliced["precise"] and 3 * 4 * 13 < sliced["masked"], sliced
     # What a tuned table may hold of slices in tiles is what the library takes.
     taken = []
     for programs, M, N, K, r, group, block_n, slices, drops in itertools.product(

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -232,39 +231,6 @@ def test_a_seed_for_every_seed_and_offset_of_the_generator() -> None:
     assert len(found) == 2000 and all(2**62 <= seed < 2**63 for seed in found)
 
 
-def test_the_seeds_of_a_capture_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its first call on each stream; another capture draws its own, and keeps none of those before."""
-    state, draws, randint = {"capture": 1, "stream": 5}, [], torch.randint
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state["stream"]))
-    monkeypatch.setattr(dropout, "_capture", lambda stream: (state["capture"], stream) if state["capture"] else None)
-    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: draws.append(args[2]) or randint(*args, **kwargs))
-
-    def drawn(count: int) -> list[int]:
-        return [dropout._seed_on_device(CPU).item() for _ in range(count)]
-
-    first = drawn(dropout._BATCH)
-    assert draws == [(dropout._BATCH, 2)] and len(set(first)) == dropout._BATCH
-    drawn(1)
-    assert len(draws) == 2, "one more than were drawn"
-    state["stream"] = 6
-    drawn(1)
-    state["stream"] = 5
-    drawn(1)
-    assert len(draws) == 3 and set(dropout._captured) == {(1, 5), (1, 6)}
-    state["capture"] = 2
-    drawn(2)
-    assert len(draws) == 4 and set(dropout._captured) == {(2, 5)}
-    state["capture"] = 0
-    assert len(set(drawn(2))) == 2 and draws[4:] == [(1,), (1,)], "the stream's capture cannot be told"
-    dropout._captured.clear()
-
-
-def test_a_compiler_draws_each_seed() -> None:
-    """And finds nothing in its way to that which it could not trace."""
-    two = torch.compile(lambda: [dropout._seed_on_device(CPU) for _ in range(2)], fullgraph=True, backend="eager")()
-    assert two[0].shape == (1,) and not torch.equal(*two) and not dropout._captured
-
-
 @pytest.mark.gpu
 class TestOnAGPU:
     """As nn.Dropout does under torch.manual_seed, checkpointing and graph replay; the kernels are asked for by name."""
@@ -340,31 +306,6 @@ class TestOnAGPU:
                 eager = self.step(layer, x, parameters)
             assert all(torch.equal(a, b) for a, b in zip(captured, eager))
         assert len(set(seen)) == 3
-
-    def test_a_capture_draws_its_seeds_together(self) -> None:
-        x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
-        streams = [torch.cuda.Stream() for _ in range(2)]
-        graphs, drawn = [torch.cuda.CUDAGraph() for _ in streams], []
-        for graph, stream in zip(graphs, streams):
-            with torch.cuda.graph(graph, stream=stream):
-                drawn.append([dropout.draw(x, self.p, "triton") for _ in range(dropout._BATCH + 3)])
-        assert len({seed.untyped_storage().data_ptr() for seeds in drawn for seed in seeds}) == 4
-        assert all(seed.data_ptr() % 16 == 0 and seed.shape == (1,) for seeds in drawn for seed in seeds)
-        seen = set()
-        for _ in range(3):
-            torch.manual_seed(1)
-            for graph in graphs:
-                graph.replay()
-            torch.cuda.synchronize()
-            values = tuple(torch.stack([torch.cat(seeds) for seeds in drawn]).flatten().tolist())
-            assert len(set(values)) == len(values) and all(2**62 <= seed < 2**63 for seed in values)
-            seen.add(values)
-        assert len(seen) == 1, "the same seeds after torch.manual_seed, others for each capture"
-        graphs[0].replay()
-        assert torch.cat(drawn[0]).tolist() != list(values[: len(drawn[0])])
-        assert dropout._captured
-        dropout.draw(x, self.p, "triton")
-        assert not dropout._captured, "nothing of a graph's memory is kept"
 
     def test_every_backend_uses_the_seeds_mask(self) -> None:
         i = make_inputs(130, 256, 128, 16, torch.bfloat16, device="cuda", dropout_p=0.0)

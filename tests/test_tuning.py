@@ -74,7 +74,7 @@ class TestCandidates:
     @pytest.mark.parametrize("num_sms", [132, 78])
     @pytest.mark.parametrize("kernel", CSRC)
     def test_those_of_csrc_are_such_as_it_takes(self, kernel: str, num_sms: int) -> None:
-        fixed, varied = ("slices", "in_tiles", "programs"), dict.fromkeys(STEPS[kernel], 0)
+        fixed, varied = ("slices", "in_tiles"), dict.fromkeys(STEPS[kernel], 0)
         for M, out, depth, r, split, drops in itertools.product(
             (1, 64, 65, 577, 8192), (256, 1024, 5120), (1536, 4096), (8, 16, 64, 256), (False, True), (False, True)
         ):
@@ -88,11 +88,19 @@ class TestCandidates:
                 found = variants(base, p, step)
                 varied[step] += len(found)
                 assert base not in found and len(set(found)) == len(found) <= 32
-                assert found or (step != "tile" if decodes else step in ("tile", "shrink")), (p, step)
+                few_choices = (
+                    ("order", "shrink")
+                    if decodes
+                    else ("tile", "order", "shrink")
+                    if base.in_tiles
+                    else ("tile", "shrink")
+                )
+                assert found or step in few_choices, (p, step)
                 for config in found:
                     check_cuda_config(config)
                     assert suits(p, config)
                     assert all(getattr(config, name) == getattr(base, name) for name in fixed)
+                    assert config.programs == base.programs or (config.in_tiles and config.block_n != base.block_n)
                     assert (config.decode_rows > 0) == decodes and config.parts <= 8
                     assert kernel == "cuda_backward" or (config.parts == 1 and not config.db_with_t)
         assert all(varied.values())
@@ -112,6 +120,13 @@ class TestCandidates:
         assert suits(dataclasses.replace(P, out=1024), tiles)
         for change in ({"out": 768}, {"depth": 1280}, {"num_sms": 132, "out": 256}):
             assert not suits(dataclasses.replace(P, **change), tiles), change
+        masked, beside_narrow = dataclasses.replace(P, out=1024, dropout=True), dataclasses.replace(tiles, block_n=128)
+        assert suits(masked, tiles) and not suits(masked, beside_narrow)
+        assert suits(dataclasses.replace(masked, dropout=False), beside_narrow)
+        assert not suits(dataclasses.replace(masked, out=2048), dataclasses.replace(tiles, slices=3))
+        cut = dataclasses.replace(wide, slices=2)
+        for change, takes in (({}, False), ({"dropout": True}, True), ({"split": True}, True)):
+            assert suits(dataclasses.replace(P, **change), cut) is takes, change
         few = dataclasses.replace(tiles, programs=78, group=16)
         assert suits(dataclasses.replace(P, M=3072, out=1024), few)
         assert not suits(dataclasses.replace(P, M=3328, out=1024), few), "a turn has no four columns of thirteen pairs"
