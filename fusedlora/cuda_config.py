@@ -317,9 +317,9 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     """Microseconds until the last cluster ends, roughly: as measured on an H200.
 
     Known are the times of a tile and of a unit of S or T, for each 64 columns of depth, of a tile's further 64 ranks,
-    of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added, which tiles after it hide. Where
-    tiles sum S, how long they wait for its slices. For a mask or fp32 terms these are of a hot GPU, at a lower clock,
-    and so not to be held against those without.
+    of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added, which tiles after it hide. For
+    forwards with a mask or fp32 terms these are of a hot GPU, at a lower clock, and so not to be held against those
+    without.
     """
     clusters, pairs_m, tiles_n = config.clusters, cdiv(p.M, _PAIR_M), cdiv(p.out, config.block_n)
     wide, steps, parts = config.block_n == 256, cdiv(p.depth, 64), config.parts
@@ -335,11 +335,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
         tile_us *= 1.12 if pairs_m * tiles_n > clusters else 1
         sliced_us = (3.0 if p.split else 1.5) if config.slices > 1 else 0.0
     if config.in_tiles:
-        # A tile's second half is time enough for slices to be added where it takes this long; and a step of a slice
-        # under a mask takes longer.
-        added_us = (13 if p.r <= 16 else 18) + 3 * p.dropout
-        waits = max(0.0, added_us - tile_us / 2) + 0.15 * p.dropout * steps / config.slices
-        return cdiv(pairs_m * tiles_n, clusters) * (tile_us + waits) + 3
+        return cdiv(pairs_m * tiles_n, clusters) * (tile_us + _slice_us(p, config, tile_us)) + 3
     unit_us = 3 + cdiv(steps, config.slices) * unit_step_us
     rows = job_rows(config.block_n, p.r)
     job_us = b_us * cdiv(cdiv(p.M, parts), rows) * rows / 128
@@ -359,6 +355,15 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
         seen_us = 2.0 if parts > 1 and own_tiles == 1 and db + da else 0.0  # the adding, after its only tile
         end = max(end, own_tiles * tile_us + units * unit_us + db * db_us + da * da_us + waits + seen_us)
     return end + sliced_us + (0.8 + part_us * (parts - 1) if parts > 1 or config.db_with_t else 0)
+
+
+def _slice_us(p: Problem, config: CudaConfig, tile_us: float) -> float:
+    """By how much a tile takes longer that sums a slice of S: where its second half, in which slices are added, is too
+    short for that, and for each step of a slice under a mask.
+    """
+    added_us = (13 if p.r <= 16 else 18) + 3 * p.dropout
+    masked_us = 0.15 * cdiv(p.depth, 64) / config.slices if p.dropout else 0.0
+    return max(0.0, added_us - tile_us / 2) + masked_us
 
 
 def job_rows(block_n: int, r: int) -> int:

@@ -211,7 +211,7 @@ def test_slices_before_the_tiles(case: Case, block_n: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("block_n, slices", [(256, 2), (256, 4), (128, 4)])
+@pytest.mark.parametrize("block_n, slices", [(256, 2), (256, 4), (256, 6), (128, 4)])
 def test_slices_in_tiles(case: Case, block_n: int, slices: int) -> None:
     if case.N <= block_n * (slices - 1):
         pytest.skip("no column for each slice")
