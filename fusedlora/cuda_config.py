@@ -216,7 +216,7 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
 
     # Narrow tiles take more than half as long, but fill the last turn of few better.
     widths = (256,) if p.r > MAX_RANK_NARROW or wide_tiles >= 4 * clusters else (256, 128)
-    several = in_tiles(p, clusters) if forward and not p.split and not decodes else []
+    several = in_tiles(p) if forward and not decodes else []
     if forward and (p.dropout or p.split):
         # A mask and terms take so long that few clusters would keep all waiting.
         runs = [n for n in (1, 2, 4, 8, 16) if n <= cdiv(p.depth, 128)]
@@ -241,25 +241,23 @@ def _counts(units: int, slack: int, clusters: int) -> set[int]:
     return counts | {n for n in (min(slack, units), units - slack) if 0 < n <= clusters}
 
 
-def in_tiles(p: Problem, clusters: int) -> list[CudaConfig]:
-    """Forwards whose tiles sum S: of narrow outputs, which would wait for S as long as wide ones, a quarter of the time
-    of 1024 columns.
+def in_tiles(p: Problem) -> list[CudaConfig]:
+    """Forwards whose tiles sum S, where csrc takes them: of narrow outputs, which would wait for S as long as wide
+    ones, a quarter of the time of 1024 columns.
 
     As many pairs of rows are computed together as there are clusters for all of their columns, or some tiles would
     wait for slices that come a turn later.
     """
-    pairs_m, found = cdiv(p.M, _PAIR_M), []
-    for block_n in (256, 128):
+    pairs_m, clusters, found = cdiv(p.M, _PAIR_M), p.num_sms // _CLUSTER, []
+    for block_n in (256, 128) if p.out <= 2048 else ():
         columns = cdiv(p.out, block_n)
-        if p.out > 2048 or columns > clusters:
+        if columns > clusters:
             continue
         group = clusters // columns
         programs = _CLUSTER * (group * columns if group < pairs_m else clusters)
         slices = 4 if columns >= 4 else 2
-        config = CudaConfig(block_n, min(group, pairs_m), programs, 0, 1, slices, True)
-        if suits(p, config):
-            found.append(config)
-    return found
+        found.append(CudaConfig(block_n, min(group, pairs_m), programs, 0, 1, slices, True))
+    return [config for config in found if suits(p, config)]
 
 
 def _stages(block_n: int) -> int:

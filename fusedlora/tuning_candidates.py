@@ -84,7 +84,7 @@ def _cuda(c: CudaConfig, p: Problem, step: str) -> Iterator[dict[str, Any]]:
         for rows, split, early in itertools.product((64, 128), (1, 2, 4, 8), (False, True)) if step == "tile" else ():
             yield {"decode_rows": rows, "decode_split": split, "decode_early": early}
     elif step == "tile" and c.in_tiles:
-        for other in in_tiles(p, p.num_sms // 2):  # a width's groups are whole turns
+        for other in in_tiles(p):  # a width's groups are whole turns
             if other.slices == c.slices:
                 yield {name: getattr(other, name) for name in ("block_n", "group", "programs")}
     elif step == "tile":

@@ -204,7 +204,7 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     taken = []
     for programs, M, N, K, r, group, block_n, slices, drops in itertools.product(
         (78, 132),
-        (256, 3072),
+        (256, 3072, 3328),
         (256, 512, 1024),
         (1280, 1536, 2048),
         (16, 64),
