@@ -14,6 +14,7 @@ struct Traits {
   static constexpr int SUMS = SUM_RANKS<L::R, TERMS>, ACCS = BLOCK_N / 2;  // the latter of a thread, for a tile
   static constexpr bool BACKWARD = BACKWARD_, DROPOUT = DROPOUT_;
   static constexpr bool IN_TILES = KIND == Kind::SLICES_IN_TILES, DB_WITH_T = KIND == Kind::DB_WITH_T;
+  static constexpr bool DM_WITH_DB = KIND == Kind::DM_WITH_DB;
   // The dropout's mask is on x, where S is summed and in dA's jobs, and on what the rank-r step adds to dX.
   static constexpr bool MASK_ON_S = DROPOUT && !BACKWARD, MASK_ON_RANK_STEP = DROPOUT && BACKWARD;
   // There may be more slices than one, as there are in tiles and, for S under a mask or of terms, which takes long.
@@ -28,6 +29,7 @@ struct Traits {
   // And dA's jobs would have to wait for a T that comes with the tiles.
   static_assert(!IN_TILES || (L::SLICES_IN_TILES && TERMS == 1 && !BACKWARD && !(DROPOUT && BLOCK_N == 128)));
   static_assert(!DB_WITH_T || (L::DB_WITH_T && TERMS == 1 && BACKWARD));
+  static_assert(!DM_WITH_DB || (TERMS == 1 && BACKWARD && !DROPOUT));
 };
 
 // Where one of the roles is in the ring of stages; `phase` is the parity of its turn.

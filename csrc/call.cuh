@@ -13,9 +13,9 @@ constexpr int CONSUMERS = 256, THREADS = 128 + CONSUMERS;
 enum Word { PLACE, TICKET, SKINNY_PREPARED, PREPARED, EXIT, PROGRESS = 8 };
 
 // What a kernel does that others do not: in a forward's tiles it sums slices of S beside their own sums, with a backward's T
-// dB, or before a forward's tiles S of terms in slices (under a mask all may). Kernels of their own, since forward and
-// backward in turn find their instructions cold, and few rows pay for each.
-enum class Kind { PLAIN, SLICES_IN_TILES, DB_WITH_T, SLICES_OF_TERMS };
+// dB, before a forward's tiles S of terms in slices (under a mask all may), or with a backward's dB DoRA's dm. Kernels of
+// their own, since forward and backward in turn find their instructions cold, and few rows pay for each.
+enum class Kind { PLAIN, SLICES_IN_TILES, DB_WITH_T, SLICES_OF_TERMS, DM_WITH_DB };
 
 // out [M, R] = scaling · left · skinnyᵀ; skinny is [R, depth] in the forward, in the backward B as it lies, [depth, R].
 // With terms, what those of skinny give together, as SMALL_TERMS has it.
@@ -53,6 +53,7 @@ struct Call {
   bool tiles;
   int M, cols, depth, r, group, first_job;
   int* words;
+  Magnitude magnitude;
 };
 
 // Of R ranks in rows, those of a box: a swizzled row holds 64.

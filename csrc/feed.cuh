@@ -105,7 +105,7 @@ struct Feed {
     });
   }
 
-  // A job of dB, or of dA, which needs all of T.
+  // A job of dB, or of dA, which needs all of T. With dm a stage of y's boxes comes after each of dy's.
   __device__ __forceinline__ void load_job(bool is_da, int index) {
     const Stripes& p = c.stripes[is_da];
     if (is_da && !all_there) {
@@ -125,6 +125,11 @@ struct Feed {
         tma_load(to, &p.src, barrier, col, m);
         tma_load(to + L::BOX, &p.src, barrier, col + 64, m);
         load_ranks<L::R, L::JOB_ROWS>(to + 2 * L::BOX, &p.small, barrier, m, block.rank);
+      });
+      if (!Kernel::DM_WITH_DB || is_da) continue;
+      fill_stage(2 * L::BOX, [&](uint32_t to, uint32_t barrier) {
+        tma_load(to, &c.magnitude.y, barrier, col, m);
+        tma_load(to + L::BOX, &c.magnitude.y, barrier, col + 64, m);
       });
     }
   }

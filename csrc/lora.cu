@@ -214,9 +214,14 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
       const int blocks = (M + BLOCK_M - 1) / BLOCK_M, rest = blocks % UNIT_BLOCKS;
       const int64_t with_t = blocks / UNIT_BLOCKS * CLUSTER + (rest < CLUSTER ? rest : CLUSTER);
       const int64_t parts = a.db_with_t ? with_t : a.parts_b;
-      const bool leaves = parts > 1 || a.db_with_t;
+      const bool leaves = parts > 1 || a.db_with_t || a.dm;
       float* partial = leaves ? places.take<float>(parts * stripe_count(N) * STRIPE * SUMS) : nullptr;
       c.stripes[0] = {{}, {}, partial, arrived, a.db, a.r, 1, is_float, N, int(parts)};
+      if (a.dm) {
+        float* sums = places.take<float>(parts * stripe_count(N) * STRIPE * 4);
+        c.magnitude = {{}, static_cast<const float*>(a.gain), static_cast<const float*>(a.norm), a.bias, a.dm, sums,
+                       float(a.least), a.bias_is_float != 0, a.dm_is_float != 0};
+      }
     }
     if (a.da) {
       float* partial = a.parts_a > 1 ? places.take<float>(a.parts_a * stripe_count(K) * STRIPE * SUMS) : nullptr;
@@ -255,6 +260,7 @@ int run(const Arguments& a, int64_t* sizes) {
   // T is computed, and S can be read as it lies.
   const bool both = BACKWARD && a.db && (a.dx || a.da) && operands.saved_s.from == a.s;
   if (a.db_with_t && !(both && L::DB_WITH_T && TERMS == 1)) return fail("db_with_t", -8);
+  if (a.dm && !(BACKWARD && TERMS == 1 && a.db && !a.db_with_t && !a.has_seed)) return fail("dm", -9);
   if (sizes) {
     sizes[0] = used;
     sizes[1] = words_of_rows(a.M);
@@ -297,6 +303,9 @@ int run(const Arguments& a, int64_t* sizes) {
         !maps(call.stripes[1], a.x, a.x_pitch, {call.shrink.out, R, R})) {
       return fail("cuTensorMapEncodeTiled", -2);
     }
+    if (a.dm && !encode(&call.magnitude.y, a.is_bf16, a.y, a.M, a.N, a.N, L::JOB_ROWS)) {
+      return fail("cuTensorMapEncodeTiled", -2);
+    }
   }
   if constexpr (L::SLICES_IN_TILES && !BACKWARD && TERMS == 1) {
     if constexpr (BLOCK_N == 256) {
@@ -312,6 +321,9 @@ int run(const Arguments& a, int64_t* sizes) {
       return masked ? launch<T, BLOCK_N, RANKS, true, true, 1, Kind::DB_WITH_T>(a, call)
                     : launch<T, BLOCK_N, RANKS, true, false, 1, Kind::DB_WITH_T>(a, call);
     }
+  }
+  if constexpr (BACKWARD && TERMS == 1) {
+    if (a.dm) return launch<T, BLOCK_N, RANKS, true, false, 1, Kind::DM_WITH_DB>(a, call);
   }
   return masked ? launch<T, BLOCK_N, RANKS, BACKWARD, true, TERMS>(a, call)
                 : launch<T, BLOCK_N, RANKS, BACKWARD, false, TERMS>(a, call);

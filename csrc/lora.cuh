@@ -45,6 +45,7 @@ __device__ __forceinline__ void set_up(const Block<Kernel>& block) {
   for (const Stripes& p : c.stripes) {
     if (BACKWARD && p.out) tma_prefetch(&p.src), tma_prefetch(&p.small);
   }
+  if (Kernel::DM_WITH_DB) tma_prefetch(&c.magnitude.y);
 }
 
 template <typename T, int BLOCK_N, int RANKS, bool BACKWARD, bool DROPOUT, int TERMS, Kind KIND>

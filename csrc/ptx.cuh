@@ -255,6 +255,10 @@ struct Type;
       asm("cvt.rn." NAME "x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));                                     \
       return out;                                                                                                     \
     }                                                                                                                 \
+    __device__ static float2 unpack(uint32_t pair) {                                                                  \
+      const TYPE* values = reinterpret_cast<const TYPE*>(&pair);                                                      \
+      return {float(values[0]), float(values[1])};                                                                    \
+    }                                                                                                                 \
     __device__ static TYPE from(float value) { return ROUND(value); }                                                 \
     /* d += a [16, 16] · b [16, 8] */                                                                                 \
     __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                     \

@@ -69,9 +69,15 @@ __device__ __forceinline__ void add_what_is_left(const Block<Kernel>& block, int
   };
   const auto take_part = [&](bool is_da, int index) {
     const Stripes& p = c.stripes[is_da];
-    if (p.parts == 1) return;
+    const bool with_dm = Kernel::DM_WITH_DB && !is_da;
+    if (p.parts == 1 && !with_dm) return;
     take_sums();
-    add_parts<typename Kernel::T, Kernel::SUMS, Kernel::EIGHTS>(p, block.stripe(p, index, group), c.r, lane);
+    const int stripe = block.stripe(p, index, group);
+    if (with_dm) {
+      add_parts<typename Kernel::T, Kernel::SUMS, Kernel::EIGHTS, true>(p, stripe, c.r, lane, &c.magnitude);
+    } else {
+      add_parts<typename Kernel::T, Kernel::SUMS, Kernel::EIGHTS>(p, stripe, c.r, lane);
+    }
   };
   if (Kernel::CUT && block.slices > 1) block.take_units([] {}, take_slice);
   if (!IN_TILES && lane == 0) barrier_arrive(block.words_left);

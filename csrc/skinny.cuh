@@ -176,6 +176,18 @@ __host__ __device__ inline int job_count(const Stripes& p) { return p.out ? job_
 
 __host__ __device__ inline int64_t stripe_count(int64_t cols) { return (cols + JOB_COLS - 1) / JOB_COLS * (JOB_COLS / STRIPE); }
 
+// DoRA's: dm [N] = Σ dy ∘ (y - bias) / gain / norm over the rows of dy [M, N], which dB's jobs read, where |gain| is not
+// below `least`. dB gets the gain as well.
+struct Magnitude {
+  CUtensorMap y;            // [M, N]
+  const float *gain, *norm;  // [N]
+  const void* bias;         // [N] or null
+  void* out;                // dm
+  float* partial;           // for each stripe, part and warp of a warpgroup sums of 64 columns
+  float least;
+  bool bias_is_float, out_is_float;
+};
+
 // Rows of a part, whole stages of ROWS.
 template <int ROWS>
 __host__ __device__ inline int part_rows(int M, int parts) {
@@ -300,17 +312,54 @@ __device__ float* part_place(const Stripes& p, int stripe, int part) {
   return p.partial + (int64_t(stripe) * p.parts + part) * (64 * R);
 }
 
+// Of dm, sums of a stripe's columns: what a warp has of a part.
+__device__ inline float* magnitude_place(const Magnitude& m, const Stripes& p, int stripe, int part, int warp) {
+  return m.partial + ((int64_t(stripe) * p.parts + part) * 4 + warp) * STRIPE;
+}
+
+// A warp: dm of a stripe, from what all have left.
+template <typename T>
+__device__ void put_magnitude(const Magnitude& m, const Stripes& p, int stripe, int lane) {
+  const float2* from = reinterpret_cast<const float2*>(magnitude_place(m, p, stripe, 0, 0)) + lane;
+  float sums[2] = {};
+#pragma unroll 4
+  for (int q = 0; q < 4 * p.parts; q++) {
+    const float2 part = __ldcg(from + STRIPE / 2 * q);
+    sums[0] += part.x, sums[1] += part.y;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int col = stripe * STRIPE + 2 * lane + i;
+    if (col >= p.cols || fabsf(m.gain[col]) < m.least) continue;
+    const float dm = sums[i] / m.gain[col] / m.norm[col];
+    if (m.out_is_float) {
+      static_cast<float*>(m.out)[col] = dm;
+    } else {
+      static_cast<T*>(m.out)[col] = Type<T>::from(dm);
+    }
+  }
+}
+
 // A warp, of sums that a warpgroup has left: if they are the last of their stripe it adds all parts, so that the bits do
-// not depend on who was last.
-template <typename T, int R, int EIGHTS>
-__device__ void add_parts(const Stripes& p, int stripe, int r, int lane) {
+// not depend on who was last. With `magnitude` it finishes dB and dm as DoRA has them.
+template <typename T, int R, int EIGHTS, bool MAGNITUDE = false>
+__device__ void add_parts(const Stripes& p, int stripe, int r, int lane, const Magnitude* magnitude = nullptr) {
   const int before = lane == 0 ? arrive(p.arrived + stripe) : 0;
   if (__shfl_sync(0xFFFFFFFFu, before, 0) != p.parts - 1) return;
   __syncwarp();
   add_sums<R, EIGHTS>(part_place<R>(p, stripe, 0), p.parts, lane, [&](int k, int i, const float(&row)[8]) {
     const int col = stripe * STRIPE + i;
-    if (col < p.cols) put_row<T>(p, k, col, row, r);
+    if (col >= p.cols) return;
+    if constexpr (MAGNITUDE) {
+      float scaled[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) scaled[j] = row[j] * magnitude->gain[col];
+      put_row<T>(p, k, col, scaled, r);
+    } else {
+      put_row<T>(p, k, col, row, r);
+    }
   });
+  if constexpr (MAGNITUDE) put_magnitude<T>(*magnitude, p, stripe, lane);
   if (lane == 0) p.arrived[stripe] = 0;
 }
 

@@ -257,7 +257,52 @@ __device__ __forceinline__ void sum_units(Consumer<Kernel>& me) {
   });
 }
 
-// A job of dB or dA: the warpgroup's stripe over the rows of the job's part. Parts are left for a side warp.
+// What a thread sums of dm: of eight columns of the warpgroup's stripe, every 16th row.
+template <typename T>
+struct MagnitudeSums {
+  float sums[8] = {}, bias[8] = {};
+
+  __device__ __forceinline__ MagnitudeSums(const Magnitude& m, const Stripes& p, int stripe, int thread) {
+    if (!m.bias) return;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int col = min(stripe * STRIPE + thread % 8 * 8 + i, p.cols - 1);
+      bias[i] = m.bias_is_float ? static_cast<const float*>(m.bias)[col] : float(static_cast<const T*>(m.bias)[col]);
+    }
+  }
+
+  // Boxes of dy and y, ROWS of 64 columns.
+  template <int ROWS>
+  __device__ __forceinline__ void add(uint32_t dy, uint32_t y, int thread) {
+    const int upper = thread / 8, at = upper * 128 + ((thread % 8) ^ (upper % 8)) * 16;
+#pragma unroll
+    for (int i = 0; i < ROWS / 16; i++) {
+      const uint4 a = load_shared(dy + at + 2048 * i), b = load_shared(y + at + 2048 * i);
+      const uint32_t lefts[4] = {a.x, a.y, a.z, a.w}, rights[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float2 left = Type<T>::unpack(lefts[j]), right = Type<T>::unpack(rights[j]);
+        sums[2 * j] = fmaf(left.x, right.x - bias[2 * j], sums[2 * j]);
+        sums[2 * j + 1] = fmaf(left.y, right.y - bias[2 * j + 1], sums[2 * j + 1]);
+      }
+    }
+  }
+
+  // A warp's, to its place.
+  __device__ __forceinline__ void leave(float* to, int lane) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], 8);
+      sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], 16);
+    }
+    if (lane >= 8) return;
+    reinterpret_cast<float4*>(to)[2 * lane] = {sums[0], sums[1], sums[2], sums[3]};
+    reinterpret_cast<float4*>(to)[2 * lane + 1] = {sums[4], sums[5], sums[6], sums[7]};
+  }
+};
+
+// A job of dB or dA: the warpgroup's stripe over the rows of the job's part. Parts, and dB with dm, are left for a side
+// warp.
 template <typename Kernel>
 __device__ __forceinline__ void sum_stripe(Consumer<Kernel>& me, bool is_da, int index) {
   using T = typename Kernel::T;
@@ -270,6 +315,8 @@ __device__ __forceinline__ void sum_stripe(Consumer<Kernel>& me, bool is_da, int
   const bool masked = Kernel::DROPOUT && is_da;
   const int stripe = block.stripe(p, index, me.group), part = index % p.parts, thread = me.thread;
   float acc[L::R / 2] = {}, total[8] = {};  // with terms acc is of a stage
+  const bool with_dm = Kernel::DM_WITH_DB && !is_da;
+  [[maybe_unused]] MagnitudeSums<T> magnitude(c.magnitude, p, stripe, thread);
   const int rows = part_rows<L::JOB_ROWS>(c.M, p.parts), end = min((part + 1) * rows, c.M);
 #pragma unroll 1
   for (int m = part * rows; m < end; m += L::JOB_ROWS) {
@@ -298,6 +345,14 @@ __device__ __forceinline__ void sum_stripe(Consumer<Kernel>& me, bool is_da, int
       settle(acc);
       add_terms<L::R>(total, acc);
     }
+    if (with_dm) {
+      const int stage = me.ring.stage;
+      me.ring.advance();
+      me.wait_for_stage();
+      magnitude.template add<L::JOB_ROWS>(src, block.stage(me.ring.stage) + me.group * L::BOX, thread);
+      me.meet_group();  // all have loaded it
+      me.release(stage);
+    }
     me.release(me.ring.stage);
     me.ring.advance();
   }
@@ -309,10 +364,11 @@ __device__ __forceinline__ void sum_stripe(Consumer<Kernel>& me, bool is_da, int
 #pragma unroll
     for (int i = 0; i < SUMS / 2; i++) sums[i] = regained(total[i], L::JOB_ROWS);
   }
-  if (p.parts == 1) {
+  if (p.parts == 1 && !with_dm) {
     put_sums<T, SUMS>(p, sums, stripe, c.r, thread);
     return;
   }
+  if (with_dm) magnitude.leave(magnitude_place(c.magnitude, p, stripe, part, me.warp), me.lane);
   leave_sums<SUMS>(part_place<SUMS>(p, stripe, part), sums, thread);
   me.tell_side();
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,22 +22,25 @@ from .dropout import launch_dropout
 from .memory import device_memory, row_major, skinny_rows
 from .recipe import SOURCES, Recipe, address
 
+if TYPE_CHECKING:
+    from .kernels.backward import Dora
+
 # The struct's members: those that a plan fixes, then those of each call. test_cuda_build.py compares them with C's.
 SETTINGS = (
-    *("is_bf16", "param_is_float", "bias_is_float", "terms", "block_n", "group", "programs", "shrink_clusters"),
-    *("slices", "in_tiles", "parts_a", "parts_b", "db_with_t", "first_job"),
-    *("decode_rows", "decode_split", "decode_early"),
+    *("is_bf16", "param_is_float", "bias_is_float", "dm_is_float", "terms"),
+    *("block_n", "group", "programs", "shrink_clusters", "slices", "in_tiles", "parts_a", "parts_b", "db_with_t"),
+    *("first_job", "decode_rows", "decode_split", "decode_early"),
     *("M", "N", "K", "r", "x_pitch", "dy_pitch", "w_pitch", "a_pitch", "b_pitch"),
 )
 POINTERS = (
-    *("x", "dy", "w", "a", "b", "bias", "gain", "s", "y", "saved_s", "dx", "da", "db"),
+    *("x", "dy", "w", "a", "b", "bias", "gain", "norm", "s", "y", "saved_s", "dx", "da", "db", "dm"),
     *("workspace", "words", "stream"),
 )
-NUMBERS = ("scaling", "has_seed", "seed", "bound")
+NUMBERS = ("scaling", "least", "has_seed", "seed", "bound")
 # What a recipe fills in by itself, where a launch has it; the names are its sources' but for where S goes.
 _HOLES = {name: name for name in (*POINTERS, "scaling", "seed") if name in SOURCES} | {"saved_s": "s"}
 _pack_settings = struct.Struct(f"={len(SETTINGS)}q").pack
-_pack_rest = struct.Struct(f"={len(POINTERS)}Qd3q").pack
+_pack_rest = struct.Struct(f"={len(POINTERS)}Q2d3q").pack
 
 
 @functools.cache
@@ -74,7 +77,7 @@ class CudaPlan:
         self.head = _pack_settings(*(settings.get(name, 0) for name in SETTINGS))
         self.there = {name for name, pointer in zip(POINTERS, pointers) if pointer}
         sizes = (ctypes.c_int64 * 2)()
-        self._check(self.function(self.head + _pack_rest(*pointers, 0, 0, 0, 1.0, 0, 0, 0), ctypes.byref(sizes)))
+        self._check(self.function(self.head + _pack_rest(*pointers, 0, 0, 0, 1.0, 0.0, 0, 0, 0), ctypes.byref(sizes)))
         self.work_size, self.num_words = sizes
 
     def _check(self, status: int) -> None:
@@ -88,21 +91,29 @@ class CudaPlan:
         filled = self.there | {"workspace", "words", "stream", "scaling", *(("seed",) if threshold is not None else ())}
         return Recipe(
             function=address(self.function),
-            slots=self.head + _pack_rest(*(0 for _ in POINTERS), 0.0, *noise),
+            slots=self.head + _pack_rest(*(0 for _ in POINTERS), 0.0, 0.0, *noise),
             holes=tuple((names.index(name), _HOLES[name], 0) for name in filled),
             problem=address(self.library.fusedlora_problem),
             work_size=self.work_size,
             num_words=self.num_words,
         )
 
-    def run(self, pointers: tuple[int, ...], scaling: float, seed: Tensor | int | None, threshold: int | None) -> None:
-        """Launches on the current stream; scaling, seed and threshold are those of `dropout.launch_dropout`."""
+    def run(
+        self,
+        pointers: tuple[int, ...],
+        scaling: float,
+        seed: Tensor | int | None,
+        threshold: int | None,
+        least: float = 0.0,
+    ) -> None:
+        """Launches on the current stream; scaling, seed and threshold are `dropout.launch_dropout`'s, least Dora's."""
         stream = self.memory.of_current_stream()
         work, words = stream.work.take(self.work_size), stream.words(self.num_words)
         noise: tuple[int | None, ...] = (0, 0, 0)
         if seed is not None:
             noise = (2, seed.data_ptr(), threshold) if isinstance(seed, Tensor) else (1, seed, threshold)
-        call = self.head + _pack_rest(*pointers, work.data_ptr(), words.data_ptr(), stream.stream, scaling, *noise)
+        about = work.data_ptr(), words.data_ptr(), stream.stream, scaling, least
+        call = self.head + _pack_rest(*pointers, *about, *noise)
         if torch._C._cuda_getDevice() == self.index:
             status = self.function(call, None)
         else:
@@ -120,22 +131,32 @@ class ForwardPlan(CudaPlan):
         assert x is not None and weight is not None and lora_A is not None and lora_B is not None and y is not None
         pointers = (
             x.data_ptr(), 0, weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(),
-            _pointer(bias), _pointer(gain), 0, y.data_ptr(), _pointer(tensors[8]) if len(tensors) > 8 else 0, 0, 0, 0,
+            _pointer(bias), _pointer(gain), 0, 0,
+            y.data_ptr(), _pointer(tensors[8]) if len(tensors) > 8 else 0, 0, 0, 0, 0,
         )  # fmt: skip
         self.run(pointers, *numbers)
 
 
 class BackwardPlan(CudaPlan):
-    """dX, dA and dB, those that are given."""
+    """dX, dA and dB, those that are given, and dm."""
 
-    def launch(self, tensors: tuple[Tensor | None, ...], *numbers: Any) -> None:
+    def launch(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        scaling: float,
+        seed: Tensor | int | None,
+        threshold: int | None,
+        dora: Dora | None = None,
+    ) -> None:
         """tensors: dy, x, S, weight, lora_A, lora_B, None, dX, dA, dB."""
         dy, x, s, weight, lora_A, lora_B, _, dx, da, db = tensors
+        dm, y, gain, norm, bias = (None,) * 5 if dora is None else dora.tensors
         pointers = (
-            _pointer(x), _pointer(dy), _pointer(weight), _pointer(lora_A), _pointer(lora_B), 0, 0, _pointer(s),
-            0, 0, _pointer(dx), _pointer(da), _pointer(db),
+            _pointer(x), _pointer(dy), _pointer(weight), _pointer(lora_A), _pointer(lora_B),
+            _pointer(bias), _pointer(gain), _pointer(norm), _pointer(s),
+            _pointer(y), 0, _pointer(dx), _pointer(da), _pointer(db), _pointer(dm),
         )  # fmt: skip
-        self.run(pointers, *numbers)
+        self.run(pointers, scaling, seed, threshold, 0.0 if dora is None else dora.least)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -152,23 +173,25 @@ def _plan(
     direction: str,
     device: torch.device,
     sizes: tuple[int, int, int, int],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None, torch.dtype | None],
     pitches: tuple[int, int, int, int, int],
     there: tuple[int, ...],
     drops: bool,
     config: CudaConfig | None,
     tuned: bool,
 ) -> Any:
-    """dtypes: of x, the adapter's products, its parameters and the bias. there: for each pointer up to db 0 where there
-    is none, else its address modulo 16, or 16. tuned: whether a table's configuration is taken.
+    """dtypes: of x, the adapter's products, its parameters, the bias and dm. there: for each pointer up to dm 0 where
+    there is none, else its address modulo 16, or 16. tuned: whether a table's configuration is taken.
     """
     M, N, K, r = sizes
-    dtype, adapter_dtype, param_dtype, bias_dtype = dtypes
+    dtype, adapter_dtype, param_dtype, bias_dtype, dm_dtype = dtypes
     forward, pointers = direction == "forward", dict(zip(POINTERS, there))
     if config is None:
         sides, precise = (N, K) if forward else (K, N), adapter_dtype is not dtype
         problem = Problem(M, *sides, r, dtype.itemsize, precise, 90, num_sms(device), drops)
-        if forward or (pointers["dx"] and pointers["da"] and pointers["db"]):
+        if pointers["dm"]:
+            config = cuda_config(problem, forward, dora=True)
+        elif forward or (pointers["dx"] and pointers["da"] and pointers["db"]):
             config, _ = tuning.choose(tuning.cuda_kernel(direction), problem, device, tuned)
         else:
             config = cuda_config(problem, forward, tiles=pointers["dx"] > 0)
@@ -176,6 +199,7 @@ def _plan(
         "is_bf16": dtype is torch.bfloat16,
         "param_is_float": param_dtype is torch.float32,
         "bias_is_float": bias_dtype is torch.float32,
+        "dm_is_float": dm_dtype is torch.float32,
         "terms": 1 if adapter_dtype is dtype else 3,
         "block_n": config.block_n,
         "group": config.group,
@@ -229,10 +253,10 @@ def forward_plan(
     scale is none: nothing else is taken.
     """
     sizes = (x.shape[0], *weight.shape, lora_A.shape[0])
-    dtypes = (x.dtype, adapter_dtype, lora_A.dtype, None if bias is None else bias.dtype)
+    dtypes = (x.dtype, adapter_dtype, lora_A.dtype, None if bias is None else bias.dtype, None)
     pitches = (_pitch(x), 0, _pitch(weight), _pitch(lora_A), _pitch(lora_B))
     # y and S come from torch's allocator
-    there = (*_there(x, None, weight, lora_A, lora_B, bias, gain, None), 16, 16 if save_s else 0, 0, 0, 0)
+    there = (*_there(x, None, weight, lora_A, lora_B, bias, gain, None, None), 16, 16 if save_s else 0, 0, 0, 0, 0)
     about = x.device, sizes, dtypes, pitches, there, seed is not None, config
     plan: ForwardPlan = _plan("forward", *about, config is None and tuning.in_use())
     return plan
@@ -300,6 +324,7 @@ def backward_plan(
     seed: Tensor | None,
     adapter_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
+    dora: Dora | None = None,
     config: CudaConfig | None = None,
 ) -> BackwardPlan:
     """The launch for these tensors, dy [M, N] and x as `row_major`, lora_A and lora_B as `skinny_rows` give them.
@@ -309,8 +334,13 @@ def backward_plan(
     """
     sizes = (*dy.shape, weight.shape[1], lora_A.shape[0])
     pitches = (_pitch(x), _pitch(dy), _pitch(weight), _pitch(lora_A), _pitch(lora_B))
-    there = (*_there(x, dy, weight, lora_A, lora_B, None, None, s), 0, 0, *(16 * need for need in needs))
-    dtypes = (dy.dtype, adapter_dtype, lora_A.dtype, None)
+    dm, y, gain, norm, bias = (None,) * 5 if dora is None else dora.tensors
+    there = (
+        *_there(x, dy, weight, lora_A, lora_B, bias, gain, norm, s, y),
+        *(0, *(16 * need for need in needs), 0 if dm is None else 16),
+    )
+    given = None if bias is None else bias.dtype, None if dm is None else dm.dtype
+    dtypes = (dy.dtype, adapter_dtype, lora_A.dtype, *given)
     about = dy.device, sizes, dtypes, pitches, there, seed is not None, config
     plan: BackwardPlan = _plan("backward", *about, config is None and tuning.in_use())
     return plan
@@ -331,6 +361,7 @@ def lora_backward(
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
+    dora: Dora | None = None,
     config: CudaConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launches the backward kernel.
@@ -341,8 +372,10 @@ def lora_backward(
         s: [M, r], as `lora_forward` returned it; only for dB.
         scaling, seed, dropout_p, adapter_dtype: as given to `lora_forward`.
         need_dx, need_dA, need_dB: which gradients to compute.
-        config: tiles and counts; None takes a tuned table's, where it has one and all outputs are wanted, or
-            `cuda_config`'s.
+        dora: with need_dB, no dropout and adapter_dtype dy's, what dm is made of, y contiguous, and goes to; weight and
+            lora_B then have the gain on their rows.
+        config: tiles and counts, beside dora not `db_with_t`; None takes a tuned table's, where it has one, all outputs
+            are wanted and there is no dora, or `cuda_config`'s.
 
     Returns:
         dX [M, K] of dy's dtype, dA [r, K] and dB [N, r] of their parameters' dtypes, None where not needed.
@@ -363,8 +396,8 @@ def lora_backward(
     s = s.contiguous() if need_dB and s is not None else None
     needs = (need_dx, need_dA, need_dB)
     plan = backward_plan(
-        dy, x, weight, lora_A, lora_B, s, seed=seed, adapter_dtype=adapter_dtype, needs=needs, config=config
+        dy, x, weight, lora_A, lora_B, s, seed=seed, adapter_dtype=adapter_dtype, needs=needs, dora=dora, config=config
     )
     tensors = (dy, x, s, weight, lora_A, lora_B, None, dx, da, db)
-    plan.launch(tensors, *launch_dropout(seed, dropout_p, scaling))
+    plan.launch(tensors, *launch_dropout(seed, dropout_p, scaling), dora=dora)
     return dx, da, db

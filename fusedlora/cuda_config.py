@@ -171,18 +171,18 @@ def prefers_cuda(
     return any(calls.hold(rows, N, K, r, dropout, converts, precise) for calls in FASTER[direction])
 
 
-def cuda_config(p: Problem, forward: bool, *, tiles: bool = True) -> CudaConfig:
-    """The configuration of one direction; without `tiles`, of a backward that asks for no dX.
+def cuda_config(p: Problem, forward: bool, *, tiles: bool = True, dora: bool = False) -> CudaConfig:
+    """The configuration of one direction; without `tiles`, of a backward that asks for no dX; `dora`: dm comes with dB.
 
     One for all M of as many pairs of row blocks, since it takes some milliseconds to find.
     """
     if p.M > DECODE_UP_TO:
         p = dataclasses.replace(p, M=cdiv(p.M, _PAIR_M) * _PAIR_M)
-    return _cuda_config(p, forward, tiles)
+    return _cuda_config(p, forward, tiles, dora)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
+def _cuda_config(p: Problem, forward: bool, tiles: bool, dora: bool) -> CudaConfig:
     programs = p.num_sms // _CLUSTER * _CLUSTER
     clusters = programs // _CLUSTER
     pairs_m = cdiv(p.M, _PAIR_M)
@@ -200,7 +200,7 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
 
     def cost(config: CudaConfig) -> float:
         # That jobs begin beside those who shrink is worth it only for more than the model's error.
-        return end_us(p, config, forward, tiles=tiles) * (1.02 if config.first_job else 1)
+        return end_us(p, config, forward, tiles=tiles, dora=dora) * (1.02 if config.first_job else 1)
 
     def best(like: CudaConfig, counts: set[int]) -> CudaConfig:
         """Of any parts, first places of jobs and counts of clusters that shrink."""
@@ -229,7 +229,7 @@ def _cuda_config(p: Problem, forward: bool, tiles: bool) -> CudaConfig:
         several.append(best(config(block_n, shrink_clusters), {shrink_clusters}))
     else:
         several += [best(config(n, 1), _counts(pairs_m, slack(n), clusters)) for n in widths]
-        if not forward and p.r in RANKS_DB_WITH_T and p.depth >= DEPTH_DB_WITH_T:
+        if not (forward or dora) and p.r in RANKS_DB_WITH_T and p.depth >= DEPTH_DB_WITH_T:
             with_t = dataclasses.replace(config(256, 1), db_with_t=True)
             several.append(best(with_t, _counts(count_units(p, with_t), slack(256), clusters)))
     return min(several, key=cost)
@@ -311,13 +311,13 @@ def shares(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     return runs
 
 
-def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True) -> float:
+def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True, dora: bool = False) -> float:
     """Microseconds until the last cluster ends, roughly: as measured on an H200.
 
     Known are the times of a tile and of a unit of S or T, for each 64 columns of depth, of a tile's further 64 ranks,
-    of 128 rows of a job of dA or dB, and of a part of a stripe that is left and added, which tiles after it hide. For
-    forwards with a mask or fp32 terms these are of a hot GPU, at a lower clock, and so not to be held against those
-    without.
+    of 128 rows of a job of dA or dB (twice that where dB's brings y, for `dora`), and of a part of a stripe that is
+    left and added, which tiles after it hide. For forwards with a mask or fp32 terms these are of a hot GPU, at a lower
+    clock, and so not to be held against those without.
     """
     clusters, pairs_m, tiles_n = config.clusters, cdiv(p.M, _PAIR_M), cdiv(p.out, config.block_n)
     wide, steps, parts = config.block_n == 256, cdiv(p.depth, 64), config.parts
@@ -337,7 +337,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True)
     unit_us = 3 + cdiv(steps, config.slices) * unit_step_us
     rows = job_rows(config.block_n, p.r)
     job_us = b_us * cdiv(cdiv(p.M, parts), rows) * rows / 128
-    db_us, da_us = 0.5 + job_us, 0.5 + job_us * (2 if p.dropout else 1)
+    db_us, da_us = 0.5 + job_us * (2 if dora else 1), 0.5 + job_us * (2 if p.dropout else 1)
     # No tile ends before its rows of S or T are there: how long the tiles of a turn have to wait, of the first two or
     # of that where the last rows begin.
     late, group_tiles, unit_pairs = 0.0, config.group * tiles_n, _unit_pairs(config)

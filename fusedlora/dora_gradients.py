@@ -9,9 +9,9 @@ rows of W and B, and form dm beside dB from one read of dy.
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, cuda, ops
 from .backends import describe_call, select
-from .dora_ops import dora_scale
+from .dora_ops import dora_scale, scaled_by_kernels
 from .ops import LIB, TAGS
 
 LIB.define(
@@ -90,15 +90,17 @@ def by_weight(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.d
     return dtype.itemsize == 2 and K < M and (adapter_dtype == dtype or r <= 128)
 
 
-def _takes_triton(backend: str, call: backends.Call) -> bool:
-    """Whether the backward by weight, which no other kernels have, takes the call.
+def _takes_by_weight(backend: str, call: backends.Call) -> str | None:
+    """Whose kernels take the backward by weight, None where none do.
 
-    Beside fp32 adapters outside autocast "auto" takes it wherever it can: nobody has measured what the CUDA kernels
-    need there, two launches and passes over dy and y.
+    Not the CUDA ones beside fp32 adapters outside autocast: there "auto" takes Triton's wherever it can, since nobody
+    has measured what the others need, two launches and passes over dy and y.
     """
-    if backend == "auto" and call.adapter_dtype is not call.dtype:
-        return backends.TRITON.why_not(call) is None
-    return select(backend, call).name == "triton"
+    precise = call.adapter_dtype is not call.dtype
+    if backend == "auto" and precise:
+        return "triton" if backends.TRITON.why_not(call) is None else None
+    taker = select(backend, call).name
+    return taker if scaled_by_kernels(taker, call) and not (taker == "cuda" and precise) else None
 
 
 def _backward(
@@ -121,18 +123,16 @@ def _backward(
     given = (dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B)
     call = describe_call(backend, dy, weight, lora_A, lora_B, None, scale, adapter_dtype, "backward")
     (r, K), M = lora_A.shape, dy.shape[0]
-    if by_weight(M, K, r, dy.dtype, adapter_dtype) and _takes_triton(backend, call):
-        from fusedlora.kernels import dora
+    taker = _takes_by_weight(backend, call) if by_weight(M, K, r, dy.dtype, adapter_dtype) else None
+    if taker is not None:
+        from fusedlora.kernels import backward, dora
 
-        backends.last_used = backends.last_backward = "triton"
-        return dora.dora_backward(
-            *given,
-            scale=scale,
-            scaling=scaling,
-            adapter_dtype=adapter_dtype,
-            magnitude_dtype=magnitude_dtype,
-            one_launch=backends._one_launch(dy.device),
-        )
+        backends.last_used = backends.last_backward = taker
+        dtypes = {"adapter_dtype": adapter_dtype, "magnitude_dtype": magnitude_dtype}
+        if taker == "cuda":
+            return dora.dora_backward(*given, cuda.lora_backward, scaling=scaling, **dtypes)
+        triton_only = {"scale": scale, "one_launch": backends._one_launch(dy.device)}
+        return dora.dora_backward(*given, backward.lora_backward, scaling=scaling, **dtypes, **triton_only)
     settings = (scale, scaling, adapter_dtype, magnitude_dtype, backend)
     *grads, _ = gradients(*given, *settings, need_dx=True, need_dA=True, need_dB=True, need_dm=True, need_dy=False)
     assert all(grad is not None for grad in grads)

@@ -30,9 +30,8 @@ LIB.define(
 )
 
 
-def _by_kernels(backend: str, call: Call) -> bool:
-    """Whether the kernels run these two ops. Beside lora_linear's in CUDA they are Triton's too."""
-    taker = select(backend, call).name
+def scaled_by_kernels(taker: str, call: Call) -> bool:
+    """Whether kernels run these two ops beside the taker of lora_linear's: with those in CUDA they are Triton's too."""
     return taker == "triton" or (taker == "cuda" and TRITON.why_not(call) is None)
 
 
@@ -48,7 +47,7 @@ def _gain(
 ) -> tuple[Tensor, Tensor]:
     call = describe_call(backend, weight, weight, lora_A, lora_B, None, scale, adapter_dtype)
     settings: dict[str, Any] = {"scaling": scaling, "scale": scale, "adapter_dtype": adapter_dtype}
-    if _by_kernels(backend, call):
+    if scaled_by_kernels(select(backend, call).name, call):
         from fusedlora.kernels import dora_gain
 
         return dora_gain.dora_gain(weight, lora_A, lora_B, magnitude, **settings)
@@ -110,7 +109,7 @@ def _scale(
 ) -> tuple[Tensor, Tensor]:
     call = describe_call(backend, dy, weight, lora_A, lora_B, None, None, adapter_dtype, "backward")
     scaled = dm = None
-    if _by_kernels(backend, call):
+    if scaled_by_kernels(select(backend, call).name, call):
         from fusedlora.kernels import dora
 
         scaled, dm = dora.dora_scale(

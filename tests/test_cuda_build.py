@@ -183,7 +183,7 @@ def test_the_packed_arguments_are_the_structs(tmp_path: Path) -> None:
     include = f"-I{cuda_build.sources_dir()}"
     subprocess.run([compiler, "-std=c11", include, "tell.c", "-o", "tell"], cwd=tmp_path, check=True)
     told = subprocess.run([tmp_path / "tell"], capture_output=True, text=True, check=True).stdout.split("\n")
-    kinds = [*"q" * len(cuda.SETTINGS), *"Q" * len(cuda.POINTERS), *"dqqq"]
+    kinds = [*"q" * len(cuda.SETTINGS), *"Q" * len(cuda.POINTERS), *"ddqqq"]
     assert told[:-2] == [f"{name} {8 * i} {kind}" for i, (name, kind) in enumerate(zip(names, kinds, strict=True))]
     assert told[-2] == f"size {8 * len(names)}"
 

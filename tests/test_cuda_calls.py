@@ -37,7 +37,7 @@ class Recorder:
         self.status = 0
 
     def _called(self, direction: str, arguments: bytes, sizes: Any) -> int:
-        values = struct.unpack(f"={len(cuda.SETTINGS)}q{len(cuda.POINTERS)}Qd3q", arguments)
+        values = struct.unpack(f"={len(cuda.SETTINGS)}q{len(cuda.POINTERS)}Q2d3q", arguments)
         call = dict(zip(NAMES, values, strict=True)) | {"direction": direction}
         if sizes is None:
             self.launches.append(call)
@@ -149,6 +149,18 @@ def test_backward(recorder: Recorder, need: int) -> None:
     assert {name: call[name] for name in expected} == expected and call["direction"] == "backward"
     (query,) = recorder.queries
     assert all(bool(query[name]) == bool(call[name]) for name in cuda.POINTERS[:-3])
+
+
+def test_backward_with_dm(recorder: Recorder) -> None:
+    kernels = pytest.importorskip("fusedlora.kernels.backward", exc_type=ImportError)
+    i = make_inputs(5, 64, 72, 16, BF16)
+    s, y, gain, norm = torch.ones(5, 16, dtype=BF16), torch.ones(5, 72, dtype=BF16), torch.ones(72), torch.ones(72)
+    for dm, bias in ((torch.ones(72), None), (torch.ones(72, dtype=BF16), torch.ones(72))):
+        dx, dA, dB = backward(i, s, dora=kernels.Dora(dm, y, gain, norm, bias, 0.5))
+        given = {"dy": i.dy, "x": i.x, "w": i.weight, "a": i.lora_A, "b": i.lora_B, "s": s, "y": y, "bias": bias}
+        addresses(recorder.launches[-1], **given, gain=gain, norm=norm, dx=dx, da=dA, db=dB, dm=dm)
+    flags = ("dm_is_float", "bias_is_float", "least", "db_with_t")
+    assert [tuple(call[name] for name in flags) for call in recorder.launches] == [(1, 0, 0.5, 0), (0, 1, 0.5, 0)]
 
 
 def test_a_plan_serves_the_calls_of_a_kind(recorder: Recorder) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,8 @@ def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
         *itertools.product((128, 256), (1, 2), (0,), (0,), (1,), (1,)),
         *itertools.product((256,), (1, 2), (0,), (1,), (1,), (1,)),
         *itertools.product((256,), (1,), (1,), (0, 1), (1,), (2,)),
+        *itertools.product((128, 256), (1, 2, 4, 8), (1,), (0,), (1,), (4,)),
+        *itertools.product((256,), (16,), (1,), (0,), (1,), (4,)),
     ]
     precise = [
         *itertools.product((128, 256), (4,), (0, 1), (0, 1), (3,), (0,)),
@@ -140,6 +143,12 @@ def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypat
     with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: db_with_t: error -8"):
         narrow = dataclasses.replace(with_t, block_n=128)
         cuda.backward_plan(*tensors, needs=(True, True, True), config=narrow, **settings)
+    per_column = torch.ones(768)
+    dora = SimpleNamespace(tensors=(per_column, i.dy, per_column, per_column, None))
+    down = cuda.backward_plan(*tensors, dora=dora, **whole, **settings)
+    assert down.work_size == (1000 + 512) * 16 * 2 + 768 * (16 + 4) * 4, "and sums of dB, and of dm by four warps"
+    with pytest.raises(RuntimeError, match="CUDA kernels could not be launched: dm: error -9"):
+        cuda.backward_plan(*tensors, dora=dora, needs=(True, True, True), config=with_t, **settings)
     wide = make_inputs(1000, 512, 768, 16, torch.bfloat16, torch.float32)
     precise = {"seed": None, "adapter_dtype": torch.float32}
     up = cuda.forward_plan(wide.x, wide.weight, wide.lora_A, wide.lora_B, None, save_s=True, **precise)

@@ -8,13 +8,15 @@ u = x Wᵀ + S Bᵀ is the output before gain and bias. Formulas: Liu et al., "D
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from fusedlora.config import block_r, cdiv
-from fusedlora.kernels.backward import Dora, lora_backward
+from fusedlora.kernels.backward import Dora
 from fusedlora.kernels.common import load_skinny, load_small
 from fusedlora.kernels.dora_gain import add_product, sum_of_parts
 from fusedlora.kernels.launch import PRECISION, Launcher, alignment, device_facts
@@ -65,7 +67,8 @@ def magnitude_program(
     pid, dy_ptr, y_ptr, gain_ptr, norm_ptr, bias_ptr, x_ptr, w_ptr, s_ptr, b_ptr, out_ptr, dm_ptr,
     partial_ptr, arrived_ptr, M, N, K, r, stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, rows, parts, least,
     NEED_DY: tl.constexpr, NEED_DM: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AGAIN_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    AGAIN_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
 ):  # fmt: skip
     """dy' = gain ∘ dy and dm = Σ_m dy ∘ u / norm, for one column block and one of `parts` runs of `rows` rows.
 
@@ -88,7 +91,7 @@ def magnitude_program(
     if ALL:
         offs = m_offs[:, None] * N + n_offs[None, :]
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for row in range(begin, end, BLOCK_M):
+        for row in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
             start = tl.cast(row, tl.int64)
             mask = (row + m_offs < M)[:, None] & inside[None, :]
             dy_ptrs = dy_ptr + start * stride_ym + m_offs[:, None] * stride_ym + n_offs[None, :] * stride_yn
@@ -165,7 +168,8 @@ def scale_kernel(
     stride_ym, stride_yn, stride_xm, stride_xk, stride_wn,
     rows, parts, weight_programs, least,
     NEED_DY: tl.constexpr, NEED_DM: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AGAIN_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    AGAIN_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
     SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dy' = gain ∘ dy and dm; or W' = gain ∘ W and B' = gain ∘ B by `weight_programs`, and by the others dm only where
@@ -177,7 +181,7 @@ def scale_kernel(
             pid, dy_ptr, y_ptr, gain_ptr, norm_ptr, bias_ptr,
             x_ptr, w_ptr, s_ptr, b_ptr, out_ptr, dm_ptr, partial_ptr, arrived_ptr,
             M, N, K, r, stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, rows, parts, least,
-            NEED_DY, NEED_DM, SPLIT, PRECISION, BLOCK_M, BLOCK_N, AGAIN_N, BLOCK_K, RANK_K,
+            NEED_DY, NEED_DM, SPLIT, PRECISION, BLOCK_M, BLOCK_N, STAGES, AGAIN_N, BLOCK_K, RANK_K,
         )  # fmt: skip
     elif pid < weight_programs:
         scale_rows(w_ptr, b_ptr, gain_ptr, out_w_ptr, out_b_ptr, pid, N, K, r, stride_wn, SCALE_N, SCALE_K, BLOCK_R)
@@ -186,7 +190,7 @@ def scale_kernel(
             pid - weight_programs, dy_ptr, None, gain_ptr, norm_ptr, None,
             x_ptr, w_ptr, s_ptr, b_ptr, None, dm_ptr, partial_ptr, arrived_ptr,
             M, N, K, r, stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, rows, parts, least,
-            False, True, SPLIT, PRECISION, BLOCK_M, BLOCK_N, AGAIN_N, BLOCK_K, RANK_K,
+            False, True, SPLIT, PRECISION, BLOCK_M, BLOCK_N, STAGES, AGAIN_N, BLOCK_K, RANK_K,
         )  # fmt: skip
 
 
@@ -208,16 +212,16 @@ def _plan(
     M, N, K, r = sizes
     block_m, block_n = 32 if itemsize == 2 else 16, 128
     blocks = cdiv(N, block_n)
-    # About eight programs for each SM, so that the last ones to finish are short.
-    rows = cdiv(max(block_m, min(512, cdiv(M * blocks, 8 * facts[1]))), block_m) * block_m
+    # As many programs as run at a time, two on each SM, or with more rows so many that the last ones are short.
+    rows = cdiv(max(block_m, min(512, cdiv(M * blocks, 2 * facts[1]))), block_m) * block_m
     weight_programs = 0
     if by_weight:
         rows = max(rows, cdiv(cdiv(M, 8), block_m) * block_m)  # for most of them there is nothing to do
         weight_programs = cdiv(N, 16) * cdiv(K, 1024)
     parts = cdiv(M, rows)
     constants = {"SPLIT": split, "PRECISION": PRECISION, "NEED_DY": needs[0], "NEED_DM": needs[1]}
-    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
-    constants |= {"AGAIN_N": 32, "BLOCK_K": 64 if itemsize == 2 else 16, "RANK_K": 16}
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 4}
+    constants |= {"AGAIN_N": 16 if split else 32, "BLOCK_K": 64 if itemsize == 2 else 16, "RANK_K": 16}
     constants |= {"SCALE_N": 16, "SCALE_K": 1024, "BLOCK_R": block_r(r) if by_weight else 16}
     constants |= {"num_stages": 1, "num_warps": 8}
     num_programs = weight_programs + blocks * parts
@@ -321,12 +325,11 @@ def dora_backward(
     s: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
+    lora_backward: Callable[..., tuple[torch.Tensor | None, ...]],
     *,
-    scale: torch.Tensor | None,
-    scaling: float,
     adapter_dtype: torch.dtype,
     magnitude_dtype: torch.dtype,
-    one_launch: bool = True,
+    **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """All gradients with the gain on the rows of W and B in place of the columns of dy, whose bytes it saves.
 
@@ -334,7 +337,8 @@ def dora_backward(
 
     Args:
         dy, y, gain, norm, bias, x, weight, s, lora_A, lora_B, magnitude_dtype: as `dora_scale` takes them.
-        scale, scaling, adapter_dtype, one_launch: as `lora_backward` takes them.
+        lora_backward: the launcher of the backward kernel, that of kernels.backward or of fusedlora.cuda.
+        adapter_dtype, settings: as that takes them.
 
     Returns:
         dX [M, K] of dy's dtype, dA [r, K] and dB [N, r] of their parameters' dtypes, dm [N].
@@ -344,7 +348,8 @@ def dora_backward(
     scaled_w, scaled_b = weight.new_empty(N, K), lora_B.new_empty(N, r)
     least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
     if M > 0:
-        dy, x, y, s, lora_B = row_major(dy), row_major(x), row_major(y), s.contiguous(), skinny_rows(lora_B)
+        dy, x, y = row_major(dy), row_major(x), row_major(y.contiguous())
+        s, lora_B = s.contiguous(), skinny_rows(lora_B)
         given = (dy, None, gain, norm, None, x, weight, s, lora_B)
         strides = (*dy.stride(), *x.stride(), weight.stride(0))
         dtypes = (dy.dtype, lora_B.dtype, adapter_dtype, magnitude_dtype)
@@ -368,14 +373,12 @@ def dora_backward(
         lora_A,
         scaled_b,
         s,
-        scaling=scaling,
-        scale=scale,
         adapter_dtype=adapter_dtype,
         need_dx=True,
         need_dA=True,
         need_dB=True,
         dora=Dora(dm, y, gain, norm, bias, least),
-        one_launch=one_launch,
+        **settings,
     )
     assert dx is not None and dA is not None and dB is not None
     return dx, dA, dB, dm

@@ -11,6 +11,7 @@ import triton
 
 from fusedlora.config import SHARED_MEMORY
 from fusedlora.dora_gradients import by_weight
+from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.dora import dora_backward, dora_scale
 from fusedlora.kernels.dora_gain import dora_gain
 from fusedlora.kernels.inspection import TYPICAL_SMS, Launch, inspect_launch, record
@@ -62,7 +63,7 @@ def launches_of(capability: int, variant: str, weight_gain: bool = False) -> lis
         given = (empty(M, N), empty(M, N), gain, norm, bias, empty(M, K), weight, s)
         settings = {"adapter_dtype": adapter_dtype, "magnitude_dtype": parameter_dtype}
         if weight_gain:
-            dora_backward(*given, lora_A, lora_B, scale=None, scaling=2.0, **settings)
+            dora_backward(*given, lora_A, lora_B, lora_backward, scaling=2.0, **settings)
             return
         dora_scale(*given, lora_B, need_dy=True, need_dm=True, **settings)
 

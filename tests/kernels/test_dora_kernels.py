@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from fusedlora import backends
+from fusedlora import backends, cuda
 from fusedlora.dora import dora_linear
 from fusedlora.dora_gradients import by_weight
 from fusedlora.kernels import launch
+from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.common import INTERPRET
 from fusedlora.kernels.dora import LEAST_GAIN, LEAST_GAIN_BESIDE_BIAS, dora_backward, dora_scale
 from fusedlora.kernels.dora_gain import dora_gain
@@ -294,17 +295,22 @@ def backward_arguments(case: Case, given: dict[str, torch.Tensor]) -> tuple[list
         s, settings["adapter_dtype"] = s.to(case.dtype), case.dtype
     tensors = [dy, y, gain, norm, bias, x, weight, s, given["lora_A"], B]
     settings = {name: settings[name] for name in ("adapter_dtype", "magnitude_dtype")}
-    return tensors, settings | {"scale": None, "scaling": SCALING}, want
+    return tensors, settings | {"scaling": SCALING}, want
 
 
+@pytest.mark.parametrize("launcher", [lora_backward, pytest.param(cuda.lora_backward, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", BY_WEIGHT, ids=str)
-def test_gain_on_the_weight(case: Case) -> None:
+def test_gain_on_the_weight(case: Case, launcher, request) -> None:
     """The same gradients as with the gain on dy, up to roundings, and again to the bit."""
     given = make(case)
     tensors, settings, want = backward_arguments(case, given)
+    if launcher is cuda.lora_backward:
+        request.getfixturevalue("cuda_kernels")
+        if settings["adapter_dtype"] is FP32:
+            pytest.skip("dm is not formed beside terms")
     with poisoned_memory():
-        got = dora_backward(*tensors, **settings)
-        again = dora_backward(*tensors, **settings)
+        got = dora_backward(*tensors, launcher, **settings)
+        again = dora_backward(*tensors, launcher, **settings)
     assert all(torch.equal(a, b) for a, b in zip(got, again))
     for name, out in zip(("x", "lora_A", "lora_B"), got):
         assert relative_error(out, want[name]) < (2**-9 if case.dtype is FP16 else 2**-7), name
@@ -320,8 +326,8 @@ def test_gain_on_the_weight_in_other_layouts(which: str, layout: str) -> None:
     tensors, settings, _ = backward_arguments(case, make(case))
     place = {"dy": 0, "x": 5}[which]
     odd = LAYOUTS[layout](tensors[place])
-    got = dora_backward(*tensors[:place], odd, *tensors[place + 1 :], **settings)
-    want = dora_backward(*tensors[:place], odd.contiguous(), *tensors[place + 1 :], **settings)
+    got = dora_backward(*tensors[:place], odd, *tensors[place + 1 :], lora_backward, **settings)
+    want = dora_backward(*tensors[:place], odd.contiguous(), *tensors[place + 1 :], lora_backward, **settings)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
