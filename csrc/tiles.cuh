@@ -207,23 +207,38 @@ __device__ __forceinline__ void add_product(
   }
 }
 
+// put(sum, value) for the tile's columns, from `col` on: load(column) gives the value. A lane loads every 32nd, since memory
+// is far, and shows them the others.
+template <typename Kernel, typename Load, typename Put>
+__device__ __forceinline__ void put_on_columns(
+    const Consumer<Kernel>& me, float (&acc)[Kernel::ACCS], int col, Load load, Put put) {
+  float own[Kernel::BLOCK_N / 32];
+#pragma unroll
+  for (int i = 0; i < Kernel::BLOCK_N / 32; i++) own[i] = load(min(col + 32 * i + me.lane, me.block.c.cols - 1));
+#pragma unroll
+  for (int i = 0; i < Kernel::ACCS; i += 4) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const float value = __shfl_sync(0xFFFFFFFFu, own[i / 16], i / 4 % 4 * 8 + 2 * (me.lane % 4) + j);
+      put(acc[i + j], value);
+      put(acc[i + j + 2], value);
+    }
+  }
+}
+
 // Gain and bias of the forward's columns.
 template <typename Kernel>
 __device__ __forceinline__ void put_gain_and_bias(const Consumer<Kernel>& me, float (&acc)[Kernel::ACCS], int col) {
-  const Call<typename Kernel::T>& c = me.block.c;
-  const int own = col + 2 * (me.lane % 4);
+  using T = typename Kernel::T;
+  const Call<T>& c = me.block.c;
   if (c.gain) {
-#pragma unroll
-    for (int i = 0; i < Kernel::ACCS; i++) acc[i] *= c.gain[min(own + i / 4 * 8 + i % 2, c.cols - 1)];
+    put_on_columns(me, acc, col, [&](int at) { return c.gain[at]; }, [](float& sum, float gain) { sum *= gain; });
   }
-  if (c.bias) {
-#pragma unroll
-    for (int i = 0; i < Kernel::ACCS; i++) {
-      const int at = min(own + i / 4 * 8 + i % 2, c.cols - 1);
-      acc[i] += c.bias_is_float ? static_cast<const float*>(c.bias)[at]
-                                : float(static_cast<const typename Kernel::T*>(c.bias)[at]);
-    }
-  }
+  if (!c.bias) return;
+  const auto bias = [&](int at) {
+    return c.bias_is_float ? static_cast<const float*>(c.bias)[at] : float(static_cast<const T*>(c.bias)[at]);
+  };
+  put_on_columns(me, acc, col, bias, [](float& sum, float bias) { sum += bias; });
 }
 
 // A warpgroup's columns 64 i and on leave by one of its boxes: 16 bits, swizzled as the store wants them.
@@ -287,7 +302,7 @@ __device__ __forceinline__ void compute_tile(Consumer<Kernel>& me, int n) {
     add_rank_steps(me, acc, before);
   }
   me.forget();
-  if constexpr (!Kernel::BACKWARD) put_gain_and_bias(me, acc, col);
+  if (!Kernel::BACKWARD && (block.c.gain || block.c.bias)) put_gain_and_bias(me, acc, col);
 #pragma unroll
   for (int i = 0; i < Kernel::BLOCK_N / 64; i++) {
     if constexpr (Kernel::MASK_ON_RANK_STEP) add_product(me, acc, product, kept, first, i);
