@@ -7,8 +7,8 @@
 // 1, or 2 where `seed` is the address of the seed. With dm, DoRA's gradient, a backward's w and b have the gain on their
 // rows; it reads y, gain, norm and bias.
 typedef struct {
-  int64_t is_bf16, param_is_float, bias_is_float, dm_is_float, terms, block_n, group, programs, shrink_clusters, slices, in_tiles, parts_a,
-      parts_b, db_with_t, first_job;
+  int64_t is_bf16, param_is_float, bias_is_float, dm_is_float, terms;
+  int64_t block_n, group, programs, shrink_clusters, slices, in_tiles, parts_a, parts_b, db_with_t, first_job;
   int64_t decode_rows, decode_split, decode_early;  // of the decode kernel; zero: the tile kernel
   int64_t M, N, K, r;
   int64_t x_pitch, dy_pitch, w_pitch, a_pitch, b_pitch;

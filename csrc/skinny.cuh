@@ -179,11 +179,11 @@ __host__ __device__ inline int64_t stripe_count(int64_t cols) { return (cols + J
 // DoRA's: dm [N] = Σ dy ∘ (y - bias) / gain / norm over the rows of dy [M, N], which dB's jobs read, where |gain| is not
 // below `least`. dB gets the gain as well.
 struct Magnitude {
-  CUtensorMap y;            // [M, N]
+  CUtensorMap y;             // [M, N]
   const float *gain, *norm;  // [N]
-  const void* bias;         // [N] or null
-  void* out;                // dm
-  float* partial;           // for each stripe, part and warp of a warpgroup sums of 64 columns
+  const void* bias;          // [N] or null
+  void* out;                 // dm
+  float* partial;            // for each stripe, part and warp of a warpgroup sums of 64 columns
   float least;
   bool bias_is_float, out_is_float;
 };
