@@ -16,6 +16,7 @@ FEATURES = (
     ("fusedlora_cuda_amp", "fp32 adapters, autocast", "#1f77b4"),
     ("fusedlora_cuda_fp32", "fp32 adapters, no autocast", "#2ca02c"),
     ("fusedlora_cuda_dropout", "dropout 0.1", "#9467bd"),
+    ("fusedlora_cuda_dora", "DoRA", "#8c564b"),
 )
 
 
@@ -33,14 +34,14 @@ def draw(path: Path, merged: Merged) -> bool:
     except ImportError:
         return False
     gpu = merged.runs[0]["machine"].get("gpu", "?").removeprefix("NVIDIA ")
-    figure = Figure(figsize=(12, 1.8 + 0.55 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(12, 1.8 + 0.65 * len(cases)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for number, name in enumerate(NAMES):
         found = [(TAX[dims][number], at) for at, case in enumerate(cases) if (dims := _dims(case)) in TAX]
         marks = {"linestyle": "none", "marker": "s^Dv"[number], "fillstyle": "none", "color": "#7f7f7f"}
         left.plot(*zip(*found), **marks, label=f"{name}, {MEASURED_ON}")
-    for axes, contenders, shift in ((left, KERNELS, 0.24), (right, FEATURES, 0.19)):
+    for axes, contenders, shift in ((left, KERNELS, 0.24), (right, FEATURES, 0.17)):
         for number, (contender, label, colour) in enumerate(contenders):
             offset = shift * (number - (len(contenders) - 1) / 2)
             found = [
