@@ -9,7 +9,7 @@ GROUPS = {
     "backward": "backward: dX, dA, dB",
     "training": "forward + backward",
     "module": "forward + backward of the module called eagerly, wall time with host overhead",
-    "features": "forward + backward of what else a layer does: dropout, fp32 adapters, DoRA",
+    "features": "forward + backward of what else a layer does: dropout, a bias, fp32 adapters, DoRA",
     "decode": "forward alone, without gradients, of few rows",
 }
 

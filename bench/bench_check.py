@@ -34,6 +34,7 @@ def make_layers(case: Case, device: torch.device, count: int) -> list[Layer]:
                 weight=weight,
                 adapters={"same": (a.to(dtype), b.to(dtype)), "fp32": (a, b)},
                 magnitude=norm * (1 + draw(case.N, 1, 0.1, torch.float32).view(-1)),
+                bias=draw(case.N, 1, 1.0, dtype).view(-1),
             )
         )
     return layers
@@ -68,6 +69,8 @@ def reference(
         x = x.mul_(kept).div_(1 - DROPOUT)
     s = SCALING * (x @ a.t())
     y = y.addmm(s, b.t())
+    if feature == "bias":
+        y.add_(layer.bias)
     magnitude: tuple[Tensor, ...] = ()
     if feature == "dora":
         m = layer.magnitude.to(layer.adapters[adapter][0].dtype).double()

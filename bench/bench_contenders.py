@@ -35,7 +35,7 @@ class Contender:
     autocast: bool = False
     rival: str | None = None
     compiled: bool = False
-    feature: str = ""  # "dropout", "dora"
+    feature: str = ""  # "bias", "dropout", "dora"
     backend: str | None = None  # the one that must take ours, where it is not the session's
     backward: str | None = None  # the one that must take its backward, where that is another
     groups: tuple[str, ...] = TRAINING
@@ -151,6 +151,8 @@ def _pairs(case: Case, backend: str, twins_on: torch.device | None) -> list[Cont
         feature = {"autocast": autocast, "feature": "dropout", "groups": ("features",)}
         eager = layers.eager_with_dropout(adapter)
         add(f"{suffix}_dropout", f"{label}, dropout {DROPOUT}", adapter, eager, {"lora_dropout": DROPOUT}, **feature)
+    eager = layers.eager_with_bias("same")
+    add("_bias", f"{kind}, bias", "same", eager, {"bias": True}, feature="bias", groups=("features",))
     eager = layers.eager_with_dora("same")
     add("_dora", f"{kind}, DoRA", "same", eager, {"use_dora": True}, feature="dora", groups=("features",))
     return rows

@@ -25,6 +25,7 @@ class Layer:
     weight: Tensor
     adapters: dict[str, tuple[Tensor, Tensor]]  # "same" (as W) and "fp32": A [r, K], B [N, r]
     magnitude: Tensor  # DoRA's, [N] in fp32
+    bias: Tensor  # [N] in W's dtype, for rows that have one
 
 
 @dataclass
@@ -51,9 +52,11 @@ def frozen(layer: Layer, case: Case) -> Built:
     return Built(linear(layer, case), ())
 
 
-def linear(layer: Layer, case: Case) -> nn.Linear:
-    made = nn.Linear(case.K, case.N, bias=False, device="meta")
+def linear(layer: Layer, case: Case, bias: bool = False) -> nn.Linear:
+    made = nn.Linear(case.K, case.N, bias=bias, device="meta")
     made.weight = nn.Parameter(layer.weight, requires_grad=False)
+    if bias:
+        made.bias = nn.Parameter(layer.bias, requires_grad=False)
     return made
 
 
@@ -64,9 +67,10 @@ def eager_lora(
     lora_B: Tensor,
     scaling: float,
     drop: Callable[[Tensor], Tensor] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The arithmetic of PEFT's lora.Linear: x cast to the adapter's dtype and dropped, the sum cast to the base's."""
-    base = F.linear(x, weight)
+    base = F.linear(x, weight, bias)
     x = x.to(lora_A.dtype)
     update = F.linear(F.linear(x if drop is None else drop(x), lora_A), lora_B) * scaling
     return (base + update).to(base.dtype)
@@ -106,6 +110,14 @@ def eager(adapter: str) -> Build:
     def build(layer: Layer, case: Case) -> Built:
         a, b = _parameters(layer, adapter)
         return Built(EagerLoRA(layer.weight, a, b), (a, b))
+
+    return build
+
+
+def eager_with_bias(adapter: str) -> Build:
+    def build(layer: Layer, case: Case) -> Built:
+        a, b = _parameters(layer, adapter)
+        return Built(lambda x: eager_lora(x, layer.weight, a, b, SCALING, bias=layer.bias), (a, b))
 
     return build
 
@@ -167,11 +179,13 @@ def peft(adapter: str) -> Build:
     return build
 
 
-def fusedlora(adapter: str, *, lora_dropout: float = 0.0, use_dora: bool = False, backend: str = "auto") -> Build:
+def fusedlora(
+    adapter: str, *, bias: bool = False, lora_dropout: float = 0.0, use_dora: bool = False, backend: str = "auto"
+) -> Build:
     def build(layer: Layer, case: Case) -> Built:
         a, b = _parameters(layer, adapter)
         module = FusedLoRALinear.from_linear(
-            linear(layer, case),
+            linear(layer, case, bias),
             r=case.r,
             lora_alpha=int(SCALING * case.r),
             lora_dropout=lora_dropout,

@@ -43,6 +43,9 @@ FEATURES = (
     ("dropout 0.1", "fusedlora_dropout"),
     ("dropout 0.1, CUDA C++", "fusedlora_cuda_dropout"),
     ("dropout 0.1, one of each", "fusedlora_auto_dropout"),
+    ("bias", "fusedlora_bias"),
+    ("bias, CUDA C++", "fusedlora_cuda_bias"),
+    ("bias, one of each", "fusedlora_auto_bias"),
     ("DoRA", "fusedlora_dora"),
     ("DoRA, CUDA C++", "fusedlora_cuda_dora"),
     ("DoRA, one of each", "fusedlora_auto_dora"),
@@ -52,6 +55,7 @@ EAGER_FEATURES = (
     ("fp32, autocast", "eager_amp"),
     ("fp32", "eager_fp32"),
     ("dropout 0.1", "eager_dropout"),
+    ("bias", "eager_bias"),
     ("DoRA", "eager_dora"),
 )
 # title, the groups that have the figure (the first that is there), columns

@@ -103,8 +103,8 @@ def test_lab_measures_what_else_a_layer_does(graph_lab, dtype):
     chosen = [c for c in contenders(case, compile=False, autotune=False) if "features" in c.groups]
     found = graph_lab.measure(case, {"features": chosen})
     assert {r.failed for r in found.values()} == {None}
-    assert {c.feature for c in chosen} == {"", "dropout", "dora"}
-    for suffix in ("_dropout", "_dora") + (("_amp_dropout", "_fp32_dropout") if dtype == "bf16" else ()):
+    assert {c.feature for c in chosen} == {"", "bias", "dropout", "dora"}
+    for suffix in ("_bias", "_dropout", "_dora") + (("_amp_dropout", "_fp32_dropout") if dtype == "bf16" else ()):
         assert found[("features", f"fusedlora{suffix}")].versus_rival.median == pytest.approx(1.0)
     assert set(found[("features", "fusedlora_dora")].errors) == {"y", "dX", "dA", "dB", "dm"}
     assert set(found[("features", "eager_dora")].errors) == {"y", "dX", "dA", "dB", "dm"}
@@ -207,14 +207,14 @@ def test_lab_fails_our_row_when_another_backend_ran():
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("adapter", ["same", "fp32"])
-@pytest.mark.parametrize("feature", ["", "dropout", "dora"])
+@pytest.mark.parametrize("feature", ["", "bias", "dropout", "dora"])
 def test_the_eager_arithmetic_is_that_of_peft(feature, adapter, autocast):
     """Bit by bit, so that a row of the arithmetic may stand for the library."""
     peft = pytest.importorskip("peft")
     case = Case(16, 64, 48, 4)
     (layer,) = make_layers(case, torch.device("cpu"), 1)
-    builds = {"": layers.eager, "dropout": layers.eager_with_dropout, "dora": layers.eager_with_dora}
-    built = builds[feature](adapter)(layer, case)
+    build = getattr(layers, f"eager_with_{feature}") if feature else layers.eager
+    built = build(adapter)(layer, case)
     config = peft.LoraConfig(
         r=case.r,
         lora_alpha=int(layers.SCALING * case.r),
@@ -222,7 +222,7 @@ def test_the_eager_arithmetic_is_that_of_peft(feature, adapter, autocast):
         lora_dropout=layers.DROPOUT if feature == "dropout" else 0.0,
         use_dora=feature == "dora",
     )
-    base = torch.nn.Sequential(layers.linear(layer, case))
+    base = torch.nn.Sequential(layers.linear(layer, case, feature == "bias"))
     module = peft.get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model[0]
     a, b, *magnitude = (torch.nn.Parameter(p.detach().clone()) for p in built.parameters)
     module.lora_A["default"].weight, module.lora_B["default"].weight = a, b

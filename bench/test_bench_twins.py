@@ -61,6 +61,7 @@ def test_a_row_of_auto_where_it_takes_both(hopper, monkeypatch):
     rows = rows_of()
     assert {name for name in rows if "auto" in name} == {
         "fusedlora_auto",
+        "fusedlora_auto_bias",
         "fusedlora_auto_dropout",
         "fusedlora_auto_dora",
     }

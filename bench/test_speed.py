@@ -3,7 +3,7 @@
     pytest bench/ --benchmark                       everything (on a GPU: select with -k)
     pytest bench/ --benchmark -k headline           the shapes of the README's tables
     pytest bench/ --benchmark -k "training and headline and not compile"
-    pytest bench/ --benchmark -k "features and headline"    what dropout, fp32 adapters and DoRA cost there
+    pytest bench/ --benchmark -k "features and headline"    what dropout, a bias, fp32 adapters and DoRA cost
     pytest bench/ --benchmark -k decode             a few rows, forward alone
     pytest bench/ --benchmark -k "training and M512 and r16 and not compile"
     pytest bench/ --benchmark -k "features and headline and not eager and not cuda"
