@@ -164,7 +164,7 @@ __device__ void prepare(const Preparation& p, int task, int r, int thread) {
 // rows: by jobs or, dB's, by those who read the same dy for T.
 struct Stripes {
   CUtensorMap src, small;
-  float* partial;  // where there are parts: for each 64 columns and part the sums, as the threads hold them
+  float* partial;  // where they are left, in parts or with dm: for each 64 columns and part, as the threads hold them
   int* arrived;    // a word for each 64 columns
   void* out;       // null: not wanted
   int64_t long_out, rank_out;  // where element (k, column) goes: column · long_out + k · rank_out

@@ -262,8 +262,8 @@ template <typename T>
 struct MagnitudeSums {
   float sums[8] = {}, bias[8] = {};
 
-  __device__ __forceinline__ MagnitudeSums(const Magnitude& m, const Stripes& p, int stripe, int thread) {
-    if (!m.bias) return;
+  __device__ __forceinline__ MagnitudeSums(bool wanted, const Magnitude& m, const Stripes& p, int stripe, int thread) {
+    if (!wanted || !m.bias) return;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const int col = min(stripe * STRIPE + thread % 8 * 8 + i, p.cols - 1);
@@ -316,7 +316,7 @@ __device__ __forceinline__ void sum_stripe(Consumer<Kernel>& me, bool is_da, int
   const int stripe = block.stripe(p, index, me.group), part = index % p.parts, thread = me.thread;
   float acc[L::R / 2] = {}, total[8] = {};  // with terms acc is of a stage
   const bool with_dm = Kernel::DM_WITH_DB && !is_da;
-  [[maybe_unused]] MagnitudeSums<T> magnitude(c.magnitude, p, stripe, thread);
+  [[maybe_unused]] MagnitudeSums<T> magnitude(with_dm, c.magnitude, p, stripe, thread);
   const int rows = part_rows<L::JOB_ROWS>(c.M, p.parts), end = min((part + 1) * rows, c.M);
 #pragma unroll 1
   for (int m = part * rows; m < end; m += L::JOB_ROWS) {

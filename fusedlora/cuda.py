@@ -148,7 +148,7 @@ class BackwardPlan(CudaPlan):
         threshold: int | None,
         dora: Dora | None = None,
     ) -> None:
-        """tensors: dy, x, S, weight, lora_A, lora_B, None, dX, dA, dB."""
+        """tensors: dy, x, S, weight, lora_A, lora_B, None, dX, dA, dB; scaling, seed, threshold: `launch_dropout`'s."""
         dy, x, s, weight, lora_A, lora_B, _, dx, da, db = tensors
         dm, y, gain, norm, bias = (None,) * 5 if dora is None else dora.tensors
         pointers = (
@@ -372,8 +372,8 @@ def lora_backward(
         s: [M, r], as `lora_forward` returned it; only for dB.
         scaling, seed, dropout_p, adapter_dtype: as given to `lora_forward`.
         need_dx, need_dA, need_dB: which gradients to compute.
-        dora: with need_dB, no dropout and adapter_dtype dy's, what dm is made of, y contiguous, and goes to; weight and
-            lora_B then have the gain on their rows.
+        dora: with need_dB, no dropout and adapter_dtype dy's, what dm is made of and goes to: y and bias contiguous, dm
+            of dy's dtype or fp32; weight and lora_B then have the gain on their rows.
         config: tiles and counts, beside dora not `db_with_t`; None takes a tuned table's, where it has one, all outputs
             are wanted and there is no dora, or `cuda_config`'s.
 

@@ -337,6 +337,7 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True,
     unit_us = 3 + cdiv(steps, config.slices) * unit_step_us
     rows = job_rows(config.block_n, p.r)
     job_us = b_us * cdiv(cdiv(p.M, parts), rows) * rows / 128
+    left = parts > 1 or (dora and not forward)  # for side warps to add
     db_us, da_us = 0.5 + job_us * (2 if dora else 1), 0.5 + job_us * (2 if p.dropout else 1)
     # No tile ends before its rows of S or T are there: how long the tiles of a turn have to wait, of the first two or
     # of that where the last rows begin.
@@ -350,9 +351,9 @@ def end_us(p: Problem, config: CudaConfig, forward: bool, *, tiles: bool = True,
     end = 0.0
     for _, (own_tiles, units, db, da) in shares(p, config, forward, tiles=tiles):
         waits = late if own_tiles and not units else 0.0
-        seen_us = 2.0 if parts > 1 and own_tiles == 1 and db + da else 0.0  # the adding, after its only tile
+        seen_us = 2.0 if left and own_tiles == 1 and db + da else 0.0  # the adding, after its only tile
         end = max(end, own_tiles * tile_us + units * unit_us + db * db_us + da * da_us + waits + seen_us)
-    return end + sliced_us + (0.8 + part_us * (parts - 1) if parts > 1 or config.db_with_t else 0)
+    return end + sliced_us + (0.8 + part_us * (parts - 1) if left or config.db_with_t else 0)
 
 
 def _slice_us(p: Problem, config: CudaConfig, tile_us: float) -> float:

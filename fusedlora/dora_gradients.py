@@ -6,6 +6,8 @@ What it is given is what dora_linear's forward saves. Where W has fewer elements
 rows of W and B, and form dm beside dB from one read of dy.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -128,11 +130,14 @@ def _backward(
         from fusedlora.kernels import backward, dora
 
         backends.last_used = backends.last_backward = taker
-        dtypes = {"adapter_dtype": adapter_dtype, "magnitude_dtype": magnitude_dtype}
+        shared: dict[str, Any] = {"scaling": scaling, "adapter_dtype": adapter_dtype}
         if taker == "cuda":
-            return dora.dora_backward(*given, cuda.lora_backward, scaling=scaling, **dtypes)
-        triton_only = {"scale": scale, "one_launch": backends._one_launch(dy.device)}
-        return dora.dora_backward(*given, backward.lora_backward, scaling=scaling, **dtypes, **triton_only)
+            # csrc knows dy's dtype and fp32; autocast to another one than the magnitude's brings a third
+            written = magnitude_dtype if magnitude_dtype is dy.dtype else torch.float32
+            *grads, dm = dora.dora_backward(*given, cuda.lora_backward, magnitude_dtype=written, **shared)
+            return *grads, dm.to(magnitude_dtype)
+        shared |= {"scale": scale, "one_launch": backends._one_launch(dy.device)}
+        return dora.dora_backward(*given, backward.lora_backward, magnitude_dtype=magnitude_dtype, **shared)
     settings = (scale, scaling, adapter_dtype, magnitude_dtype, backend)
     *grads, _ = gradients(*given, *settings, need_dx=True, need_dA=True, need_dB=True, need_dm=True, need_dy=False)
     assert all(grad is not None for grad in grads)

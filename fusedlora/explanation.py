@@ -153,13 +153,21 @@ def _of_both(forward: dict[str, str], backward: dict[str, str]) -> dict[str, str
 def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     """What is launched, and how forward and backward are configured."""
     from .cuda import num_sms
+    from .cuda_config import cuda_config
 
     def config(direction: str) -> str:
         problem = call.problem(x.shape[0], direction, 90, num_sms(call.device))
+        if direction == "backward" and call.adapter_dtype is call.dtype and _with_dm(call):
+            return f"(heuristic) {cuda_config(problem, False, dora=True)}"
         chosen, why = tuning.choose(tuning.cuda_kernel(direction), problem, call.device, tuning.in_use())
         return f"({why}) {chosen}"
 
     return "one launch", config("forward"), config("backward")
+
+
+def _with_dm(call: backends.Call) -> bool:
+    """Whether the call is DoRA's and its backward kernel forms dm, with the gain on the rows of W."""
+    return not backends.backward_of(call).plain
 
 
 def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
@@ -182,6 +190,7 @@ def _layout_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
 
 
 def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
+    from fusedlora.kernels.backward import beside_dora
     from fusedlora.kernels.launch import device_facts
 
     from .config import DecodeConfig
@@ -194,7 +203,9 @@ def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     backward, why_backward = tuning.choose("backward", down, call.device, tuning.in_use())
     decodes = isinstance(forward, DecodeConfig)  # in one launch wherever it runs
     first = f"({why_forward}) {forward}, " + ("one launch" if decodes else str(forward_schedule(up, forward)))
-    plan = backward_schedule(down, backward, True, True, True)
+    if with_dm := _with_dm(call):
+        backward = beside_dora(backward)
+    plan = backward_schedule(down, backward, True, True, True, dora=with_dm)
     return launches, first, f"({why_backward}) {backward}, {plan}"
 
 

@@ -433,19 +433,34 @@ def test_named_calls_take_it_and_repeat() -> None:
     assert told.backend == "cuda" and "block_n" in str(told)
 
 
+@pytest.mark.parametrize("autocast", [None, FP16], ids=str)
+@pytest.mark.parametrize("M, K", [(300, 512), (1100, 512), (700, 1032)])
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32], ids=str)
-def test_dora_goes_through_it(adapter_dtype: torch.dtype) -> None:
-    i = make_inputs(300, 512, 520, 16, BF16, adapter_dtype, device="cuda")
+def test_dora_goes_through_it(adapter_dtype: torch.dtype, M: int, K: int, autocast, monkeypatch) -> None:
+    """dm comes with dB where M is above K and the adapter's products are 16-bit."""
+    with_dm, plain = [], cuda.lora_backward
+
+    def noted(*args: Any, dora: Any = None, **settings: Any) -> tuple[torch.Tensor | None, ...]:
+        with_dm.append(dora is not None)
+        return plain(*args, dora=dora, **settings)
+
+    monkeypatch.setattr(cuda, "lora_backward", noted)
+    i = make_inputs(M, K, 520, 16, BF16, adapter_dtype, device="cuda", bias=True)
     magnitude = torch.linalg.vector_norm(i.weight.float(), dim=1).to(adapter_dtype).requires_grad_()
     answers = {}
     for backend in ("cuda", "triton"):
         leaves = i.leaves()
         tensors = (leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, magnitude, leaves.bias)
-        y = fusedlora.dora_linear(*tensors, scaling=i.scaling, backend=backend)
+        with torch.autocast("cuda", autocast, enabled=autocast is not None):
+            y = fusedlora.dora_linear(*tensors, scaling=i.scaling, backend=backend)
         assert backends.last_used == backend
-        grads = torch.autograd.grad(y, (leaves.x, leaves.lora_A, leaves.lora_B, magnitude), i.dy)
+        wanted = (leaves.x, leaves.lora_A, leaves.lora_B, magnitude)
+        grads = torch.autograd.grad(y, wanted, i.dy.to(y.dtype))
+        assert [grad.dtype for grad in grads] == [tensor.dtype for tensor in wanted]
         answers[backend] = [y.detach(), *grads]
     assert all(relative_error(a, b) <= 8e-3 for a, b in zip(answers["cuda"], answers["triton"]))
+    precise = adapter_dtype is FP32 and autocast is None
+    assert with_dm == ([M > K] if not precise else [False] * len(with_dm)) and with_dm
 
 
 def test_a_seed_on_the_device_is_the_same_seed() -> None:

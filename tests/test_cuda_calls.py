@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedlora import backends, cuda, dropout
+from fusedlora import backends, cuda, dropout, explanation
 from fusedlora.config import Problem, cdiv
 from fusedlora.cuda_config import (
     FASTER,
@@ -159,8 +159,23 @@ def test_backward_with_dm(recorder: Recorder) -> None:
         dx, dA, dB = backward(i, s, dora=kernels.Dora(dm, y, gain, norm, bias, 0.5))
         given = {"dy": i.dy, "x": i.x, "w": i.weight, "a": i.lora_A, "b": i.lora_B, "s": s, "y": y, "bias": bias}
         addresses(recorder.launches[-1], **given, gain=gain, norm=norm, dx=dx, da=dA, db=dB, dm=dm)
-    flags = ("dm_is_float", "bias_is_float", "least", "db_with_t")
-    assert [tuple(call[name] for name in flags) for call in recorder.launches] == [(1, 0, 0.5, 0), (0, 1, 0.5, 0)]
+    flags = ("dm_is_float", "bias_is_float", "least")
+    assert [tuple(call[name] for name in flags) for call in recorder.launches] == [(1, 0, 0.5), (0, 1, 0.5)]
+    problem = Problem(8192, 4096, 4096, 16, 2, False, 90, 132)
+    assert cuda_config(problem, False).db_with_t and not cuda_config(problem, False, dora=True).db_with_t
+
+
+def test_what_is_told_of_a_backward_with_dm(hopper) -> None:
+    """The configuration that is launched: not that of a backward without, where dB may come with T."""
+    shapes = (8192, 4096), (4096, 4096), (16, 4096), (4096, 16)
+    x, weight, lora_A, lora_B = (torch.empty(*shape, dtype=BF16, device="meta") for shape in shapes)
+    told = {}
+    for plain in (True, False):
+        call = backends.describe_call("cuda", x, weight, lora_A, lora_B, None, None, BF16, plain=plain)
+        told[plain] = explanation._cuda_config(x, call)[2]
+    problem = Problem(8192, 4096, 4096, 16, 2, False, 90, 132)
+    assert told[True] == f"(heuristic) {cuda_config(problem, False)}"
+    assert told[False] == f"(heuristic) {cuda_config(problem, False, dora=True)}" != told[True]
 
 
 def test_a_plan_serves_the_calls_of_a_kind(recorder: Recorder) -> None:

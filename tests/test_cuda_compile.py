@@ -40,7 +40,7 @@ def kernel_of(symbol: str) -> tuple[str, str, tuple[int, ...]]:
 
 
 def all_kernels() -> set[tuple[str, str, tuple[int, ...]]]:
-    # block_n, ranks, backward, dropout, terms, kind: plain, slices in tiles, dB with T, slices of terms
+    # block_n, ranks, backward, dropout, terms, kind: plain, slices in tiles, dB with T, slices of terms, dm with dB
     tiles = [
         *itertools.product((128, 256), (1, 2, 4, 8), (0, 1), (0, 1), (1,), (0,)),
         *itertools.product((256,), (16,), (0, 1), (0, 1), (1,), (0,)),

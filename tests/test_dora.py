@@ -437,6 +437,45 @@ def test_backward_op(dtype, adapter_dtype, shape, device) -> None:
     assert dx.dtype is dtype and dA.dtype is dB.dtype is dm.dtype is wide and dm.shape == (24,)
 
 
+@pytest.mark.parametrize(
+    "taker, dtypes, launched",
+    [
+        ("cuda", (BF16, BF16, BF16), ("cuda", BF16)),
+        ("cuda", (BF16, BF16, FP32), ("cuda", FP32)),
+        ("cuda", (FP16, FP16, BF16), ("cuda", FP32)),  # autocast to another dtype than the model's
+        ("cuda", (BF16, FP32, FP32), None),  # dm is not formed beside terms
+        ("triton", (FP16, FP16, BF16), ("triton", BF16)),
+        ("triton", (BF16, FP32, FP32), ("triton", FP32)),
+        ("reference", (BF16, BF16, BF16), None),
+    ],
+)
+def test_who_forms_dm_beside_dB(taker, dtypes, launched, monkeypatch) -> None:
+    """And in which dtype it is asked for; it comes in the magnitude's."""
+    kernels = pytest.importorskip("fusedlora.kernels.dora", exc_type=ImportError)
+    from fusedlora.kernels import backward
+
+    seen = []
+    dtype, adapter_dtype, magnitude_dtype = dtypes
+    given = make(40, 16, 24, 4, dtype, adapter_dtype)
+    x, dy, ones = given["x"], given["dy"], torch.ones(24)
+    named = next(b for b in backends.BACKENDS if b.name == taker)
+
+    def record(*tensors, **settings):
+        assert tensors[0] is dy and settings["adapter_dtype"] is adapter_dtype
+        launchers = {backends.cuda.lora_backward: "cuda", backward.lora_backward: "triton"}
+        seen.append((launchers[tensors[10]], settings["magnitude_dtype"]))
+        assert ("scale" in settings) == ("one_launch" in settings) == (tensors[10] is backward.lora_backward)
+        return x, given["lora_A"], given["lora_B"], torch.ones(24, dtype=settings["magnitude_dtype"])
+
+    monkeypatch.setattr(kernels, "dora_backward", record)
+    monkeypatch.setattr(dora_gradients, "select", lambda name, call: named)
+    monkeypatch.setattr(dora_gradients, "scaled_by_kernels", lambda name, call: name in ("cuda", "triton"))
+    s = torch.zeros(40, 4, dtype=adapter_dtype)
+    tensors = (dy, dy, ones, ones, None, x, given["weight"], s, given["lora_A"], given["lora_B"], None)
+    *_, dm = dora_gradients.dora_backward(*tensors, 0.7, adapter_dtype, magnitude_dtype, "reference")
+    assert dm.dtype is magnitude_dtype and seen == ([launched] if launched else [])
+
+
 def test_linear_op(device) -> None:
     given = make(9, 16, 24, 4, FP32, device=device)
     leaves = [given[name].requires_grad_() for name in NAMES]

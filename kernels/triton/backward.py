@@ -429,6 +429,12 @@ class Dora:
         return self.dm, self.y, self.gain, self.norm, self.bias
 
 
+def beside_dora(config: BackwardConfig) -> BackwardConfig:
+    """For DoRA's tensors: stripes of dB read y beside dy, into the same shared memory."""
+    stripe = {name: min(getattr(config, name), most) for name, most in DORA_STRIPES.items()}
+    return dataclasses.replace(config, FUSE_DB=False, **stripe)
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(
     device: torch.device,
@@ -455,9 +461,8 @@ def _plan(
     terms = num_terms(param_dtype, adapter_dtype, dtype)
     problem = Problem(M, K, N, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or tuning.choose("backward", problem, device, tuned)[0]
-    if least is not None:  # stripes of dB read y beside dy, into the same shared memory
-        stripe = {name: min(getattr(config, name), most) for name, most in DORA_STRIPES.items()}
-        config = dataclasses.replace(config, FUSE_DB=False, **stripe)
+    if least is not None:
+        config = beside_dora(config)
     schedule = backward_schedule(problem, config, *needs, dora=least is not None)
     parts = schedule.parts
     needs_t = need_dx or need_dA

@@ -1,7 +1,8 @@
 """DoRA's launch before the backward kernel: what puts the gain into its products, and the magnitude's gradient.
 
     dy' = gain ∘ dy                     dm = Σ_m dy ∘ u / norm
-    or, where W has fewer elements than dy, W' = gain ∘ W on its rows and B' = gain ∘ B: then backward_kernel forms dm
+    or, where W has fewer elements than dy, W' = gain ∘ W on its rows and B' = gain ∘ B: then the backward kernel, this
+    package's or csrc's, forms dm
 
 u = x Wᵀ + S Bᵀ is the output before gain and bias. Formulas: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation"
 (2024), the norm taken as a constant in backward, as their section 4.3 has it.
@@ -265,6 +266,7 @@ def dora_scale(
         return out, dm if dm is None else dm.zero_()
     r = lora_B.shape[1]
     dy = dy if dy.stride(1) <= 1 else dy.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if need_dm:
         assert y is not None and x is not None and weight is not None and s is not None
         y, s, lora_B = y.contiguous(), s.contiguous(), skinny_rows(lora_B)
@@ -347,6 +349,7 @@ def dora_backward(
     dm = torch.empty(N, dtype=magnitude_dtype, device=device)
     scaled_w, scaled_b = weight.new_empty(N, K), lora_B.new_empty(N, r)
     least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
+    bias = None if bias is None else bias.contiguous()
     if M > 0:
         dy, x, y = row_major(dy), row_major(x), row_major(y.contiguous())
         s, lora_B = s.contiguous(), skinny_rows(lora_B)

@@ -285,6 +285,21 @@ def test_layouts(which: str, layout: str) -> None:
     assert torch.equal(got[0], want[0]) and relative_error(got[1], want[1]) < 1e-6
 
 
+STRIDED = {"one-for-all": lambda t: t[:1].expand(t.shape), "every-other": lambda t: t.repeat_interleave(2)[::2]}
+
+
+@pytest.mark.parametrize("strides", STRIDED)
+def test_a_bias_with_strides(strides: str) -> None:
+    case = Case(80, 64, 64, 16, bias=True, small=True)
+    given = make(case)
+    bias = STRIDED[strides](given["bias"])
+    odd, plain = given | {"bias": bias}, given | {"bias": bias.contiguous()}
+    tensors, settings, _ = scale_arguments(case, plain)
+    assert torch.equal(dora_scale(*tensors[:4], bias, *tensors[5:], **settings)[1], dora_scale(*tensors, **settings)[1])
+    got, want = (answers(dora_linear, case, tensors, backend="triton") for tensors in (odd, plain))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 BY_WEIGHT = [c for c in CASES if by_weight(c.M, c.K, c.r, c.dtype, FP32 if c.split else c.dtype)]
 BY_WEIGHT.append(Case(1100, 16, 136, 16, bias=True, small=True))
 
