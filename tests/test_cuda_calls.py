@@ -165,17 +165,21 @@ def test_backward_with_dm(recorder: Recorder) -> None:
     assert cuda_config(problem, False).db_with_t and not cuda_config(problem, False, dora=True).db_with_t
 
 
-def test_what_is_told_of_a_backward_with_dm(hopper) -> None:
-    """The configuration that is launched: not that of a backward without, where dB may come with T."""
+def test_what_is_told_of_a_backward_with_dm(hopper, monkeypatch) -> None:
+    """The configurations that are launched: not those of a backward without, where dB may come with T."""
+    launch = pytest.importorskip("fusedlora.kernels.launch", exc_type=ImportError)
+    monkeypatch.setattr(launch, "device_facts", lambda device: (90, 132))
+    monkeypatch.setattr(backends, "_one_launch", lambda device: True)
     shapes = (8192, 4096), (4096, 4096), (16, 4096), (4096, 16)
     x, weight, lora_A, lora_B = (torch.empty(*shape, dtype=BF16, device="meta") for shape in shapes)
-    told = {}
+    told, triton = {}, {}
     for plain in (True, False):
         call = backends.describe_call("cuda", x, weight, lora_A, lora_B, None, None, BF16, plain=plain)
-        told[plain] = explanation._cuda_config(x, call)[2]
+        told[plain], triton[plain] = (explanation._CONFIGS[name](x, call)[2] for name in ("cuda", "triton"))
     problem = Problem(8192, 4096, 4096, 16, 2, False, 90, 132)
     assert told[True] == f"(heuristic) {cuda_config(problem, False)}"
     assert told[False] == f"(heuristic) {cuda_config(problem, False, dora=True)}" != told[True]
+    assert "FUSE_DB=True" in triton[True] and "FUSE_DB=False" in triton[False]
 
 
 def test_a_plan_serves_the_calls_of_a_kind(recorder: Recorder) -> None:
