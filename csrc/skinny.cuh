@@ -7,6 +7,13 @@ namespace fusedlora {
 
 constexpr int SIDE_WARPS = 3;
 constexpr int SIDE_THREADS = 32 * SIDE_WARPS;
+
+// A number of an array of fp32 or of T.
+template <typename T>
+__device__ __forceinline__ float load_number(const void* from, bool is_float, int at) {
+  return is_float ? static_cast<const float*>(from)[at] : float(static_cast<const T*>(from)[at]);
+}
+
 // The dropout's mask: see fusedlora/dropout.py, whose hash this is. Rows m and m + 8 of columns k, k + 1, k + 8 and k + 9
 // share one.
 struct Mask {

@@ -267,7 +267,7 @@ struct MagnitudeSums {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const int col = min(stripe * STRIPE + thread % 8 * 8 + i, p.cols - 1);
-      bias[i] = m.bias_is_float ? static_cast<const float*>(m.bias)[col] : float(static_cast<const T*>(m.bias)[col]);
+      bias[i] = load_number<T>(m.bias, m.bias_is_float, col);
     }
   }
 

@@ -229,15 +229,12 @@ __device__ __forceinline__ void put_on_columns(
 // Gain and bias of the forward's columns.
 template <typename Kernel>
 __device__ __forceinline__ void put_gain_and_bias(const Consumer<Kernel>& me, float (&acc)[Kernel::ACCS], int col) {
-  using T = typename Kernel::T;
-  const Call<T>& c = me.block.c;
+  const Call<typename Kernel::T>& c = me.block.c;
   if (c.gain) {
     put_on_columns(me, acc, col, [&](int at) { return c.gain[at]; }, [](float& sum, float gain) { sum *= gain; });
   }
   if (!c.bias) return;
-  const auto bias = [&](int at) {
-    return c.bias_is_float ? static_cast<const float*>(c.bias)[at] : float(static_cast<const T*>(c.bias)[at]);
-  };
+  const auto bias = [&](int at) { return load_number<typename Kernel::T>(c.bias, c.bias_is_float, at); };
   put_on_columns(me, acc, col, bias, [](float& sum, float bias) { sum += bias; });
 }
 

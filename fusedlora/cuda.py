@@ -189,12 +189,11 @@ def _plan(
     if config is None:
         sides, precise = (N, K) if forward else (K, N), adapter_dtype is not dtype
         problem = Problem(M, *sides, r, dtype.itemsize, precise, 90, num_sms(device), drops)
-        if pointers["dm"]:
-            config = cuda_config(problem, forward, dora=True)
-        elif forward or (pointers["dx"] and pointers["da"] and pointers["db"]):
+        all_wanted = forward or (pointers["dx"] and pointers["da"] and pointers["db"])
+        if all_wanted and not pointers["dm"]:
             config, _ = tuning.choose(tuning.cuda_kernel(direction), problem, device, tuned)
         else:
-            config = cuda_config(problem, forward, tiles=pointers["dx"] > 0)
+            config = cuda_config(problem, forward, tiles=pointers["dx"] > 0, dora=pointers["dm"] > 0)
     settings = {
         "is_bf16": dtype is torch.bfloat16,
         "param_is_float": param_dtype is torch.float32,

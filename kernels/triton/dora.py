@@ -266,10 +266,10 @@ def dora_scale(
         return out, dm if dm is None else dm.zero_()
     r = lora_B.shape[1]
     dy = dy if dy.stride(1) <= 1 else dy.contiguous()
-    bias = None if bias is None else bias.contiguous()
     if need_dm:
         assert y is not None and x is not None and weight is not None and s is not None
         y, s, lora_B = y.contiguous(), s.contiguous(), skinny_rows(lora_B)
+        bias = None if bias is None else bias.contiguous()
         x = x if x.stride(1) <= 1 else x.contiguous()
         K, strides = x.shape[1], (*x.stride(), weight.stride(0))
     else:
@@ -349,10 +349,10 @@ def dora_backward(
     dm = torch.empty(N, dtype=magnitude_dtype, device=device)
     scaled_w, scaled_b = weight.new_empty(N, K), lora_B.new_empty(N, r)
     least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
-    bias = None if bias is None else bias.contiguous()
     if M > 0:
         dy, x, y = row_major(dy), row_major(x), row_major(y.contiguous())
         s, lora_B = s.contiguous(), skinny_rows(lora_B)
+        bias = None if bias is None else bias.contiguous()
         given = (dy, None, gain, norm, None, x, weight, s, lora_B)
         strides = (*dy.stride(), *x.stride(), weight.stride(0))
         dtypes = (dy.dtype, lora_B.dtype, adapter_dtype, magnitude_dtype)
