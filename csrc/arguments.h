@@ -4,8 +4,8 @@
 
 // Null: not there, or not wanted. Outputs start at multiples of 16 bytes. Pitches: elements from a row to the next. terms:
 // 1, or 3 where the adapters, fp32, and S keep their precision (see skinny.cuh); s and saved_s are fp32 then. has_seed: 0,
-// 1, or 2 where `seed` is the address of the seed. With dm, DoRA's gradient, a backward's w and b have the gain on their
-// rows; it reads y, gain, norm and bias.
+// 1, or 2 where `seed` is the address of the seed. A forward without y gives S alone. With dm, DoRA's gradient, a backward's
+// w and b have the gain on their rows; it reads y, gain, norm and bias.
 typedef struct {
   int64_t is_bf16, param_is_float, bias_is_float, dm_is_float, terms;
   int64_t block_n, group, programs, shrink_clusters, slices, in_tiles, parts_a, parts_b, db_with_t, first_job;

@@ -173,8 +173,9 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
       c.prepares_skinny = true;
       operands.skinny = {skinny, R, K};
     }
+    c.tiles = a.y != nullptr;
     operands.wide = {static_cast<const T*>(a.b), a.r, a.b_pitch};
-    if (!lies(a.b, a.b_pitch, is_float)) {
+    if (c.tiles && !lies(a.b, a.b_pitch, is_float)) {
       T* wide = places.take<T>(int64_t(N) * R);
       c.preparations[c.num_preparations++] = {a.b, wide, N, a.b_pitch, 1, R, 1, is_float, WIDE_TERMS};
       operands.wide = {wide, R, R};
@@ -182,7 +183,6 @@ int64_t prepare_call(const Arguments& a, Call<T>& c, Operands<T>& operands) {
     shrink.out = places.take<T>(int64_t(M) * R);
     shrink.saved = a.saved_s;
     c.gain = static_cast<const float*>(a.gain), c.bias = a.bias, c.bias_is_float = a.bias_is_float;
-    c.tiles = true;
   } else {
     const bool needs_t = a.dx || a.da;
     if (needs_t) {

@@ -7,6 +7,7 @@
 #include <Python.h>
 
 #include <ATen/Context.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -72,6 +73,7 @@ struct Hooks {
   int (*launch_kernel)(const LaunchConfig* config, void* function, void** params, void** extra);
   PyObject* taken;  // dict that is told which backends a call took
   PyObject* draw;   // a dropout's seed, as a tensor, for x, the rate and the backend
+  PyObject* sees_content;  // of saved tensors: whether this pack hook may look into them
 } hooks;
 
 // The stream that the next launch is put on, or nothing where it is being captured: that is Python's. The question is
@@ -186,6 +188,7 @@ struct Call {
   Launch backward;    // of all three gradients
   c10::SafePyObject key_backend;
   PyObject *forward_name, *backward_name;  // of their backends; never let go, a pending call may still read them
+  c10::SafePyObject fill_s;                // S alone, from x, weight, lora_A, lora_B, s, the seed and the scaling
   bool backward_by_op;                     // no kernels take the backward
 };
 
@@ -396,24 +399,46 @@ struct LoRALinearBackward : Node {
   }
 };
 
+// S, where the hook that was to keep it has raised: what it raised is put back.
+template <typename Launch>
+void fill(const Call& call, const Given& given, double scaling, const Tensor& s, const Tensor& seed, Launch launch) {
+  pybind11::gil_scoped_acquire gil;
+  PyObject *type, *value, *traceback;
+  PyErr_Fetch(&type, &value, &traceback);
+  const auto filled = THPObjectPtr(PyObject_CallFunction(
+      call.fill_s.ptr(getPyInterpreter()), "NNNNNNd", THPVariable_Wrap(given.x), THPVariable_Wrap(given.weight),
+      THPVariable_Wrap(given.lora_A), THPVariable_Wrap(given.lora_B), THPVariable_Wrap(s),
+      seed.defined() ? THPVariable_Wrap(seed) : Py_NewRef(Py_None), scaling));
+  if (!filled) {
+    Py_XDECREF(type), Py_XDECREF(value), Py_XDECREF(traceback);
+    throw python_error();
+  }
+  if (filled.get() != Py_True) launch();
+  PyErr_Restore(type, value, traceback);
+}
+
+// `late`: S and y are computed after what backward reads has been saved, unless a hook raises then. So does
+// torch.utils.checkpoint's where it computes a forward again and wants no more of it than S.
 Tensor forward(const std::shared_ptr<Call>& call, const Given& given, double scaling, const Tensor& seed, void* stream,
-               bool differentiable) {
+               bool differentiable, bool late) {
   RECORD_FUNCTION("fusedlora::linear", c10::ArrayRef<const c10::IValue>());
   const Tensor& x = given.x;
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
   shape.back() = given.weight.size(0);
   Tensor y, s;
-  {
+  const auto launch = [&] {
     at::NoGradGuard no_grad;
     y = at::empty(shape, x.options());
-    if (differentiable) {
-      s = at::empty({x.numel() / x.size(-1), given.lora_A.size(0)}, x.options().dtype(call->adapter_dtype));
-    }
     std::array<const Tensor*, TENSORS> tensors{};
     tensors[X] = &x, tensors[W] = &given.weight, tensors[A] = &given.lora_A, tensors[B] = &given.lora_B;
     tensors[BIAS] = &given.bias, tensors[S] = &s, tensors[Y] = &y;
     call->forward[differentiable].run(x.device(), stream, tensors, kept_scaling(*call, scaling), number(seed));
+  };
+  if (differentiable) {
+    at::NoGradGuard no_grad;
+    s = at::empty({x.numel() / x.size(-1), given.lora_A.size(0)}, x.options().dtype(call->adapter_dtype));
   }
+  if (!late) launch();
   if (differentiable) {
     auto node = make_node<LoRALinearBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(x, given.lora_A, given.lora_B));
@@ -423,11 +448,28 @@ Tensor forward(const std::shared_ptr<Call>& call, const Given& given, double sca
     node->weight_ = SavedVariable(given.weight, false);
     node->lora_A_ = SavedVariable(given.lora_A, false);
     node->lora_B_ = SavedVariable(given.lora_B, false);
-    node->s_ = SavedVariable(s, false);
-    if (seed.defined()) node->seed_ = SavedVariable(seed, false);
+    try {
+      node->s_ = SavedVariable(s, false);
+      if (seed.defined()) node->seed_ = SavedVariable(seed, false);
+    } catch (...) {
+      if (late) fill(*call, given, scaling, s, seed, launch);
+      throw;
+    }
+    if (late) launch();
     torch::autograd::set_history(y, node);
   }
   return y;
+}
+
+// Whether hooks for saved tensors are there that do not look into them.
+bool has_blind_hooks() {
+  if (!at::SavedTensorDefaultHooks::is_enabled()) return false;
+  const auto found = at::SavedTensorDefaultHooks::get_hooks();
+  if (!found) return false;
+  PyObject* pack = found->first.ptr(getPyInterpreter());
+  const auto sees = THPObjectPtr(PyObject_CallFunctionObjArgs(hooks.sees_content, pack, nullptr));
+  if (!sees) throw python_error();
+  return sees.get() == Py_False;
 }
 
 // x, weight, lora_A, lora_B, bias, dropout_p, backend; false where these are others.
@@ -450,24 +492,29 @@ c10::SafePyObject owned(PyObject* object) {
 
 PyObject* setup(PyObject*, PyObject* args) {
   unsigned long long current_stream, is_capturing, launch_kernel;
-  PyObject *taken, *draw;
-  if (!PyArg_ParseTuple(args, "KKKOO", &current_stream, &is_capturing, &launch_kernel, &taken, &draw)) return nullptr;
+  PyObject *taken, *draw, *sees_content;
+  if (!PyArg_ParseTuple(args, "KKKOOO", &current_stream, &is_capturing, &launch_kernel, &taken, &draw, &sees_content)) {
+    return nullptr;
+  }
   hooks.current_stream = reinterpret_cast<decltype(hooks.current_stream)>(current_stream);
   hooks.is_capturing = reinterpret_cast<decltype(hooks.is_capturing)>(is_capturing);
   hooks.launch_kernel = reinterpret_cast<decltype(hooks.launch_kernel)>(launch_kernel);
   Py_INCREF(taken);
   Py_INCREF(draw);
+  Py_INCREF(sees_content);
   Py_XSETREF(hooks.taken, taken);
   Py_XSETREF(hooks.draw, draw);
+  Py_XSETREF(hooks.sees_content, sees_content);
   Py_RETURN_NONE;
 }
 
 constexpr const char* CAPSULE = "fusedlora.Call";
 
-// add(x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype, names, backward_by_op): its Call, or None.
+// add(x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype, names, backward_by_op, fill_s): its Call, or
+// None.
 PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 10, "add takes 10 arguments");
+  TORCH_CHECK(count == 11, "add takes 11 arguments");
   Given given;
   Key key;
   if (!parse(args, given) || !make_key(given, key)) {
@@ -482,7 +529,7 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call = std::make_shared<Call>(Call{{Made(given.x), Made(given.weight), Made(given.lora_A), Made(given.lora_B)},
                                        given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
                                        {}, {}, owned(args[6]), Py_NewRef(up), Py_NewRef(down),
-                                       args[9] == Py_True});
+                                       owned(args[10]), args[9] == Py_True});
   }
   return PyCapsule_New(new std::shared_ptr<Call>(call), CAPSULE, [](PyObject* capsule) {
     delete static_cast<std::shared_ptr<Call>*>(PyCapsule_GetPointer(capsule, CAPSULE));
@@ -559,10 +606,11 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     seed = THPVariable_Unpack(drawn);
     TORCH_CHECK(seed.is_cpu() && seed.scalar_type() == at::kLong, "the dropout's seed is no int64 on the CPU");
   }
+  const bool late = differentiable && has_blind_hooks();
   Tensor y;
   {
     pybind11::gil_scoped_release no_gil;
-    y = forward(call, given, scaling, seed, stream, differentiable);
+    y = forward(call, given, scaling, seed, stream, differentiable, late);
   }
   if (tell(call->forward_name, call->backward_name) != 0) return nullptr;
   return THPVariable_Wrap(y);

@@ -7,6 +7,7 @@ packed once, the rest at each call, into bytes that no other thread sees.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import struct
 from typing import TYPE_CHECKING, Any
@@ -126,13 +127,13 @@ class ForwardPlan(CudaPlan):
     """y, and S where it is given."""
 
     def launch(self, tensors: tuple[Tensor | None, ...], *numbers: Any) -> None:
-        """tensors: x, weight, lora_A, lora_B, bias, gain, None, y, and S if it is wanted."""
+        """tensors: x, weight, lora_A, lora_B, bias, gain, None, y, and S if it is wanted; y is none for S alone."""
         x, weight, lora_A, lora_B, bias, gain, _, y = tensors[:8]
-        assert x is not None and weight is not None and lora_A is not None and lora_B is not None and y is not None
+        assert x is not None and weight is not None and lora_A is not None and lora_B is not None
         pointers = (
             x.data_ptr(), 0, weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(),
             _pointer(bias), _pointer(gain), 0, 0,
-            y.data_ptr(), _pointer(tensors[8]) if len(tensors) > 8 else 0, 0, 0, 0, 0,
+            _pointer(y), _pointer(tensors[8]) if len(tensors) > 8 else 0, 0, 0, 0, 0,
         )  # fmt: skip
         self.run(pointers, *numbers)
 
@@ -194,6 +195,11 @@ def _plan(
             config, _ = tuning.choose(tuning.cuda_kernel(direction), problem, device, tuned)
         else:
             config = cuda_config(problem, forward, tiles=pointers["dx"] > 0, dora=pointers["dm"] > 0)
+    if forward and not pointers["y"]:
+        # Where tiles or the decode kernel sum S no other launch gives its bits.
+        if config.in_tiles or (config.decode_rows and M <= MAX_DECODE):
+            return None
+        config = dataclasses.replace(config, shrink_clusters=config.clusters)
     settings = {
         "is_bf16": dtype is torch.bfloat16,
         "param_is_float": param_dtype is torch.float32,
@@ -244,20 +250,21 @@ def forward_plan(
     seed: Tensor | None,
     adapter_dtype: torch.dtype,
     save_s: bool,
+    tiles: bool = True,
     config: CudaConfig | None = None,
-) -> ForwardPlan:
+) -> ForwardPlan | None:
     """The launch for these tensors, x [M, K] as `row_major` and lora_A and lora_B as `skinny_rows` give them.
 
     It serves all tensors that have their shapes, strides, dtypes and device, and addresses aligned to 16 bytes alike.
-    scale is none: nothing else is taken.
+    scale is none: nothing else is taken. Without `tiles` S alone, in the same bits; None where no launch does that.
     """
     sizes = (x.shape[0], *weight.shape, lora_A.shape[0])
     dtypes = (x.dtype, adapter_dtype, lora_A.dtype, None if bias is None else bias.dtype, None)
     pitches = (_pitch(x), 0, _pitch(weight), _pitch(lora_A), _pitch(lora_B))
     # y and S come from torch's allocator
-    there = (*_there(x, None, weight, lora_A, lora_B, bias, gain, None, None), 16, 16 if save_s else 0, 0, 0, 0, 0)
+    there = (*_there(x, None, weight, lora_A, lora_B, bias, gain, None, None), 16 * tiles, 16 * save_s, 0, 0, 0, 0)
     about = x.device, sizes, dtypes, pitches, there, seed is not None, config
-    plan: ForwardPlan = _plan("forward", *about, config is None and tuning.in_use())
+    plan: ForwardPlan | None = _plan("forward", *about, config is None and tuning.in_use())
     return plan
 
 
@@ -307,6 +314,7 @@ def lora_forward(
         bias = None if bias is None else bias.contiguous()
         settings = {"gain": gain, "seed": seed, "adapter_dtype": adapter_dtype, "save_s": save_s, "config": config}
         plan = forward_plan(x, weight, lora_A, lora_B, bias, **settings)  # type: ignore[arg-type]
+        assert plan is not None
         plan.launch((x, weight, lora_A, lora_B, bias, gain, None, y, s), *launch_dropout(seed, dropout_p, scaling))
     return y, s
 

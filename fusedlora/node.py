@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import struct
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,19 @@ def import_module(path: Path) -> Any:
     return module
 
 
+def sees_content(pack: Any) -> bool:
+    """Whether a hook that packs saved tensors may look into them. Checkpointing's does not where it computes a forward
+    again: it keeps them, and raises once it has all, so that nothing after them is computed.
+    """
+    name = getattr(pack, "__module__", ""), getattr(pack, "__qualname__", "")
+    return name != ("torch.utils.checkpoint", "_recomputation_hook.__init__.<locals>.pack_hook")
+
+
 def use(module: Any, current_stream: Any, is_capturing: Any, launch_kernel: Any, draw: Callable[..., Tensor]) -> None:
     """Has the module take calls, with ctypes' functions for what it asks of CUDA."""
     global run, _module
-    module.setup(*map(address, (current_stream, is_capturing, launch_kernel)), vars(backends), draw)
+    functions = map(address, (current_stream, is_capturing, launch_kernel))
+    module.setup(*functions, vars(backends), draw, sees_content)
     _module, run = module, module.run
 
 
@@ -92,9 +102,14 @@ def add(
     """
     if not load(x.device.type):
         return None
-    return _module.add(
-        x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype, plan.names, plan.backward_plan is None
-    )
+    its_plan = weakref.ref(plan)  # which has the call
+
+    def fill_s(*arguments: Any) -> bool:
+        plan = its_plan()
+        return plan is not None and plan.fill_s(*arguments)
+
+    about = x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype
+    return _module.add(*about, plan.names, plan.backward_plan is None, fill_s)
 
 
 def tell(call: Any, which: int, recipe: Recipe | None) -> None:

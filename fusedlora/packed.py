@@ -43,6 +43,7 @@ class PackedPlan(Plan):
         self.y_shape = (*x.shape[:-1], self.N)
         self.s_like_x = adapter_dtype is x.dtype
         self.forwards: dict[bool, Any] = {}  # by whether S is asked for
+        self.s_alone: Any = None
         self.gradients: Any = None  # all three
         self.call: Any = None  # the same kind of call in the C++ node
         self.told: set[int] = set()  # of its launches those that it knows
@@ -118,6 +119,38 @@ class PackedPlan(Plan):
         if self.call is not None:
             self._tell(node.BACKWARD, plan, _BACKWARD, numbers[2])
         return dx, dA, dB
+
+    def fill_s(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        s: torch.Tensor,
+        seed: torch.Tensor | None,
+        scaling: float,
+    ) -> bool:
+        """S alone, in the bits that `forward` gives it; False where no launch but that one gives them."""
+        assert self.forward_plan is not None
+        if self.s_alone is None:
+            self.s_alone = self.forward_plan(
+                x.as_strided((self.M, self.K), (self.K, 1)),
+                weight,
+                lora_A,
+                lora_B,
+                None,
+                scale=None,
+                gain=None,
+                seed=seed,
+                adapter_dtype=self.adapter_dtype,
+                save_s=True,
+                tiles=False,
+            )
+        if self.s_alone is None:
+            return False
+        numbers = launch_dropout(seed, self.dropout_p, scaling)
+        self.s_alone.launch((x, weight, lora_A, lora_B, None, None, None, None, s), *numbers)
+        return True
 
     def _tell(self, which: int, plan: Any, tensors: tuple[str | None, ...], threshold: int | None) -> None:
         if which not in self.told:

@@ -227,9 +227,9 @@ def _schedule(
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_schedule(p: Problem, c: ForwardConfig) -> Schedule:
-    """The schedule of the forward kernel on p.num_sms programs at most."""
-    return _schedule(p, c, _tiles(p, c))
+def forward_schedule(p: Problem, c: ForwardConfig, tiles: bool = True) -> Schedule:
+    """The schedule of the forward kernel on p.num_sms programs at most; without `tiles` that of S alone."""
+    return _schedule(p, c, _tiles(p, c) if tiles else 0)
 
 
 def _tiles(p: Problem, c: TileConfig) -> int:

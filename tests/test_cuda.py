@@ -148,6 +148,28 @@ def test_errors_are_not_above_the_eager_path(case: Case, config: CudaConfig | No
         assert ratio <= LUCK or lucky, ratios
 
 
+@pytest.mark.parametrize("config", [None, CONFIGS["two-blocks"], CONFIGS["wide"]], ids=["table", "two-blocks", "wide"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_s_alone(case: Case, config: CudaConfig | None) -> None:
+    if config and config.block_n == 128 and case.r > MAX_RANK_NARROW:
+        pytest.skip("no room for such ranks")
+    i = case.inputs()
+    if config and (case.precise or case.dropout_p) and case.K >= 512:
+        config = dataclasses.replace(config, slices=3)
+    settings: dict[str, Any] = {"adapter_dtype": FP32 if case.precise else i.x.dtype, "config": config, "save_s": True}
+    settings["seed"] = SEED if case.dropout_p else None
+    tensors = i.x, i.weight, i.lora_A, i.lora_B, i.bias
+    plan = cuda.forward_plan(*tensors, tiles=False, **settings)
+    if plan is None:
+        assert config is None, "a table's configuration alone may sum S in tiles or be the decode kernel's"
+        return
+    with poisoned_memory():
+        _, s = cuda.lora_forward(*tensors, scaling=1.5, dropout_p=case.dropout_p, **settings)
+        alone = torch.empty_like(s)
+    plan.launch((*tensors, None, None, None, alone), *dropout.launch_dropout(settings["seed"], case.dropout_p, 1.5))
+    assert torch.equal(alone, s)
+
+
 @pytest.mark.parametrize(
     "case, db_with_t",
     [

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedlora
 from fusedlora import backends, cuda, dropout, node, node_build, plans, reference
 from fusedlora.cuda_build import BuildError
+from fusedlora.packed import PackedPlan
 from fusedlora.recipe import Recipe, address
 
 LOAD = node.load.__wrapped__  # before conftest.py puts something in its place
@@ -99,7 +100,10 @@ class Launch:
                     t[name].copy_(value)
 
     def launch(self, tensors: tuple[torch.Tensor | None, ...], scaling: float, seed: int | None, _: Any) -> None:
-        self.owner.log.append(f"python {self.direction}")
+        s_alone = self.direction == "forward" and tensors[7] is None
+        self.owner.log.append("python S" if s_alone else f"python {self.direction}")
+        if s_alone and self.owner.status:
+            raise RuntimeError("out of luck")
         if self.direction == "forward":
             x, w, a, b, bias, _, _, y, s = (*tensors, None)[:9]
             given = dict(zip(FORWARD, (x, w, a, b, bias, y, s)))
@@ -157,6 +161,7 @@ class StandIn:
         self.log: list[str] = []
         self.places: list[tuple[int, int]] = []
         self.status = self.captures = 0
+        self.sums_s_alone = True
         self.kernel_runs: list[Any] = []
         self.said = ctypes.create_string_buffer(b"out of luck")
         self.problem = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(self.said))
@@ -174,7 +179,11 @@ class StandIn:
 
         def launchers(device: torch.device) -> Any:
             def plan(direction: str) -> Any:
-                return lambda *tensors, adapter_dtype, **_: Launch(self, direction, tensors[3].dtype, adapter_dtype)
+                def make(*tensors: Any, adapter_dtype: torch.dtype, tiles: bool = True, **_: Any) -> Launch | None:
+                    made = Launch(self, direction, tensors[3].dtype, adapter_dtype)
+                    return made if tiles or self.sums_s_alone else None
+
+                return make
 
             return plan("forward"), plan("backward")
 
@@ -556,19 +565,60 @@ def test_an_error_of_a_hook_comes_through(stand_in) -> None:
         y.sum().backward()
 
 
+def block_of(layer: torch.nn.Module, end: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Two calls of the layer, the second one's input wide enough again, and what comes after them."""
+    return lambda x: end(layer(layer(x)[..., :K].contiguous()))
+
+
+BLOCKS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
+    "the layer last": (lambda y: y, True),
+    "a sum last, which saves nothing": (lambda y: y + 1, True),
+    "a product last, which saves y": (lambda y: y * y, False),
+}
+
+
+@pytest.mark.parametrize(("end", "s_is_enough"), BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(stand_in, use_reentrant: bool) -> None:
-    layer, x, dy = make_layer(lora_dropout=0.5), make_x(), torch.randn(M, N, dtype=BF16)
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_dropout": 0.5}, {"adapter_dtype": torch.float32}], ids=["plain", "dropout", "fp32"]
+)
+def test_checkpointing(stand_in, end, s_is_enough: bool, use_reentrant: bool, options) -> None:
+    layer, x, dy = make_layer(**options), make_x(), torch.randn(M, N, dtype=BF16)
     known(layer, stand_in)
-    grads = []
-    for wrapped in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+    block, grads = block_of(layer, end), []
+    for wrapped in (block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant)):
         torch.manual_seed(2)
         layer.zero_grad()
         x.grad = None
+        stand_in.log.clear()
         wrapped(x).backward(dy)
         grads.append([x.grad, layer.lora_A.grad, layer.lora_B.grad])
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
-    assert stand_in.log.count("node backward") == 2 and "python forward" not in stand_in.log[:2]
+    # of the last layer nothing is wanted again but S, where checkpointing stops once it has what backward reads
+    again = ["node forward", "python S" if s_is_enough and not use_reentrant else "node forward"]
+    assert stand_in.log == ["node forward"] * 2 + again + ["node backward"] * 2
+
+
+def test_checkpointing_where_no_launch_sums_s_alone(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    stand_in.sums_s_alone = False
+    expected = step(layer, x, torch.ones(M, N, dtype=BF16))[1:]
+    stand_in.log.clear()
+    checkpoint(layer, x, use_reentrant=False).backward(torch.ones(M, N, dtype=BF16))
+    assert stand_in.log == ["node forward", "node forward", "node backward"]
+    got = x.grad, layer.lora_A.grad, layer.lora_B.grad
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_checkpointing_where_s_fails(stand_in) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    y = checkpoint(layer, x, use_reentrant=False)
+    stand_in.status = 7
+    with pytest.raises(RuntimeError, match="out of luck"):
+        y.backward(torch.ones_like(y))
+    assert x.grad is None and layer.lora_A.grad is None
 
 
 def test_inference_mode(stand_in) -> None:
@@ -698,3 +748,25 @@ class TestOnAGpu:
             torch.cuda.synchronize()
             assert got[0].grad_fn.name() == "LoRALinearBackward"
             assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+    @pytest.mark.parametrize("adapter_dtype", [BF16, torch.float32])
+    @pytest.mark.parametrize("backend", ["triton", "cuda"])
+    def test_checkpointing(self, dropout_p: float, adapter_dtype, backend: str, monkeypatch) -> None:
+        if backend == "cuda" and cuda.missing():
+            pytest.skip("the CUDA library is not there")
+        with torch.device("cuda"):
+            torch.manual_seed(0)
+            options = {"dtype": BF16, "adapter_dtype": adapter_dtype, "lora_dropout": dropout_p}
+            layer = fusedlora.FusedLoRALinear(1024, 4096, r=16, **options)
+            layer.backend = backend
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+            x, dy = torch.randn(2048, 1024, dtype=BF16, requires_grad=True), torch.randn(2048, 4096, dtype=BF16)
+        fill_s, summed = PackedPlan.fill_s, []
+        monkeypatch.setattr(PackedPlan, "fill_s", lambda *arguments: summed.append(fill_s(*arguments)) or summed[-1])
+        grads = []
+        for wrapped in (layer, layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+            torch.cuda.manual_seed(1)
+            grads.append(torch.autograd.grad(wrapped(x), (x, layer.lora_A, layer.lora_B), dy))
+        assert summed == [True]
+        assert all(torch.equal(*pair) for pair in zip(*grads[1:], strict=True))

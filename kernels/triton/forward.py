@@ -133,24 +133,27 @@ def _plan(
     adapter_dtype: torch.dtype,
     dropout: bool,
     save_s: bool,
+    tiles: bool,
     config: Config | None,
     tuned: bool,
     one_launch: bool,
     specialised: object,
-) -> LaunchPlan:
+) -> LaunchPlan | None:
     """`specialised` is what else Triton compiles for: other dtypes, alignment, which tensors there are."""
     M, N, K, r = sizes
     terms = num_terms(param_dtype, adapter_dtype, dtype)
     problem = Problem(M, N, K, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or tuning.choose("forward", problem, device, tuned)[0]
+    if not tiles and (isinstance(config, DecodeConfig) or config.IN_TILES):
+        return None
     if isinstance(config, DecodeConfig):
         return decode_plan(device, problem, config, strides, terms, save_s)
     assert isinstance(config, ForwardConfig)
     if config.IN_TILES and (why := why_not_in_tiles(problem, config)):
         raise ValueError(f"config.IN_TILES is True; it must be False where {why}")
-    schedule = forward_schedule(problem, config)
+    schedule = forward_schedule(problem, config, tiles)
     constants = common_constants(r, facts[0], terms, dropout) | vars(config)
-    phases = [{"CONVERT": terms > 0, "SHRINK": not config.IN_TILES, "TILES": True}]
+    phases = [{"CONVERT": terms > 0, "SHRINK": not config.IN_TILES, "TILES": tiles}]
     if not one_launch:
         phases = separate(phases[0])
     own_s = () if save_s else (None if config.IN_TILES else (adapter_dtype, M * r),)
@@ -177,12 +180,14 @@ def forward_plan(
     seed: torch.Tensor | None,
     adapter_dtype: torch.dtype,
     save_s: bool,
+    tiles: bool = True,
     config: Config | None = None,
     one_launch: bool,
-) -> LaunchPlan:
+) -> LaunchPlan | None:
     """The launch for these tensors, x [M, K] as `row_major` and lora_A and lora_B as `skinny_rows` give them.
 
     It serves all tensors that have their shapes, strides, dtypes and device, and addresses aligned to 16 bytes alike.
+    Without `tiles` S alone, with y None, in the same bits; None where no launch does that.
     """
     device = x.device
     sizes = (*x.shape[:1], *weight.shape, lora_A.shape[0])
@@ -192,7 +197,7 @@ def forward_plan(
     strides = (x.stride(0), weight.stride(0))
     facts = device_facts(device)
     return _plan(
-        device, facts, sizes, strides, *dtypes, seed is not None, save_s,
+        device, facts, sizes, strides, *dtypes, seed is not None, save_s, tiles,
         config, tuning.in_use(), one_launch, specialised,
     )  # fmt: skip
 
@@ -254,6 +259,7 @@ def lora_forward(
             config=config,
             one_launch=one_launch,
         )
+        assert plan is not None
         tensors = (x, weight, lora_A, lora_B, bias, gain, scale, y)
         plan.launch(tensors if s is None else (*tensors, s), *launch_dropout(seed, dropout_p, scaling))
     return y, s

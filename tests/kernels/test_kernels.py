@@ -17,7 +17,7 @@ from fusedlora import dropout, ops, plans
 from fusedlora.config import BackwardConfig, ForwardConfig
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.common import INTERPRET
-from fusedlora.kernels.forward import lora_forward
+from fusedlora.kernels.forward import forward_plan, lora_forward
 from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, poisoned_memory, run
 
 pytestmark = pytest.mark.skipif(
@@ -147,6 +147,25 @@ def test_errors_are_not_above_the_eager_path(case: Case, small_tiles: bool) -> N
     split = case.adapter_dtype is not None and not case.autocast
     # One draw's ratio of two fp32 errors strays by 3 %; test_gpu.py takes the mean of many.
     assert max(ratios.values()) <= (2.0 if split and INTERPRET else 1.05 if split else LUCK), ratios
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.one_launch], ids=str)
+def test_s_alone(case: Case) -> None:
+    i = make_inputs(case.M, case.K, case.N, case.r, case.dtype, case.adapter_dtype, DEVICE, bias=False, scaling=1.5)
+    keep = case.adapter_dtype is not None and not case.autocast
+    config = ForwardConfig(**SMALL_FORWARD, IN_TILES=case.in_tiles)
+    settings = {"adapter_dtype": torch.float32 if keep else case.dtype, "config": config, "save_s": True}
+    settings["seed"] = SEED if case.dropout_p else None
+    tensors = i.x, i.weight, i.lora_A, i.lora_B, None
+    plan = forward_plan(*tensors, scale=None, gain=None, tiles=False, one_launch=True, **settings)
+    assert (plan is None) == case.in_tiles, "tiles that sum S are its only launch"
+    if plan is None:
+        return
+    with poisoned_memory():
+        _, s = lora_forward(*tensors, scaling=1.5, dropout_p=case.dropout_p, **settings)
+        alone = torch.empty_like(s)
+    plan.launch((*tensors, None, None, None, alone), *dropout.launch_dropout(settings["seed"], case.dropout_p, 1.5))
+    assert torch.equal(alone, s)
 
 
 @pytest.mark.parametrize("need", range(8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
