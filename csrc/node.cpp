@@ -188,7 +188,7 @@ struct Call {
   Launch backward;    // of all three gradients
   c10::SafePyObject key_backend;
   PyObject *forward_name, *backward_name;  // of their backends; never let go, a pending call may still read them
-  c10::SafePyObject fill_s;                // S alone, from x, weight, lora_A, lora_B, s, the seed and the scaling
+  c10::SafePyObject fill_s;                // computes S alone; false where it no longer can
   bool backward_by_op;                     // no kernels take the backward
 };
 
@@ -399,16 +399,16 @@ struct LoRALinearBackward : Node {
   }
 };
 
-// S, where the hook that was to keep it has raised: what it raised is put back.
+// S, which a hook was to keep that has raised instead: what it raised is put back.
 template <typename Launch>
-void fill(const Call& call, const Given& given, double scaling, const Tensor& s, const Tensor& seed, Launch launch) {
+void fill_s(const Call& call, const Given& given, double scaling, const Tensor& s, const Tensor& seed, Launch launch) {
   pybind11::gil_scoped_acquire gil;
   PyObject *type, *value, *traceback;
   PyErr_Fetch(&type, &value, &traceback);
+  const auto wrap = [](const Tensor& tensor) { return THPVariable_Wrap(tensor); };  // None where there is none
   const auto filled = THPObjectPtr(PyObject_CallFunction(
-      call.fill_s.ptr(getPyInterpreter()), "NNNNNNd", THPVariable_Wrap(given.x), THPVariable_Wrap(given.weight),
-      THPVariable_Wrap(given.lora_A), THPVariable_Wrap(given.lora_B), THPVariable_Wrap(s),
-      seed.defined() ? THPVariable_Wrap(seed) : Py_NewRef(Py_None), scaling));
+      call.fill_s.ptr(getPyInterpreter()), "(NNNNNNO)dN", wrap(given.x), wrap(given.weight), wrap(given.lora_A),
+      wrap(given.lora_B), wrap(given.bias), wrap(seed), Py_None, scaling, wrap(s)));
   if (!filled) {
     Py_XDECREF(type), Py_XDECREF(value), Py_XDECREF(traceback);
     throw python_error();
@@ -417,8 +417,7 @@ void fill(const Call& call, const Given& given, double scaling, const Tensor& s,
   PyErr_Restore(type, value, traceback);
 }
 
-// `late`: S and y are computed after what backward reads has been saved, unless a hook raises then. So does
-// torch.utils.checkpoint's where it computes a forward again and wants no more of it than S.
+// `late`: y is computed after what backward reads has been saved; where that raises S alone (fusedlora/recomputation.py).
 Tensor forward(const std::shared_ptr<Call>& call, const Given& given, double scaling, const Tensor& seed, void* stream,
                bool differentiable, bool late) {
   RECORD_FUNCTION("fusedlora::linear", c10::ArrayRef<const c10::IValue>());
@@ -452,7 +451,7 @@ Tensor forward(const std::shared_ptr<Call>& call, const Given& given, double sca
       node->s_ = SavedVariable(s, false);
       if (seed.defined()) node->seed_ = SavedVariable(seed, false);
     } catch (...) {
-      if (late) fill(*call, given, scaling, s, seed, launch);
+      if (late) fill_s(*call, given, scaling, s, seed, launch);
       throw;
     }
     if (late) launch();
@@ -461,8 +460,8 @@ Tensor forward(const std::shared_ptr<Call>& call, const Given& given, double sca
   return y;
 }
 
-// Whether hooks for saved tensors are there that do not look into them.
-bool has_blind_hooks() {
+// Whether tensors are saved by a hook that does not look into them.
+bool saves_unseen() {
   if (!at::SavedTensorDefaultHooks::is_enabled()) return false;
   const auto found = at::SavedTensorDefaultHooks::get_hooks();
   if (!found) return false;
@@ -606,7 +605,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     seed = THPVariable_Unpack(drawn);
     TORCH_CHECK(seed.is_cpu() && seed.scalar_type() == at::kLong, "the dropout's seed is no int64 on the CPU");
   }
-  const bool late = differentiable && has_blind_hooks();
+  const bool late = differentiable && saves_unseen();
   Tensor y;
   {
     pybind11::gil_scoped_release no_gil;

@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 from . import __version__, dropout, node, ops
 from .arguments import cast, check, check_scaling
 from .backends import without_autocast
-from .plans import Plan, find
+from .plans import Given, Plan, find
+from .recomputation import is_under_way
 
 
 def lora_linear(
@@ -84,9 +85,24 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        y: Tensor = _apply(x, weight, lora_A, lora_B, bias, mask, scale, scaling, plan)
+        if is_under_way() and lora_B.requires_grad and plan.can_fill(mask):
+            return _save_first((x, weight, lora_A, lora_B, bias, mask, scale), scaling, plan)
+        y: Tensor = _apply(x, weight, lora_A, lora_B, bias, mask, scale, scaling, plan, None)
         return y
     return plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, False)[0]
+
+
+def _save_first(given: Given, scaling: float, plan: Any) -> Tensor:
+    """y, computed after what backward reads has been saved; where that raises S alone, which has been saved by then."""
+    x, _, lora_A, *_ = given
+    s = plan.empty_s(x, lora_A)
+    try:
+        y: Tensor = _apply(*given, scaling, plan, s)
+    except Exception:
+        plan.fill_s(given, scaling, s)
+        raise
+    plan.fill(given, scaling, y, s)
+    return y
 
 
 def _refuse_transforms() -> None:
@@ -95,7 +111,10 @@ def _refuse_transforms() -> None:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """lora_linear's gradients, any of them; saves what the needed ones read, and x as it came."""
+    """lora_linear's gradients, any of them; saves what the needed ones read, and x as it came.
+
+    With a place for S neither S nor y is computed; whoever calls does that afterwards.
+    """
 
     @staticmethod
     def forward(
@@ -108,10 +127,14 @@ class _LoRALinear(torch.autograd.Function):
         mask: Tensor | None,
         scale: Tensor | None,
         scaling: float,
-        plan: Plan,
+        plan: Any,
+        s: Tensor | None,
     ) -> Tensor:
         needs = need_x, need_W, need_A, need_B, _ = ctx.needs_input_grad[:5]
-        y, s = plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, need_B)
+        if s is not None:
+            y = plan.empty_y(x)
+        else:
+            y, s = plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, need_B)
         ctx.save_for_backward(
             x if need_A or need_W else None,
             weight if need_x else None,
@@ -149,7 +172,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 dW = flat.t() @ saved[0].reshape(-1, shape[-1])
         if need_b:
             db = flat.sum(0, dtype=bias_dtype)
-    return dx, dW, dA, dB, db, None, None, None, None
+    return dx, dW, dA, dB, db, None, None, None, None, None
 
 
 def differentiable_once(ctx: Any, dy: Tensor, gradients: Callable[..., Any], once: Any) -> Any:
@@ -222,7 +245,7 @@ def _planned(
     scaling: float,
     *settings: Any,
 ) -> tuple[Any, ...]:
-    """_LoRALinear's arguments of the op's."""
+    """_LoRALinear's arguments of the op's, but for a place for S."""
     return x, weight, lora_A, lora_B, bias, mask, scale, scaling, Plan(*settings)
 
 
@@ -236,6 +259,6 @@ define_linear(
     "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mask, Tensor? scale, "
     "float scaling, float dropout_p, ScalarType adapter_dtype, str backend, str version) -> Tensor",
     _op_without_grad,
-    lambda *arguments: _LoRALinear.apply(*_planned(*arguments)),
+    lambda *arguments: _LoRALinear.apply(*_planned(*arguments), None),
     differentiable=5,
 )

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import backends, dropout
 from .recipe import SOURCES, Recipe, address
+from .recomputation import sees_content
 
 # The launches of a kind of call: forward without and with S, backward.
 FORWARD, FORWARD_S, BACKWARD = range(3)
@@ -69,14 +70,6 @@ def import_module(path: Path) -> Any:
     return module
 
 
-def sees_content(pack: Any) -> bool:
-    """Whether a hook that packs saved tensors may look into them. Checkpointing's does not where it computes a forward
-    again: it keeps them, and raises once it has all, so that nothing after them is computed.
-    """
-    name = getattr(pack, "__module__", ""), getattr(pack, "__qualname__", "")
-    return name != ("torch.utils.checkpoint", "_recomputation_hook.__init__.<locals>.pack_hook")
-
-
 def use(module: Any, current_stream: Any, is_capturing: Any, launch_kernel: Any, draw: Callable[..., Tensor]) -> None:
     """Has the module take calls, with ctypes' functions for what it asks of CUDA."""
     global run, _module
@@ -102,11 +95,13 @@ def add(
     """
     if not load(x.device.type):
         return None
-    its_plan = weakref.ref(plan)  # which has the call
+    its_plan = weakref.ref(plan)  # which holds the call
 
     def fill_s(*arguments: Any) -> bool:
         plan = its_plan()
-        return plan is not None and plan.fill_s(*arguments)
+        if plan is not None:
+            plan.fill_s(*arguments)
+        return plan is not None
 
     about = x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype
     return _module.add(*about, plan.names, plan.backward_plan is None, fill_s)

@@ -49,36 +49,66 @@ class PackedPlan(Plan):
         self.told: set[int] = set()  # of its launches those that it knows
 
     def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x, weight, lora_A, lora_B, bias, seed, scale = given
-        # a seed on the device: captured or compiled, another launch, in no hurry
-        if self.forward_plan is None or (seed is not None and seed.is_cuda):
+        x, _, lora_A, _, _, seed, _ = given
+        if not self.can_fill(seed):
             return super().forward(given, scaling, save_s)
+        y = self.empty_y(x)
+        s = self.empty_s(x, lora_A) if save_s else None
+        self.fill(given, scaling, y, s)
+        return y, s
+
+    def can_fill(self, mask: torch.Tensor | None) -> bool:
+        # a seed on the device: captured or compiled, another launch, in no hurry
+        return self.forward_plan is not None and (mask is None or not mask.is_cuda)
+
+    def empty_y(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(*self.y_shape)
+
+    def empty_s(self, x: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
+        return (x if self.s_like_x else lora_A).new_empty(self.M, self.r)
+
+    def fill(self, given: Given, scaling: float, y: torch.Tensor, s: torch.Tensor | None) -> None:
+        """Computes y, and S where there is one."""
+        x, weight, lora_A, lora_B, bias, seed, scale = given
+        save_s = s is not None
         plan = self.forwards.get(save_s)
         if plan is None:
-            plan = self.forwards[save_s] = self.forward_plan(
-                x.as_strided((self.M, self.K), (self.K, 1)),
-                weight,
-                lora_A,
-                lora_B,
-                bias,
-                scale=scale,
-                gain=None,
-                seed=seed,
-                adapter_dtype=self.adapter_dtype,
-                save_s=save_s,
-            )
+            plan = self.forwards[save_s] = self._plan_forward(given, save_s=save_s)
         backends.last_used, backends.last_backward = self.names
-        y = x.new_empty(*self.y_shape)
         numbers = launch_dropout(seed, self.dropout_p, scaling)
         tensors: tuple[torch.Tensor | None, ...] = (x, weight, lora_A, lora_B, bias, None, scale, y)
-        s = None
         if save_s:
-            s = (x if self.s_like_x else lora_A).new_empty(self.M, self.r)
             tensors = (*tensors, s)
         plan.launch(tensors, *numbers)
         if self.call is not None:
             self._tell(node.FORWARD_S if save_s else node.FORWARD, plan, _FORWARD[: len(tensors)], numbers[2])
-        return y, s
+
+    def fill_s(self, given: Given, scaling: float, s: torch.Tensor) -> None:
+        """S alone, in the bits that `fill` gives it: by that where no other launch does."""
+        x, weight, lora_A, lora_B, _, seed, scale = given
+        if self.s_alone is None:
+            self.s_alone = self._plan_forward(given, save_s=True, tiles=False)
+        if self.s_alone is None:
+            self.fill(given, scaling, self.empty_y(x), s)
+            return
+        tensors = x, weight, lora_A, lora_B, None, None, scale, None, s
+        self.s_alone.launch(tensors, *launch_dropout(seed, self.dropout_p, scaling))
+
+    def _plan_forward(self, given: Given, **settings: Any) -> Any:
+        x, weight, lora_A, lora_B, bias, seed, scale = given
+        assert self.forward_plan is not None
+        return self.forward_plan(
+            x.as_strided((self.M, self.K), (self.K, 1)),
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            scale=scale,
+            gain=None,
+            seed=seed,
+            adapter_dtype=self.adapter_dtype,
+            **settings,
+        )
 
     def backward(
         self, dy: torch.Tensor, saved: Saved, scaling: float, shape: torch.Size, needs: tuple[bool, bool, bool]
@@ -119,38 +149,6 @@ class PackedPlan(Plan):
         if self.call is not None:
             self._tell(node.BACKWARD, plan, _BACKWARD, numbers[2])
         return dx, dA, dB
-
-    def fill_s(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        s: torch.Tensor,
-        seed: torch.Tensor | None,
-        scaling: float,
-    ) -> bool:
-        """S alone, in the bits that `forward` gives it; False where no launch but that one gives them."""
-        assert self.forward_plan is not None
-        if self.s_alone is None:
-            self.s_alone = self.forward_plan(
-                x.as_strided((self.M, self.K), (self.K, 1)),
-                weight,
-                lora_A,
-                lora_B,
-                None,
-                scale=None,
-                gain=None,
-                seed=seed,
-                adapter_dtype=self.adapter_dtype,
-                save_s=True,
-                tiles=False,
-            )
-        if self.s_alone is None:
-            return False
-        numbers = launch_dropout(seed, self.dropout_p, scaling)
-        self.s_alone.launch((x, weight, lora_A, lora_B, None, None, None, None, s), *numbers)
-        return True
 
     def _tell(self, which: int, plan: Any, tensors: tuple[str | None, ...], threshold: int | None) -> None:
         if which not in self.told:

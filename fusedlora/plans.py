@@ -33,6 +33,10 @@ class Plan:
     def __init__(self, dropout_p: float, adapter_dtype: torch.dtype, backend: str) -> None:
         self.dropout_p, self.adapter_dtype, self.backend = dropout_p, adapter_dtype, backend
 
+    def can_fill(self, mask: Tensor | None) -> bool:
+        """Whether `PackedPlan.fill` and `fill_s` take the call."""
+        return False
+
     def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[Tensor, Tensor | None]:
         """y [..., N] for x [..., K], and S [M, r]."""
         x, weight, *_ = given

@@ -577,12 +577,21 @@ BLOCKS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
 }
 
 
+@pytest.fixture(params=["node", "python"])
+def by(request: pytest.FixtureRequest, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who runs a known kind of call."""
+    if request.param == "python":
+        monkeypatch.setattr(node, "run", None)
+        monkeypatch.setattr(node, "add", lambda *_: None)
+    return request.param
+
+
 @pytest.mark.parametrize(("end", "s_is_enough"), BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(
     "options", [{}, {"lora_dropout": 0.5}, {"adapter_dtype": torch.float32}], ids=["plain", "dropout", "fp32"]
 )
-def test_checkpointing(stand_in, end, s_is_enough: bool, use_reentrant: bool, options) -> None:
+def test_checkpointing(stand_in, by: str, end, s_is_enough: bool, use_reentrant: bool, options) -> None:
     layer, x, dy = make_layer(**options), make_x(), torch.randn(M, N, dtype=BF16)
     known(layer, stand_in)
     block, grads = block_of(layer, end), []
@@ -595,23 +604,42 @@ def test_checkpointing(stand_in, end, s_is_enough: bool, use_reentrant: bool, op
         grads.append([x.grad, layer.lora_A.grad, layer.lora_B.grad])
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
     # of the last layer nothing is wanted again but S, where checkpointing stops once it has what backward reads
-    again = ["node forward", "python S" if s_is_enough and not use_reentrant else "node forward"]
-    assert stand_in.log == ["node forward"] * 2 + again + ["node backward"] * 2
+    forward, last = f"{by} forward", "python S" if s_is_enough and not use_reentrant else f"{by} forward"
+    assert stand_in.log == [forward, forward, forward, last, f"{by} backward", f"{by} backward"]
 
 
-def test_checkpointing_where_no_launch_sums_s_alone(stand_in) -> None:
-    layer, x = make_layer(), make_x()
-    known(layer, stand_in)
-    stand_in.sums_s_alone = False
-    expected = step(layer, x, torch.ones(M, N, dtype=BF16))[1:]
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_checkpointing_with_a_frozen_half(stand_in, frozen: str) -> None:
+    layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
+    getattr(layer, frozen).requires_grad_(False)
+    wrt = [x, *layer.parameters()]
+    wrt = [tensor for tensor in wrt if tensor.requires_grad and tensor is not layer.bias]
+    expected = torch.autograd.grad(layer(x), wrt, dy)
     stand_in.log.clear()
-    checkpoint(layer, x, use_reentrant=False).backward(torch.ones(M, N, dtype=BF16))
-    assert stand_in.log == ["node forward", "node forward", "node backward"]
+    got = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False), wrt, dy)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    assert stand_in.log[:2] == ["python forward", "python S" if frozen == "lora_A" else "python forward"]
+
+
+@pytest.mark.parametrize("why", ["no launch sums it alone", "its plan is gone"])
+def test_checkpointing_where_s_takes_a_forward(stand_in, by: str, why: str) -> None:
+    layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
+    known(layer, stand_in)
+    expected = step(layer, x, dy)[1:]
+    y = checkpoint(layer, x, use_reentrant=False)
+    if why == "its plan is gone":
+        plans._plans.clear()
+    else:
+        stand_in.sums_s_alone = False
+    stand_in.log.clear()
+    y.backward(dy)
+    again = "node forward" if by == "node" else "python S"  # Python makes the plan anew
+    assert stand_in.log[:1] == [again if why == "its plan is gone" else "python forward"]
     got = x.grad, layer.lora_A.grad, layer.lora_B.grad
     assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
-def test_checkpointing_where_s_fails(stand_in) -> None:
+def test_checkpointing_where_s_fails(stand_in, by: str) -> None:
     layer, x = make_layer(), make_x()
     known(layer, stand_in)
     y = checkpoint(layer, x, use_reentrant=False)
@@ -619,6 +647,29 @@ def test_checkpointing_where_s_fails(stand_in) -> None:
     with pytest.raises(RuntimeError, match="out of luck"):
         y.backward(torch.ones_like(y))
     assert x.grad is None and layer.lora_A.grad is None
+
+
+def test_a_hook_of_ones_own_may_look_into_s(stand_in, by: str) -> None:
+    layer, x = make_layer(), make_x()
+    known(layer, stand_in)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.clone()) or t, lambda t: t):
+        layer(x)
+    expected = reference.forward(
+        x,
+        layer.weight,
+        layer.lora_A,
+        layer.lora_B,
+        None,
+        None,
+        None,
+        None,
+        save_s=True,
+        scaling=layer.scaling,
+        dropout_p=0.0,
+        adapter_dtype=BF16,
+    )[1]
+    assert torch.equal(seen[4], expected)
 
 
 def test_inference_mode(stand_in) -> None:
@@ -762,11 +813,14 @@ class TestOnAGpu:
             layer.backend = backend
             torch.nn.init.normal_(layer.lora_B, std=0.1)
             x, dy = torch.randn(2048, 1024, dtype=BF16, requires_grad=True), torch.randn(2048, 4096, dtype=BF16)
-        fill_s, summed = PackedPlan.fill_s, []
-        monkeypatch.setattr(PackedPlan, "fill_s", lambda *arguments: summed.append(fill_s(*arguments)) or summed[-1])
-        grads = []
-        for wrapped in (layer, layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        fill_s, filled = PackedPlan.fill_s, []
+        monkeypatch.setattr(PackedPlan, "fill_s", lambda plan, *rest: filled.append(plan) or fill_s(plan, *rest))
+        run, grads = node.run, []
+        wrt = x, layer.lora_A, layer.lora_B
+        for way in (None, run, None, run):
+            monkeypatch.setattr(node, "run", way)
+            wrapped = layer if len(grads) < 2 else lambda x: checkpoint(layer, x, use_reentrant=False)
             torch.cuda.manual_seed(1)
-            grads.append(torch.autograd.grad(wrapped(x), (x, layer.lora_A, layer.lora_B), dy))
-        assert summed == [True]
-        assert all(torch.equal(*pair) for pair in zip(*grads[1:], strict=True))
+            grads.append(torch.autograd.grad(wrapped(x), wrt, dy))
+        assert len(filled) == 2 and filled[0].s_alone is not None
+        assert all(torch.equal(first, other) for made in grads[1:] for first, other in zip(grads[0], made, strict=True))
