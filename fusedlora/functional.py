@@ -85,19 +85,24 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        if is_under_way() and lora_B.requires_grad and plan.can_fill(mask):
-            return _save_first((x, weight, lora_A, lora_B, bias, mask, scale), scaling, plan)
-        y: Tensor = _apply(x, weight, lora_A, lora_B, bias, mask, scale, scaling, plan, None)
-        return y
+        return differentiable((x, weight, lora_A, lora_B, bias, mask, scale), scaling, plan)
     return plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, False)[0]
 
 
-def _save_first(given: Given, scaling: float, plan: Any) -> Tensor:
-    """y, computed after what backward reads has been saved; where that raises S alone, which has been saved by then."""
-    x, _, lora_A, *_ = given
+def differentiable(given: Given, scaling: float, plan: Any) -> Tensor:
+    """y with its graph.
+
+    Where activation checkpointing computes it again, after what backward reads has been saved; where that ends it, S
+    alone.
+    """
+    x, _, lora_A, lora_B, *_ = given
+    y: Tensor
+    if not (is_under_way() and lora_B.requires_grad and plan.can_fill(given)):
+        y = _apply(*given, scaling, plan, None)
+        return y
     s = plan.empty_s(x, lora_A)
     try:
-        y: Tensor = _apply(*given, scaling, plan, s)
+        y = _apply(*given, scaling, plan, s)
     except Exception:
         plan.fill_s(given, scaling, s)
         raise

@@ -49,17 +49,18 @@ class PackedPlan(Plan):
         self.told: set[int] = set()  # of its launches those that it knows
 
     def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x, _, lora_A, _, _, seed, _ = given
-        if not self.can_fill(seed):
+        if not self.can_fill(given):
             return super().forward(given, scaling, save_s)
+        x, _, lora_A, *_ = given
         y = self.empty_y(x)
         s = self.empty_s(x, lora_A) if save_s else None
         self.fill(given, scaling, y, s)
         return y, s
 
-    def can_fill(self, mask: torch.Tensor | None) -> bool:
+    def can_fill(self, given: Given) -> bool:
         # a seed on the device: captured or compiled, another launch, in no hurry
-        return self.forward_plan is not None and (mask is None or not mask.is_cuda)
+        seed = given[5]
+        return self.forward_plan is not None and (seed is None or not seed.is_cuda)
 
     def empty_y(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_empty(*self.y_shape)

@@ -33,8 +33,8 @@ class Plan:
     def __init__(self, dropout_p: float, adapter_dtype: torch.dtype, backend: str) -> None:
         self.dropout_p, self.adapter_dtype, self.backend = dropout_p, adapter_dtype, backend
 
-    def can_fill(self, mask: Tensor | None) -> bool:
-        """Whether `PackedPlan.fill` and `fill_s` take the call."""
+    def can_fill(self, given: Given) -> bool:
+        """Whether there are `PackedPlan.fill` and `fill_s` for the call."""
         return False
 
     def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[Tensor, Tensor | None]:

@@ -84,13 +84,12 @@ def quantised_lora_linear(
         mask = dropout.draw(x, dropout_p, backend)
     given = (x, weight.packed, lora_A, lora_B, bias, mask, scale)
     if torch.is_grad_enabled():
-        y: Tensor = functional._apply(*given, scaling, plan)
-        return y
+        return functional.differentiable(given, scaling, plan)
     return plan.forward(given, scaling, False)[0]
 
 
 class _DecodingPlan(Plan):
-    """One call's: in `given` and `saved` the weight is the packed one."""
+    """One call's: in `given` and `saved` the weight is the packed one. S alone is summed without decoding it."""
 
     def __init__(
         self, weight: QuantisedWeight, dropout_p: float, drops: bool, autocast: torch.dtype | None, backend: str
@@ -99,10 +98,37 @@ class _DecodingPlan(Plan):
         self.settings = (dropout_p, drops, autocast, backend)
 
     def forward(self, given: Given, scaling: float, save_s: bool) -> tuple[Tensor, Tensor | None]:
-        x, packed, lora_A, lora_B, bias, mask, scale = given
-        with self.weight.dense(packed) as dense:
-            self.plan = find(x, dense, lora_A, lora_B, bias, scale, *self.settings)
-            return self.plan.forward((x, dense, lora_A, lora_B, bias, mask, scale), scaling, save_s)
+        with self.weight.dense(given[1]) as dense:
+            self._find(given, dense)
+            return self.plan.forward(_with_weight(given, dense), scaling, save_s)
+
+    def _find(self, given: Given, dense: Tensor) -> None:
+        x, _, lora_A, lora_B, bias, _, scale = given
+        self.plan: Any = find(x, dense, lora_A, lora_B, bias, scale, *self.settings)
+
+    def can_fill(self, given: Given) -> bool:
+        self._find(given, self._undecoded(given))
+        can: bool = self.plan.can_fill(given)
+        return can
+
+    def empty_y(self, x: Tensor) -> Tensor:
+        y: Tensor = self.plan.empty_y(x)
+        return y
+
+    def empty_s(self, x: Tensor, lora_A: Tensor) -> Tensor:
+        s: Tensor = self.plan.empty_s(x, lora_A)
+        return s
+
+    def fill(self, given: Given, scaling: float, y: Tensor, s: Tensor) -> None:
+        with self.weight.dense(given[1]) as dense:
+            self.plan.fill(_with_weight(given, dense), scaling, y, s)
+
+    def fill_s(self, given: Given, scaling: float, s: Tensor) -> None:
+        self.plan.fill_s(_with_weight(given, self._undecoded(given)), scaling, s)
+
+    def _undecoded(self, given: Given) -> Tensor:
+        """In the weight's place where S does not depend on it."""
+        return given[0].new_empty(self.weight.shape, dtype=self.weight.dtype)
 
     def backward(
         self, dy: Tensor, saved: Saved, scaling: float, shape: torch.Size, needs: tuple[bool, bool, bool]
@@ -112,3 +138,7 @@ class _DecodingPlan(Plan):
             return self.plan.backward(dy, saved, scaling, shape, needs)
         with self.weight.dense(packed) as dense:
             return self.plan.backward(dy, (x, dense, lora_A, lora_B, s, mask, scale), scaling, shape, needs)
+
+
+def _with_weight(given: Given, weight: Tensor) -> Given:
+    return (given[0], weight, *given[2:])

@@ -15,6 +15,7 @@ import fusedlora
 from fusedlora import backends, cuda, dropout, node, node_build, plans, reference
 from fusedlora.cuda_build import BuildError
 from fusedlora.packed import PackedPlan
+from fusedlora.quantised import QuantisedWeight, quantised_lora_linear
 from fusedlora.recipe import Recipe, address
 
 LOAD = node.load.__wrapped__  # before conftest.py puts something in its place
@@ -619,6 +620,32 @@ def test_checkpointing_with_a_frozen_half(stand_in, frozen: str) -> None:
     got = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False), wrt, dy)
     assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
     assert stand_in.log[:2] == ["python forward", "python S" if frozen == "lora_A" else "python forward"]
+
+
+def test_checkpointing_over_a_quantised_weight(stand_in) -> None:
+    layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
+    decoded = []
+
+    def decode(packed: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        decoded.append(packed)
+        return packed.to(BF16)
+
+    weight = QuantisedWeight(torch.randint(-9, 9, (N, K), dtype=torch.int8), (N, K), BF16, decode, fills=False)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return quantised_lora_linear(x, weight, layer.lora_A, layer.lora_B, layer.bias, scaling=2.0)
+
+    wrt = x, layer.lora_A, layer.lora_B
+    expected = torch.autograd.grad(call(x), wrt, dy)
+    y = checkpoint(call, x, use_reentrant=False)
+    stand_in.log.clear()
+    decoded.clear()
+    got = torch.autograd.grad(y, wrt, dy)
+    assert stand_in.log == ["python S", "python backward"] and len(decoded) == 1
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    got = torch.autograd.grad(checkpoint(lambda x: call(x) ** 2, x, use_reentrant=False), wrt, dy)
+    expected = torch.autograd.grad(call(x) ** 2, wrt, dy)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("why", ["no launch sums it alone", "its plan is gone"])
