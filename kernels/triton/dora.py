@@ -18,9 +18,9 @@ import triton.language as tl
 
 from fusedlora.config import block_r, cdiv
 from fusedlora.kernels.backward import Dora
-from fusedlora.kernels.common import load_skinny, load_small
+from fusedlora.kernels.common import begin_early, load_skinny, load_small
 from fusedlora.kernels.dora_gain import add_product, sum_of_parts
-from fusedlora.kernels.launch import PRECISION, Launcher, alignment, device_facts
+from fusedlora.kernels.launch import PRECISION, Launcher, alignment, begins_early, device_facts
 from fusedlora.memory import device_memory, row_major, skinny_rows
 
 # Where |gain| is below this, u is computed again rather than taken as (y - bias) / gain: y's rounding, divided by a
@@ -168,7 +168,7 @@ def scale_kernel(
     M, N, K, r,
     stride_ym, stride_yn, stride_xm, stride_xk, stride_wn,
     rows, parts, weight_programs, least,
-    NEED_DY: tl.constexpr, NEED_DM: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_DY: tl.constexpr, NEED_DM: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     AGAIN_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
     SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -176,6 +176,7 @@ def scale_kernel(
     """dy' = gain ∘ dy and dm; or W' = gain ∘ W and B' = gain ∘ B by `weight_programs`, and by the others dm only where
     |gain| is below `least`: the backward kernel forms the rest from its own read of dy.
     """
+    begin_early(EARLY)
     pid = tl.program_id(0)
     if out_w_ptr is None:
         magnitude_program(
@@ -224,7 +225,8 @@ def _plan(
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 4}
     constants |= {"AGAIN_N": 16 if split else 32, "BLOCK_K": 64 if itemsize == 2 else 16, "RANK_K": 16}
     constants |= {"SCALE_N": 16, "SCALE_K": 1024, "BLOCK_R": block_r(r) if by_weight else 16}
-    constants |= {"num_stages": 1, "num_warps": 8}
+    early = begins_early(facts[0])
+    constants |= {"EARLY": early, "launch_pdl": early, "num_stages": 1, "num_warps": 8}
     num_programs = weight_programs + blocks * parts
     return Launcher(scale_kernel, num_programs, device, constants), (rows, parts, weight_programs)
 

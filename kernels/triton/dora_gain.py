@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from fusedlora.config import block_r, cdiv
-from fusedlora.kernels.common import load_skinny, next_term
-from fusedlora.kernels.launch import PRECISION, Launcher, alignment, device_facts
+from fusedlora.kernels.common import begin_early, load_skinny, next_term
+from fusedlora.kernels.launch import PRECISION, Launcher, alignment, begins_early, device_facts
 from fusedlora.memory import device_memory, skinny_rows
 
 # Parts of a row of W, whose squares different programs sum.
@@ -72,7 +72,7 @@ def gain_kernel(
     partial_ptr, arrived_ptr,
     N, K, r, stride_wn,
     scaling, steps, parts,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """norm = ‖W + scaling · scale · B A‖ per row, rounded to the magnitude's dtype; gain = magnitude / norm.
@@ -82,6 +82,7 @@ def gain_kernel(
 
     With SPLIT A and B are fp32 beside a 16-bit W. They keep fp32's precision, which shows where B A all but cancels W.
     """
+    begin_early(EARLY)
     if scale_ptr is not None:
         scaling *= tl.load(scale_ptr).to(tl.float32)
     block = tl.program_id(0) // parts
@@ -122,27 +123,32 @@ def _plan(
     device: torch.device,
     facts: tuple[int, int],
     sizes: tuple[int, int, int],
-    itemsize: int,
+    itemsizes: tuple[int, int],
     split: bool,
     specialised: object,
 ) -> tuple[Launcher, int, int]:
-    """The launcher, steps of a part and the number of parts; `itemsize` is A's.
+    """The launcher, steps of a part and the number of parts; `itemsizes` are W's and A's.
 
     `specialised` is what else Triton compiles for: dtypes, strides, alignment, which tensors there are.
     """
     N, K, r = sizes
     wide = block_r(r)
-    # One step of A takes 8 KB, of a wide rank 16 KB.
-    block_k = max(16, min(128, (8192 if wide <= 64 else 16384) // (wide * itemsize)))
-    block_n = 16 if split and wide > 64 else 32  # the terms of B stay in registers
+    column = wide * itemsizes[1]  # bytes of A
+    if itemsizes[0] == 2 and not split and column <= 128:
+        block_n, block_k, stages, on_each_sm = 64, 128, 4 if column < 128 else 3, 2
+    else:
+        # One step of A takes 8 KB, of a wide rank 16 KB.
+        block_k = max(16, min(128, (8192 if wide <= 64 else 16384) // column))
+        block_n = 16 if split and wide > 64 else 32  # the terms of B stay in registers
+        stages, on_each_sm = 3 if wide > 64 else 4, 4
     blocks = cdiv(N, block_n)
-    # Four programs on each SM.
-    parts = max(1, min(4 * facts[1] // blocks, cdiv(K, 2 * block_k), MAX_PARTS))
+    parts = max(1, min(on_each_sm * facts[1] // blocks, cdiv(K, 2 * block_k), MAX_PARTS))
     steps = cdiv(cdiv(K, parts), block_k)
     parts = cdiv(K, steps * block_k)
     constants = {"SPLIT": split, "PRECISION": PRECISION, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    constants |= {"BLOCK_R": wide, "RANK_K": wide if wide <= 128 else 64, "STAGES": 3 if wide > 64 else 4}
-    constants |= {"num_stages": 3, "num_warps": 4}
+    constants |= {"BLOCK_R": wide, "RANK_K": wide if wide <= 128 else 64, "STAGES": stages}
+    early = begins_early(facts[0])
+    constants |= {"EARLY": early, "launch_pdl": early, "num_stages": 3, "num_warps": 4}
     return Launcher(gain_kernel, blocks * parts, device, constants), steps, parts
 
 
@@ -181,7 +187,8 @@ def dora_gain(
     )
     sizes = N, K, r
     split = adapter_dtype != weight.dtype
-    launcher, steps, parts = _plan(device, device_facts(device), sizes, lora_A.element_size(), split, specialised)
+    itemsizes = weight.element_size(), lora_A.element_size()
+    launcher, steps, parts = _plan(device, device_facts(device), sizes, itemsizes, split, specialised)
     stream = device_memory(device).of_current_stream()
     partial = stream.work.take(4 * parts * N)[: 4 * parts * N].view(torch.float32) if parts > 1 else None
     words = stream.words(cdiv(N, launcher.constants["BLOCK_N"])) if parts > 1 else None

@@ -56,6 +56,14 @@ class Report:
     def count(self, instruction: str) -> int:
         return self.ptx.count(instruction)
 
+    @property
+    def begins_early(self) -> bool:
+        """Whether it lets the next launch begin and waits for the one before, as `common.begin_early` has it."""
+        before, _, after = self.ptx.partition("griddepcontrol.wait")
+        touched = re.compile(r"\b(ld|st|atom|red|cp|tensormap)\.\S*global")
+        first = bool(touched.search(after)) and not touched.search(before)
+        return first and "griddepcontrol.launch_dependents" in before
+
 
 @dataclasses.dataclass(frozen=True)
 class AmdReport:
