@@ -50,6 +50,7 @@ def draw(path: Path, merged: Merged) -> bool:
                 if (values := merged.taxes(GROUPS, case, contender))
             ]
             _marks(axes, found, f"{label}, {gpu}" if axes is left else label, colour)
+        axes.margins(x=0.08)  # room for the last value
         axes.axvline(1.0, color="black", linewidth=1)
         axes.grid(axis="x", alpha=0.25)
         axes.legend(fontsize=8, loc="upper right")
