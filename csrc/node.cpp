@@ -399,22 +399,37 @@ struct LoRALinearBackward : Node {
   }
 };
 
-// S, which a hook was to keep that has raised instead: what it raised is put back.
-template <typename Launch>
-void fill_s(const Call& call, const Given& given, double scaling, const Tensor& s, const Tensor& seed, Launch launch) {
+// Python's error, which a hook has raised, out of the way until it is put back, or forgotten for another one.
+class ErrorPutAside {
+ public:
+  ErrorPutAside() {
+    pybind11::gil_scoped_acquire gil;
+    PyErr_Fetch(&type_, &value_, &traceback_);
+  }
+  ErrorPutAside(const ErrorPutAside&) = delete;
+  void put_back() {
+    pybind11::gil_scoped_acquire gil;
+    PyErr_Restore(type_, value_, traceback_);
+    type_ = value_ = traceback_ = nullptr;
+  }
+  ~ErrorPutAside() {
+    pybind11::gil_scoped_acquire gil;
+    Py_XDECREF(type_), Py_XDECREF(value_), Py_XDECREF(traceback_);
+  }
+
+ private:
+  PyObject *type_, *value_, *traceback_;
+};
+
+// S alone. False where Python, whose it is, can no longer do it.
+bool s_is_filled(const Call& call, const Given& given, double scaling, const Tensor& s, const Tensor& seed) {
   pybind11::gil_scoped_acquire gil;
-  PyObject *type, *value, *traceback;
-  PyErr_Fetch(&type, &value, &traceback);
   const auto wrap = [](const Tensor& tensor) { return THPVariable_Wrap(tensor); };  // None where there is none
   const auto filled = THPObjectPtr(PyObject_CallFunction(
       call.fill_s.ptr(getPyInterpreter()), "(NNNNNNO)dN", wrap(given.x), wrap(given.weight), wrap(given.lora_A),
       wrap(given.lora_B), wrap(given.bias), wrap(seed), Py_None, scaling, wrap(s)));
-  if (!filled) {
-    Py_XDECREF(type), Py_XDECREF(value), Py_XDECREF(traceback);
-    throw python_error();
-  }
-  if (filled.get() != Py_True) launch();
-  PyErr_Restore(type, value, traceback);
+  if (!filled) throw python_error();
+  return filled.get() == Py_True;
 }
 
 // `late`: y is computed after what backward reads has been saved; where that raises S alone (fusedlora/recomputation.py).
@@ -451,7 +466,11 @@ Tensor forward(const std::shared_ptr<Call>& call, const Given& given, double sca
       node->s_ = SavedVariable(s, false);
       if (seed.defined()) node->seed_ = SavedVariable(seed, false);
     } catch (...) {
-      if (late) fill_s(*call, given, scaling, s, seed, launch);
+      if (late) {
+        ErrorPutAside raised;
+        if (!s_is_filled(*call, given, scaling, s, seed)) launch();
+        raised.put_back();
+      }
       throw;
     }
     if (late) launch();
@@ -462,7 +481,6 @@ Tensor forward(const std::shared_ptr<Call>& call, const Given& given, double sca
 
 // Whether tensors are saved by a hook that does not look into them.
 bool saves_unseen() {
-  if (!at::SavedTensorDefaultHooks::is_enabled()) return false;
   const auto found = at::SavedTensorDefaultHooks::get_hooks();
   if (!found) return false;
   PyObject* pack = found->first.ptr(getPyInterpreter());

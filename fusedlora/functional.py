@@ -97,16 +97,20 @@ def differentiable(given: Given, scaling: float, plan: Any) -> Tensor:
     """
     x, _, lora_A, lora_B, *_ = given
     y: Tensor
-    if not (is_under_way() and lora_B.requires_grad and plan.can_fill(given)):
+    if not (is_under_way() and plan.can_fill(given)):
         y = _apply(*given, scaling, plan, None)
         return y
+    saves_s = lora_B.requires_grad
     s = plan.empty_s(x, lora_A)
     try:
         y = _apply(*given, scaling, plan, s)
     except Exception:
-        plan.fill_s(given, scaling, s)
+        if saves_s:
+            with torch.no_grad():
+                plan.fill_s(given, scaling, s)
         raise
-    plan.fill(given, scaling, y, s)
+    with torch.no_grad():
+        plan.fill(given, scaling, y, s if saves_s else None)
     return y
 
 

@@ -2,9 +2,10 @@
 gradients, backward, do without Python.
 
 What such a call needs is told to it once: for each launch a `Recipe`, which the launchers give. A backward that no
-kernels take is the op's, called from there. Every other call goes its way through Python: of a kind not seen yet, whose
-forward no kernels take, with a gradient for the weight or the bias, with some of the adapter's gradients only, with
-scaling as a tensor, inside a graph capture, under modes, transforms and compilers.
+kernels take is the op's, called from there; where activation checkpointing wants S alone that is Python's. Every other
+call goes its way through Python: of a kind not seen yet, whose forward no kernels take, with a gradient for the weight
+or the bias, with some of the adapter's gradients only, with scaling as a tensor, inside a graph capture, under modes,
+transforms and compilers.
 """
 
 from __future__ import annotations
@@ -98,9 +99,11 @@ def add(
     its_plan = weakref.ref(plan)  # which holds the call
 
     def fill_s(*arguments: Any) -> bool:
+        """S alone; whether that could be done, for which the plan must still be there."""
         plan = its_plan()
         if plan is not None:
-            plan.fill_s(*arguments)
+            with torch.no_grad():
+                plan.fill_s(*arguments)
         return plan is not None
 
     about = x, weight, lora_A, lora_B, bias, dropout_p, backend, adapter_dtype

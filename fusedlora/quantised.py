@@ -15,7 +15,7 @@ from torch import Tensor
 from . import dropout, functional
 from .arguments import cast, check_scaling
 from .dense_buffers import borrowed
-from .plans import Given, Plan, Saved, find
+from .plans import Given, Plan, Saved, aligned, find
 
 _ABSENT = torch.empty(0, dtype=torch.uint8)
 
@@ -49,8 +49,17 @@ class QuantisedWeight:
         if not self.fills:
             yield self.decode(packed, None)
             return
-        with borrowed(self.shape, self.dtype, packed.device) as out:
+        with self.undecoded() as out:
             yield self.decode(packed, out)
+
+    @contextmanager
+    def undecoded(self) -> Iterator[Tensor]:
+        """Contiguous memory for the decoded weight, of any content; as `dense`."""
+        if not self.fills:
+            yield torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            return
+        with borrowed(self.shape, self.dtype, self.device) as out:
+            yield out
 
 
 def quantised_lora_linear(
@@ -107,7 +116,8 @@ class _DecodingPlan(Plan):
         self.plan: Any = find(x, dense, lora_A, lora_B, bias, scale, *self.settings)
 
     def can_fill(self, given: Given) -> bool:
-        self._find(given, self._undecoded(given))
+        with self.weight.undecoded() as place:
+            self._find(given, place)
         can: bool = self.plan.can_fill(given)
         return can
 
@@ -119,16 +129,15 @@ class _DecodingPlan(Plan):
         s: Tensor = self.plan.empty_s(x, lora_A)
         return s
 
-    def fill(self, given: Given, scaling: float, y: Tensor, s: Tensor) -> None:
+    def fill(self, given: Given, scaling: float, y: Tensor, s: Tensor | None) -> None:
         with self.weight.dense(given[1]) as dense:
+            if not aligned(dense):  # as `can_fill` took it to be
+                dense = dense.clone(memory_format=torch.contiguous_format)
             self.plan.fill(_with_weight(given, dense), scaling, y, s)
 
     def fill_s(self, given: Given, scaling: float, s: Tensor) -> None:
-        self.plan.fill_s(_with_weight(given, self._undecoded(given)), scaling, s)
-
-    def _undecoded(self, given: Given) -> Tensor:
-        """In the weight's place where S does not depend on it."""
-        return given[0].new_empty(self.weight.shape, dtype=self.weight.dtype)
+        with self.weight.undecoded() as place:  # S does not depend on it
+            self.plan.fill_s(_with_weight(given, place), scaling, s)
 
     def backward(
         self, dy: Tensor, saved: Saved, scaling: float, shape: torch.Size, needs: tuple[bool, bool, bool]

@@ -134,8 +134,8 @@ def _plan(
     N, K, r = sizes
     wide = block_r(r)
     column = wide * itemsizes[1]  # bytes of A
-    if itemsizes[0] == 2 and not split and column <= 128:
-        block_n, block_k, stages, on_each_sm = 64, 128, 3, 2
+    if facts[0] == 90 and itemsizes[0] == 2 and not split and column <= 128:
+        block_n, block_k, stages, on_each_sm = 64, 128, 3, 2  # others have less shared memory
     else:
         # One step of A takes 8 KB, of a wide rank 16 KB.
         block_k = max(16, min(128, (8192 if wide <= 64 else 16384) // column))

@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 import triton
 
 from fusedlora.config import SHARED_MEMORY
+from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.decode import decode_kernel
-from fusedlora.kernels.forward import lora_forward
+from fusedlora.kernels.forward import forward_plan, lora_forward
 from fusedlora.kernels.inspection import TYPICAL_SMS, UNKNOWN, Launch, inspect_amd_launch, inspect_launch, record
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -70,6 +71,8 @@ VARIANTS = {
     "two-launches": (8192, 16, BF16, BF16, BF16, {"one_launch": False}),
     "dB-only": (8192, 16, BF16, BF16, BF16, {"need": (False, False, True)}),
     "no-dx": (8192, 16, BF16, BF16, BF16, {"need": (False, True, True)}),
+    "S-alone": (8192, 16, BF16, BF16, BF16, {"tiles": False}),
+    "S-alone-fp32-adapters": (8192, 16, BF16, FP32, FP32, {"tiles": False, "seed": True}),
 }
 # Bytes that may spill, where fp32 terms or a mask beside a wide rank leave no choice: what ptxas of triton 3.6 and 3.9
 # needs. None of it in a loop that multiplies, but for a few registers on sm_120.
@@ -82,7 +85,15 @@ SPILLS_ALLOWED |= {(100, "no-dx"): 20}
 QUICK = [(90, v) for v in VARIANTS if v not in ("fp32-adapters-r256", "r32", "autocast-r64")]
 QUICK += [(cc, v) for cc in (80, 86, 89, 100, 120) for v in ("r16", "fp32-adapters-r16")]
 QUICK += [(86, "64-rows-r64"), (86, "64-rows-fp32-adapters"), (120, "16-rows-r64")]
-QUICK += [(80, "r64"), (86, "autocast-r16"), (89, "r8-bias"), (100, "two-launches"), (120, "r64")]
+QUICK += [
+    (80, "S-alone"),
+    (100, "S-alone"),
+    (80, "r64"),
+    (86, "autocast-r16"),
+    (89, "r8-bias"),
+    (100, "two-launches"),
+    (120, "r64"),
+]
 
 
 def cases():
@@ -109,6 +120,13 @@ def launches_of(capability: int, variant: str) -> list[Launch]:
         common["scale"] = empty(dtype=FP32)
 
     def call() -> None:
+        if not settings.get("tiles", True):
+            seed = common.get("seed")
+            kind = {"scale": None, "gain": None, "adapter_dtype": adapter_dtype, "save_s": True, "seed": seed}
+            plan = forward_plan(x, weight, lora_A, lora_B, None, **kind, tiles=False, one_launch=one_launch)
+            given = x, weight, lora_A, lora_B, None, None, None, None, empty(M, r, dtype=adapter_dtype)
+            plan.launch(given, *launch_dropout(seed, 0.1, 2.0))
+            return
         bias = empty(N) if settings.get("bias") else None
         gain = empty(N, dtype=FP32) if settings.get("gain") else None
         _, s = lora_forward(x, weight, lora_A, lora_B, bias, gain=gain, save_s=True, **common)
@@ -121,7 +139,8 @@ def launches_of(capability: int, variant: str) -> list[Launch]:
 def publishes(launch: Launch) -> bool:
     """Whether programs of it wait for what others write."""
     a = launch.arguments
-    return bool((a.get("SHRINK") or a.get("CONVERT")) and (a.get("TILES") or a.get("REST")))
+    makes, reads = a.get("SHRINK") or a.get("CONVERT"), a.get("TILES") or a.get("REST")
+    return bool((makes and reads) or (a.get("CONVERT") and a.get("SHRINK")))
 
 
 @pytest.mark.parametrize("capability, variant", list(cases()))

@@ -88,6 +88,7 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
         assert report.begins_early == (capability >= 90)
+        assert report.count("griddepcontrol") == (2 if capability >= 90 else 0)
         assert report.count("cp.async"), "W, or dy and y, are not read ahead"
         if launch is scale and VARIANTS[variant][1] is not FP32:
             assert report.registers <= 128, "the pass over dy lives on programs that hide each other's waits"
@@ -102,6 +103,7 @@ def test_gain_on_the_weight_compiles_within_limits(capability: int, variant: str
     for launch in (scale, backward):
         report = inspect_launch(launch, capability)
         assert report.begins_early == (capability >= 90)
+        assert report.count("griddepcontrol") == (2 if capability >= 90 else 0)
         assert report.registers > 16, "an empty kernel"
         assert report.shared <= SHARED_MEMORY[capability]
         assert report.spills <= (0 if capability == 90 else 32)

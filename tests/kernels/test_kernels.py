@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -18,6 +19,7 @@ from fusedlora.config import BackwardConfig, ForwardConfig
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.common import INTERPRET
 from fusedlora.kernels.forward import forward_plan, lora_forward
+from fusedlora.quantised import QuantisedWeight, quantised_lora_linear
 from fusedlora.testing import Inputs, eager_peft, error_ratios, exact, make_inputs, poisoned_memory, run
 
 pytestmark = pytest.mark.skipif(
@@ -149,23 +151,50 @@ def test_errors_are_not_above_the_eager_path(case: Case, small_tiles: bool) -> N
     assert max(ratios.values()) <= (2.0 if split and INTERPRET else 1.05 if split else LUCK), ratios
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.one_launch], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_s_alone(case: Case) -> None:
     i = make_inputs(case.M, case.K, case.N, case.r, case.dtype, case.adapter_dtype, DEVICE, bias=False, scaling=1.5)
     keep = case.adapter_dtype is not None and not case.autocast
     config = ForwardConfig(**SMALL_FORWARD, IN_TILES=case.in_tiles)
     settings = {"adapter_dtype": torch.float32 if keep else case.dtype, "config": config, "save_s": True}
-    settings["seed"] = SEED if case.dropout_p else None
+    settings |= {"seed": SEED if case.dropout_p else None, "one_launch": case.one_launch}
+    settings["scale"] = None if case.r % 2 else torch.tensor(0.5, device=DEVICE)
     tensors = i.x, i.weight, i.lora_A, i.lora_B, None
-    plan = forward_plan(*tensors, scale=None, gain=None, tiles=False, one_launch=True, **settings)
+    plan = forward_plan(*tensors, gain=None, tiles=False, **settings)
     assert (plan is None) == case.in_tiles, "tiles that sum S are its only launch"
     if plan is None:
         return
     with poisoned_memory():
         _, s = lora_forward(*tensors, scaling=1.5, dropout_p=case.dropout_p, **settings)
         alone = torch.empty_like(s)
-    plan.launch((*tensors, None, None, None, alone), *dropout.launch_dropout(settings["seed"], case.dropout_p, 1.5))
+    given = *tensors, None, settings["scale"], None, alone
+    plan.launch(given, *dropout.launch_dropout(settings["seed"], case.dropout_p, 1.5))
     assert torch.equal(alone, s)
+
+
+def test_checkpointing_over_a_decoded_weight_with_gaps() -> None:
+    i = make_inputs(64, 64, 64, 8, HALF, device=DEVICE, bias=False)
+
+    def decode(packed: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        wide = torch.full((64, 80), 1e3, dtype=HALF, device=DEVICE)
+        wide[:, :64] = packed
+        return wide[:, :64]
+
+    weight = QuantisedWeight(i.weight, (64, 64), HALF, decode, fills=False)
+    given = i.lora_A.requires_grad_(), i.lora_B.requires_grad_()
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return quantised_lora_linear(x, weight, *given, scaling=i.scaling, backend="triton") ** 2
+
+    def gradients(call) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(call(x), (x, *given), i.dy)
+
+    x = i.x.requires_grad_()
+    expected = gradients(block)
+    got = gradients(lambda x: checkpoint(block, x, use_reentrant=False))
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    plain = gradients(lambda x: fusedlora.lora_linear(x, i.weight, *given, scaling=i.scaling, backend="triton") ** 2)
+    assert all(torch.equal(*pair) for pair in zip(plain, expected, strict=True)), "its plan is another one"
 
 
 @pytest.mark.parametrize("need", range(8), ids=lambda n: f"dx{n & 1}-dA{n >> 1 & 1}-dB{n >> 2}")
