@@ -124,6 +124,9 @@ def launches_of(capability: int, variant: str) -> list[Launch]:
             seed = common.get("seed")
             kind = {"scale": None, "gain": None, "adapter_dtype": adapter_dtype, "save_s": True, "seed": seed}
             plan = forward_plan(x, weight, lora_A, lora_B, None, **kind, tiles=False, one_launch=one_launch)
+            if plan is None:
+                assert capability != 90
+                pytest.skip("tiles sum S there")
             given = x, weight, lora_A, lora_B, None, None, None, None, empty(M, r, dtype=adapter_dtype)
             plan.launch(given, *launch_dropout(seed, 0.1, 2.0))
             return
