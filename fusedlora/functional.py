@@ -136,12 +136,12 @@ class _LoRALinear(torch.autograd.Function):
         mask: Tensor | None,
         scale: Tensor | None,
         scaling: float,
-        plan: Any,
+        plan: Plan,
         s: Tensor | None,
     ) -> Tensor:
         needs = need_x, need_W, need_A, need_B, _ = ctx.needs_input_grad[:5]
         if s is not None:
-            y = plan.empty_y(x)
+            y = x.new_empty(*x.shape[:-1], lora_B.shape[0])
         else:
             y, s = plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, need_B)
         ctx.save_for_backward(

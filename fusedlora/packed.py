@@ -52,7 +52,7 @@ class PackedPlan(Plan):
         if not self.can_fill(given):
             return super().forward(given, scaling, save_s)
         x, _, lora_A, *_ = given
-        y = self.empty_y(x)
+        y = x.new_empty(*self.y_shape)
         s = self.empty_s(x, lora_A) if save_s else None
         self.fill(given, scaling, y, s)
         return y, s
@@ -61,9 +61,6 @@ class PackedPlan(Plan):
         # a seed on the device: captured or compiled, another launch, in no hurry
         seed = given[5]
         return self.forward_plan is not None and (seed is None or not seed.is_cuda)
-
-    def empty_y(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_empty(*self.y_shape)
 
     def empty_s(self, x: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
         return (x if self.s_like_x else lora_A).new_empty(self.M, self.r)
@@ -90,7 +87,7 @@ class PackedPlan(Plan):
         if self.s_alone is None:
             self.s_alone = self._plan_forward(given, save_s=True, tiles=False)
         if self.s_alone is None:
-            self.fill(given, scaling, self.empty_y(x), s)
+            self.fill(given, scaling, x.new_empty(*self.y_shape), s)
             return
         tensors = x, weight, lora_A, lora_B, None, None, scale, None, s
         self.s_alone.launch(tensors, *launch_dropout(seed, self.dropout_p, scaling))

@@ -121,10 +121,6 @@ class _DecodingPlan(Plan):
         can: bool = self.plan.can_fill(given)
         return can
 
-    def empty_y(self, x: Tensor) -> Tensor:
-        y: Tensor = self.plan.empty_y(x)
-        return y
-
     def empty_s(self, x: Tensor, lora_A: Tensor) -> Tensor:
         s: Tensor = self.plan.empty_s(x, lora_A)
         return s

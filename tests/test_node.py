@@ -869,6 +869,15 @@ class TestOnAGpu:
         assert LOAD("cuda"), "anew, after the stand-ins"
         monkeypatch.setattr(node, "load", lambda kind: True)
 
+    def problem(self, M: int, N: int, backend: str, **options: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """A layer of 1024 columns, x and dy."""
+        with torch.device("cuda"):
+            torch.manual_seed(0)
+            layer = fusedlora.FusedLoRALinear(1024, N, r=16, dtype=BF16, **options)
+            layer.backend = backend
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+            return layer, torch.randn(M, 1024, dtype=BF16, requires_grad=True), torch.randn(M, N, dtype=BF16)
+
     @pytest.mark.parametrize("M", [16, 300, 2048])
     @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
     @pytest.mark.parametrize("adapter_dtype", [BF16, torch.float32])
@@ -876,13 +885,7 @@ class TestOnAGpu:
     def test_bits_are_pythons(self, M: int, dropout_p: float, adapter_dtype, backend: str, monkeypatch) -> None:
         if backend == "cuda" and (cuda.missing() or adapter_dtype is torch.float32):
             pytest.skip("the CUDA library is not there or does not take this")
-        with torch.device("cuda"):
-            torch.manual_seed(0)
-            options = {"dtype": BF16, "adapter_dtype": adapter_dtype, "lora_dropout": dropout_p}
-            layer = fusedlora.FusedLoRALinear(1024, 1536, r=16, **options)
-            layer.backend = backend
-            torch.nn.init.normal_(layer.lora_B, std=0.1)
-            x, dy = torch.randn(M, 1024, dtype=BF16, requires_grad=True), torch.randn(M, 1536, dtype=BF16)
+        layer, x, dy = self.problem(M, 1536, backend, adapter_dtype=adapter_dtype, lora_dropout=dropout_p)
 
         def results() -> list[torch.Tensor]:
             torch.cuda.manual_seed(1)
@@ -906,13 +909,7 @@ class TestOnAGpu:
     def test_checkpointing(self, dropout_p: float, adapter_dtype, backend: str, monkeypatch) -> None:
         if backend == "cuda" and cuda.missing():
             pytest.skip("the CUDA library is not there")
-        with torch.device("cuda"):
-            torch.manual_seed(0)
-            options = {"dtype": BF16, "adapter_dtype": adapter_dtype, "lora_dropout": dropout_p}
-            layer = fusedlora.FusedLoRALinear(1024, 4096, r=16, **options)
-            layer.backend = backend
-            torch.nn.init.normal_(layer.lora_B, std=0.1)
-            x, dy = torch.randn(2048, 1024, dtype=BF16, requires_grad=True), torch.randn(2048, 4096, dtype=BF16)
+        layer, x, dy = self.problem(2048, 4096, backend, adapter_dtype=adapter_dtype, lora_dropout=dropout_p)
         fill_s, filled = PackedPlan.fill_s, []
         monkeypatch.setattr(PackedPlan, "fill_s", lambda plan, *rest: filled.append(plan) or fill_s(plan, *rest))
         run, grads = node.run, []

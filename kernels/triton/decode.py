@@ -19,7 +19,7 @@ from fusedlora.kernels.common import (
     next_term,
     regained,
 )
-from fusedlora.kernels.launch import PRECISION, Launcher, LaunchPlan, begins_early, rank_alignment
+from fusedlora.kernels.launch import PRECISION, Launcher, LaunchPlan, early_constants, rank_alignment
 from fusedlora.memory import Workspace, device_memory
 
 
@@ -167,13 +167,11 @@ def decode_plan(
     """The launch of `forward_plan` for a DecodeConfig; strides are those of the rows of x and W."""
     p = problem
     tile_rows, wide = decode_rows(p.M), block_r(p.r)
-    early = config.early and begins_early(p.capability)
-    constants = {
+    constants = early_constants(p.capability, config.early) | {
         "TERMS": terms,
         "PRECISION": PRECISION,
         "ALIGN": 16 // p.itemsize,
         "R_ALIGN": rank_alignment(p.r),
-        "EARLY": early,
         "BLOCK_M": tile_rows,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
@@ -181,7 +179,6 @@ def decode_plan(
         "SPLIT": config.SPLIT,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "launch_pdl": early,
     }
     blocks = cdiv(p.out, config.BLOCK_N)
     programs = blocks * config.SPLIT

@@ -20,7 +20,7 @@ from fusedlora.config import block_r, cdiv
 from fusedlora.kernels.backward import Dora
 from fusedlora.kernels.common import begin_early, load_skinny, load_small
 from fusedlora.kernels.dora_gain import add_product, sum_of_parts
-from fusedlora.kernels.launch import PRECISION, Launcher, alignment, begins_early, device_facts
+from fusedlora.kernels.launch import PRECISION, Launcher, alignment, device_facts, early_constants
 from fusedlora.memory import device_memory, row_major, skinny_rows
 
 # Where |gain| is below this, u is computed again rather than taken as (y - bias) / gain: y's rounding, divided by a
@@ -225,8 +225,7 @@ def _plan(
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 4}
     constants |= {"AGAIN_N": 16 if split else 32, "BLOCK_K": 64 if itemsize == 2 else 16, "RANK_K": 16}
     constants |= {"SCALE_N": 16, "SCALE_K": 1024, "BLOCK_R": block_r(r) if by_weight else 16}
-    early = begins_early(facts[0])
-    constants |= {"EARLY": early, "launch_pdl": early, "num_stages": 1, "num_warps": 8}
+    constants |= {"num_stages": 1, "num_warps": 8} | early_constants(facts[0])
     num_programs = weight_programs + blocks * parts
     return Launcher(scale_kernel, num_programs, device, constants), (rows, parts, weight_programs)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusedlora.config import block_r, cdiv
 from fusedlora.kernels.common import begin_early, load_skinny, next_term
-from fusedlora.kernels.launch import PRECISION, Launcher, alignment, begins_early, device_facts
+from fusedlora.kernels.launch import PRECISION, Launcher, alignment, device_facts, early_constants
 from fusedlora.memory import device_memory, skinny_rows
 
 # Parts of a row of W, whose squares different programs sum.
@@ -135,7 +135,7 @@ def _plan(
     wide = block_r(r)
     column = wide * itemsizes[1]  # bytes of A
     if facts[0] == 90 and itemsizes[0] == 2 and not split and column <= 128:
-        block_n, block_k, stages, on_each_sm = 64, 128, 3, 2  # others have less shared memory
+        block_n, block_k, stages, on_each_sm = 64, 128, 3, 2  # measured there alone; some others lack the shared memory
     else:
         # One step of A takes 8 KB, of a wide rank 16 KB.
         block_k = max(16, min(128, (8192 if wide <= 64 else 16384) // column))
@@ -147,8 +147,7 @@ def _plan(
     parts = cdiv(K, steps * block_k)
     constants = {"SPLIT": split, "PRECISION": PRECISION, "BLOCK_N": block_n, "BLOCK_K": block_k}
     constants |= {"BLOCK_R": wide, "RANK_K": wide if wide <= 128 else 64, "STAGES": stages}
-    early = begins_early(facts[0])
-    constants |= {"EARLY": early, "launch_pdl": early, "num_stages": 3, "num_warps": 4}
+    constants |= {"num_stages": 3, "num_warps": 4} | early_constants(facts[0])
     return Launcher(gain_kernel, blocks * parts, device, constants), steps, parts
 
 

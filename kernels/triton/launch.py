@@ -191,9 +191,10 @@ def rank_alignment(r: int) -> int:
     return min(16, r & -r)
 
 
-def begins_early(capability: int) -> bool:
-    """Whether launches may begin before the one before them on the stream has ended, as `begin_early` has it."""
-    return capability >= 90 and not INTERPRET
+def early_constants(capability: int, wanted: bool = True) -> dict[str, bool]:
+    """The EARLY of a kernel that calls `begin_early`, and the option of its launch that belongs to it."""
+    early = wanted and capability >= 90 and not INTERPRET
+    return {"EARLY": early, "launch_pdl": early}
 
 
 def mask_method(capability: int) -> int:
@@ -208,16 +209,13 @@ def num_terms(param_dtype: torch.dtype, adapter_dtype: torch.dtype, dtype: torch
 
 def common_constants(r: int, capability: int, terms: int, dropout: bool) -> dict[str, Any]:
     """The constexpr arguments that both kernels take and no tile configuration sets, and an option of the launch."""
-    early = begins_early(capability)
-    return {
+    return early_constants(capability) | {
         "DROPOUT": mask_method(capability) if dropout else 0,
         "TERMS": terms,
         "PRECISION": PRECISION,
         "R_ALIGN": rank_alignment(r),
         "BLOCK_R": block_r(r),
         "DELAY": 0,
-        "EARLY": early,
-        "launch_pdl": early,
     }
 
 
