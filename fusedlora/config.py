@@ -41,6 +41,9 @@ class TileConfig:
     SHRINK_M: int
     SHRINK_K: int
     SHRINK_STAGES: int
+    # One loop over the steps of all of a program's tiles, rather than one for each: the next tile's first loads are on
+    # their way while a tile ends. Their buffers are then beside those of the epilogue, not in the same memory.
+    FLAT: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def has_tasks(self) -> bool:
@@ -144,16 +147,21 @@ def forward_config(p: Problem) -> ForwardConfig:
         shrink |= {"SHRINK_M": 128, "SHRINK_K": 128, "SHRINK_STAGES": 4}  # there are no tasks: one kernel for all M
         if cdiv(p.M, 64) * cdiv(p.out, 64) <= p.num_sms:  # or most SMs would have no tile
             tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-    return ForwardConfig(**tile, GROUP_M=16, **shrink, IN_TILES=in_tiles)
+    return ForwardConfig(**tile, GROUP_M=16, **shrink, IN_TILES=in_tiles, FLAT=_flat(p, tile))
 
 
-def why_not_in_tiles(p: Problem, config: TileConfig) -> str | None:
-    """Why tiles can't compute S for such calls, None where they can."""
-    if block_r(p.r) != config.RANK_K:
-        return f"r is {p.r}, which takes a RANK_K of {block_r(p.r)}, and RANK_K is {config.RANK_K}"
-    if p.dropout:
-        return "there is a dropout"
-    return "the adapters keep fp32's precision" if p.split else None
+def check_for(p: Problem, config: TileConfig) -> None:
+    """Raises ValueError where a configuration asks for what the kernels don't do for such calls."""
+    for name, asked in (("IN_TILES", not config.has_tasks), ("FLAT", config.FLAT)):
+        why = None
+        if block_r(p.r) != config.RANK_K:
+            why = f"r is {p.r}, which takes a RANK_K of {block_r(p.r)}, and RANK_K is {config.RANK_K}"
+        elif p.split:
+            why = "the adapters keep fp32's precision"
+        elif p.dropout and (name == "IN_TILES" or isinstance(config, BackwardConfig)):
+            why = "there is a dropout"
+        if asked and why:
+            raise ValueError(f"config.{name} is True; it must be False where {why}")
 
 
 def _in_tiles(p: Problem, tile: dict[str, int], shrink: dict[str, int]) -> bool:
@@ -240,7 +248,16 @@ def backward_config(p: Problem) -> BackwardConfig:
         stripe = {"STRIPE_N": columns, "STRIPE_M": rows, "STRIPE_STAGES": stages}
     # Short jobs where few rows would leave most SMs without one, the more so where a mask makes them long.
     stripe["stripe_rows"] = 2048 if p.M > 4096 else 512 if p.dropout or p.split else 1024
-    return BackwardConfig(**_tile(p), GROUP_M=16, **_shrink(p, tall=not (fuse or p.split)), **stripe, FUSE_DB=fuse)
+    tile, shrink = _tile(p), _shrink(p, tall=not (fuse or p.split))
+    # A masked product in the loop over all tiles makes ptxas serialise wgmma (C7515).
+    flat = _flat(p, tile) and not p.dropout
+    return BackwardConfig(**tile, GROUP_M=16, **shrink, **stripe, FUSE_DB=fuse, FLAT=flat)
+
+
+def _flat(p: Problem, tile: dict[str, int]) -> bool:
+    """Whether one loop takes all of a program's tiles: where they are more than one and its buffers fit (measured)."""
+    tiles = cdiv(p.M, tile["BLOCK_M"]) * cdiv(p.out, tile["BLOCK_N"])
+    return p.capability == 90 and p.itemsize == 2 and not p.split and block_r(p.r) == 16 and tiles > p.num_sms
 
 
 def _large_shared(p: Problem) -> bool:

@@ -17,8 +17,8 @@ from .config import (
     TileConfig,
     block_r,
     cdiv,
+    check_for,
     decode_rows,
-    why_not_in_tiles,
 )
 from .cuda_config import AnyConfig, CudaConfig, check_any_config, count_units, in_tiles, suits
 
@@ -51,6 +51,8 @@ def shared_bytes(c: Config, p: Problem) -> int:
     if isinstance(c, DecodeConfig):
         return (c.num_stages - 1) * (c.BLOCK_N + decode_rows(p.M) + block_r(p.r)) * c.BLOCK_K * p.itemsize
     tile = c.num_stages * (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * p.itemsize
+    if c.FLAT:  # beside the tile that is stored
+        tile += c.BLOCK_M * c.BLOCK_N * p.itemsize
     if not c.has_tasks:
         return tile + c.num_stages * block_r(p.r) * c.BLOCK_K * p.itemsize
     shrink = c.SHRINK_STAGES * c.SHRINK_M * c.SHRINK_K * p.itemsize
@@ -61,6 +63,8 @@ def shared_bytes(c: Config, p: Problem) -> int:
 def _may_run(c: AnyConfig, p: Problem) -> bool:
     try:
         check_any_config(c)
+        if isinstance(c, TileConfig):
+            check_for(p, c)
     except ValueError:
         return False
     if isinstance(c, CudaConfig):
@@ -73,7 +77,7 @@ def _may_run(c: AnyConfig, p: Problem) -> bool:
     skinny = max(c.SHRINK_M, c.STRIPE_N if isinstance(c, BackwardConfig) else 0) * block_r(p.r)
     if max(c.BLOCK_M * c.BLOCK_N, skinny) > MOST_A_THREAD * threads or c.BLOCK_M * c.BLOCK_N < 4 * threads:
         return False
-    if c.RANK_K > block_r(p.r) or (not c.has_tasks and why_not_in_tiles(p, c)):
+    if c.RANK_K > block_r(p.r):
         return False
     return fits
 
@@ -130,6 +134,7 @@ def _tiles(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
 def _orders(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:
     for group in (4, 8, 16, 32):
         yield {"GROUP_M": group}
+    yield {"FLAT": not c.FLAT}
 
 
 def _shrinks(c: TileConfig, p: Problem) -> Iterator[dict[str, Any]]:

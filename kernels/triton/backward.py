@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fusedlora import tuning
-from fusedlora.config import BackwardConfig, Problem, cdiv
+from fusedlora.config import BackwardConfig, Problem, cdiv, check_for
 from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import (
     CONVERTED,
@@ -23,12 +23,11 @@ from fusedlora.kernels.common import (
     leave,
     load_seed,
     load_terms,
-    lora_tile,
+    lora_tiles,
     masked,
     published,
     regained,
     shrink_tasks,
-    tile_coordinates,
     wait_for,
 )
 from fusedlora.kernels.launch import (
@@ -140,37 +139,16 @@ def reduce_job(
 ):  # fmt: skip
     """out[first : first + REDUCE_SIZE] = the sum of partial [num_blocks, size] over its blocks, in a fixed order."""
     offs = first + tl.arange(0, REDUCE_SIZE)
-    blocks = tl.arange(0, REDUCE_BLOCKS)
     acc = tl.zeros((REDUCE_SIZE,), tl.float32)
     for block in range(0, num_blocks, REDUCE_BLOCKS):
-        mask = (block + blocks < num_blocks)[:, None] & (offs < size)[None, :]
         rows_ptr = partial_ptr + tl.cast(block, tl.int64) * size
-        acc += tl.sum(tl.load(rows_ptr + blocks[:, None] * size + offs[None, :], mask=mask, other=0.0), 0)
+        for i in tl.static_range(REDUCE_BLOCKS):  # all of their loads at once
+            there = tl.where(block + i < num_blocks, size, 0)
+            acc += tl.load(rows_ptr + i * size + offs, mask=offs < there, other=0.0)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
 REDUCE_SIZE = tl.constexpr(512)
-
-
-@triton.jit
-def dx_tile(
-    tile, dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr,
-    num_tiles_m, num_tiles_n, M, N, K, r, stride_ar, seed, threshold,
-    dtype: tl.constexpr, SHRINK: tl.constexpr, DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, RANK_K: tl.constexpr, SHRINK_M: tl.constexpr, DELAY: tl.constexpr,
-):  # fmt: skip
-    """Computes and stores one tile of dX. The names are the backward kernel's."""
-    tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
-    row = tile_m * BLOCK_M
-    col = tile_n * BLOCK_N
-    acc = lora_tile(
-        dy_desc, w_desc, planes_ptr, a_ptr, sync_ptr, None, None, None,
-        row, col, M, K, N, r, stride_ar, 1, seed, threshold,
-        dtype, False, SHRINK, DROPOUT, TERMS, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
-    )  # fmt: skip
-    dx_desc.store([row, col], acc.to(dtype))
 
 
 @triton.jit
@@ -235,7 +213,8 @@ def backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
-    STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr, DELAY: tl.constexpr,
+    STRIPE_N: tl.constexpr, STRIPE_M: tl.constexpr, STRIPE_STAGES: tl.constexpr,
+    FLAT: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """T = scaling · scale · dy B, rounded once; dX = dy W + T A in one fp32 accumulator; dA = Tᵀ x; dB = dyᵀ S.
 
@@ -309,22 +288,21 @@ def backward_kernel(
         y_stripes = None
         db_jobs = 0
         da_jobs = 0
+        all_of_t = num_tasks + side_programs
         if NEED_DX:
             dy_desc = tl.make_tensor_descriptor(dy_ptr, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_K])
             w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
             dx_desc = tl.make_tensor_descriptor(dx_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_N])
-            num_tiles_m = tl.cdiv(M, BLOCK_M)
-            num_tiles_n = tl.cdiv(K, BLOCK_N)
-            num_tiles = num_tiles_m * num_tiles_n
+            tiles_left = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N) - place
+            tiles_left = tl.cdiv(max(tiles_left, 0), tile_programs) if place < tile_programs else 0
             if not TURNS:
-                if place < tile_programs:
-                    for tile in tl.range(place, num_tiles, tile_programs):
-                        dx_tile(
-                            tile, dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr,
-                            num_tiles_m, num_tiles_n, M, N, K, r, stride_ar, seed, threshold,
-                            dy_ptr.dtype.element_ty, SHRINK, DROPOUT, TERMS, PRECISION,
-                            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, DELAY,
-                        )  # fmt: skip
+                lora_tiles(
+                    place, tiles_left, tile_programs, all_of_t, False,
+                    dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr, None, None, None, None, None,
+                    M, K, N, r, stride_ar, 1, seed, threshold,
+                    dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, FLAT, DELAY,
+                )  # fmt: skip
         if NEED_DB:
             if FUSE_DB:
                 db_jobs = tl.cdiv(N * r, REDUCE_SIZE)
@@ -340,24 +318,24 @@ def backward_kernel(
         # Stripes of dB need no T, so they come before dA's; sums of partial ones come after.
         first_da = 0 if FUSE_DB else db_jobs
         first_db = da_jobs if FUSE_DB else 0
-        all_of_t = num_tasks + side_programs
         if TURNS:
             jobs_left = da_jobs + db_jobs > 0
-            ready = False  # whether all that jobs read is known to be there
-            # A `for`, in which Triton lets a store end while the next tile is computed. It takes one step past the
-            # tiles, for the jobs that are left then.
-            last = tl.cdiv(num_tiles, tile_programs) * tile_programs
-            until_turn = place % job_period if job_period > 0 else last  # tiles
-            for tile in tl.range(place if place < tile_programs else last, last + tile_programs, tile_programs):
-                if tile < num_tiles:
-                    dx_tile(
-                        tile, dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr,
-                        num_tiles_m, num_tiles_n, M, N, K, r, stride_ar, seed, threshold,
-                        dy_ptr.dtype.element_ty, SHRINK, DROPOUT, TERMS, PRECISION,
-                        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, DELAY,
-                    )  # fmt: skip
-                until_turn -= 1
-                free = tile + tile_programs >= num_tiles
+            ready = False  # whether all of T is known to be there
+            tile = place
+            until_turn = place % job_period if job_period > 0 else tiles_left  # tiles
+            while tiles_left > 0 or jobs_left:
+                count = min(tiles_left, max(until_turn, 0) + 1) if jobs_left else tiles_left
+                ready = lora_tiles(
+                    tile, count, tile_programs, all_of_t, ready,
+                    dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr, None, None, None, None, None,
+                    M, K, N, r, stride_ar, 1, seed, threshold,
+                    dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, FLAT, DELAY,
+                )  # fmt: skip
+                tile += count * tile_programs
+                tiles_left -= count
+                until_turn -= count
+                free = tiles_left == 0
                 turn = jobs_left
                 if not free:
                     turn = jobs_left and until_turn < 0
@@ -461,6 +439,7 @@ def _plan(
     terms = num_terms(param_dtype, adapter_dtype, dtype)
     problem = Problem(M, K, N, r, dtype.itemsize, terms > 1, *facts, dropout)
     config = config or tuning.choose("backward", problem, device, tuned)[0]
+    check_for(problem, config)
     if least is not None:
         config = beside_dora(config)
     schedule = backward_schedule(problem, config, *needs, dora=least is not None)
@@ -582,7 +561,7 @@ def lora_backward(
         return dx, da, db
     dy, lora_A, lora_B = row_major(dy), skinny_rows(lora_A), skinny_rows(lora_B)
     x = row_major(x) if need_dA else dy
-    s = s if need_dB else None
+    s = s.contiguous() if need_dB else None
     plan = backward_plan(
         dy,
         x,

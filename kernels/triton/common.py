@@ -522,88 +522,70 @@ def masked_product(
 
 
 @triton.jit
-def lora_tile(
-    left_desc, right_desc, small_ptr, skinny_ptr, sync_ptr,
-    # None, or what the tile sums small itself by: [r, depth], its row stride, and what the sums are multiplied by
-    own_ptr, own_stride, scaling,
-    row, col, M, cols, depth, r, stride_r, stride_d, seed, threshold,
-    dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr,
+def tile_operands(
+    small, small_rest, small_ptr, skinny_ptr, row, col, M, cols, r, stride_r, stride_d, ready,
+    OWN: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK_K: tl.constexpr,
+):  # fmt: skip
+    """What `end_tile` multiplies: small and skinny, with their second terms; what is not `ready` is zero."""
+    # Shrink tasks wait for the terms of both A and B: where their rows are there, so are those of `skinny`.
+    there = r if TERMS == 0 else tl.where(ready, r, 0)
+    skinny, skinny_rest, _ = load_terms(
+        skinny_ptr, cols * r, stride_r, stride_d, tl.arange(0, RANK_K), col + tl.arange(0, BLOCK_N), there, cols,
+        min(TERMS, 2),
+    )  # fmt: skip
+    if not OWN:
+        small, small_rest = load_small_terms(small_ptr, row, 0, M, r, ready, BLOCK_M, RANK_K, TERMS)
+    return small, small_rest, skinny, skinny_rest
+
+
+@triton.jit
+def end_tile(
+    acc, sums, small, small_rest, skinny, skinny_rest, ready,
+    out_desc, small_ptr, skinny_ptr, sync_ptr, scaling, gain_ptr, bias_ptr,
+    row, col, M, cols, r, stride_r, stride_d, seed, threshold,
+    dtype: tl.constexpr, OWN: tl.constexpr, WAIT: tl.constexpr,
     DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
-    """left [M, depth] @ right + small [M, r] @ skinny [r, cols]: one [BLOCK_M, BLOCK_N] tile in one fp32 accumulator.
+    """Stores gain ∘ (acc + small @ skinny) + bias. The names are those of `lora_tiles`, whose tile ends.
 
-    With DROPOUT the mask lies on the second product.
-
-    right is [depth, cols], or [cols, depth] with TRANS_RIGHT. With WAIT, small comes from this launch's shrink tasks;
-    SHRINK_M and BLOCK_M are powers of two, so from one row block or a few whole ones. Operands of a rank up to RANK_K
-    are loaded before the main loop where they are ready, which hides their latency; higher ranks would leave it too few
-    registers.
-
-    With `own_ptr` nothing is waited for: beside its product the tile sums left @ ownᵀ, so its rows of small, and the
-    tiles of the first columns store it. For a rank that RANK_K holds at once, one term at most and no dropout.
+    The operands of a rank up to RANK_K are given, small only if it is `ready`; those of others are loaded here. With
+    OWN small is what `sums` are rounded to.
     """
-    OWN: tl.constexpr = own_ptr is not None
-    tl.static_assert(not OWN or (BLOCK_R == RANK_K and TERMS <= 1 and DROPOUT == 0 and not WAIT))
-    n_offs = col + tl.arange(0, BLOCK_N)
     early: tl.constexpr = BLOCK_R == RANK_K
     TWO: tl.constexpr = min(TERMS, 2)
     plane = cols * r
-    ready = True
-    if WAIT:
-        word, needed = progress_of(row, M, BLOCK_M, SHRINK_M)
-        progress_ptr = sync_ptr + PROGRESS + word
-    if early:
-        r_offs = tl.arange(0, BLOCK_R)
-        if WAIT:
-            ready = published(progress_ptr) >= needed
-        # Shrink tasks wait for the terms of both A and B: where their rows are there, so are the terms of `skinny`.
-        there = r if TERMS == 0 else tl.where(ready, r, 0)
-        skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, there, cols, TWO)
-        if not OWN:
-            small, small_rest = load_small_terms(small_ptr, row, 0, M, r, ready, BLOCK_M, RANK_K, TERMS)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if OWN:
-        sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(0, depth, BLOCK_K):
-        left = left_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
-        if OWN:
-            own = load_skinny(own_ptr, own_stride, 1, r_offs, k + tl.arange(0, BLOCK_K), r, depth)
-            sums = tl.dot(left, own.T, sums, input_precision=PRECISION)
-        if TRANS_RIGHT:
-            right = right_desc.load([col, k]).T  # [BLOCK_K, BLOCK_N]
-        else:
-            right = right_desc.load([k, col])  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    n_offs = col + tl.arange(0, BLOCK_N)
     linger(sync_ptr, DELAY)
     if OWN:
+        r_offs = tl.arange(0, BLOCK_R)
         small = tl.where((r_offs < r)[None, :], sums * scaling, 0.0).to(dtype)  # left may be infinite
         small_rest = small
         if small_ptr is not None and col == 0:
             m_offs = row + tl.arange(0, BLOCK_M)
             mask = (m_offs < M)[:, None] & (r_offs < r)[None, :]
             tl.store(small_ptr + tl.cast(m_offs, tl.int64)[:, None] * r + r_offs[None, :], small, mask=mask)
-    if early:
-        if WAIT:
-            if not ready:
-                wait_for(progress_ptr, needed)
-                if TERMS > 0:
-                    skinny, skinny_rest, _ = load_terms(
-                        skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, r, cols, TWO
-                    )
-                small, small_rest = load_small_terms(small_ptr, row, 0, M, r, True, BLOCK_M, RANK_K, TERMS)
+        # Made here, it goes to shared memory here, and not in each step.
+        skinny = tl.where((n_offs < cols)[None, :], skinny, 0.0)
     elif WAIT:
-        wait_for(progress_ptr, needed)
+        if not ready:
+            word, needed = progress_of(row, M, BLOCK_M, SHRINK_M)
+            wait_for(sync_ptr + PROGRESS + word, needed)
+            if early:
+                small, small_rest, skinny, skinny_rest = tile_operands(
+                    small, small_rest, small_ptr, skinny_ptr, row, col, M, cols, r, stride_r, stride_d, True,
+                    OWN, TERMS, BLOCK_M, BLOCK_N, RANK_K,
+                )  # fmt: skip
     if DROPOUT:
         low, high = load_seed(seed)
-        return masked_product(
+        acc = masked_product(
             acc, low, high, threshold, small_ptr, skinny_ptr,
             small if early else None, small_rest if early else None,
             skinny if early else None, skinny_rest if early else None,
             row, col, M, cols, r, stride_r, stride_d, early, dtype, DROPOUT, TERMS, PRECISION, BLOCK_R, RANK_K,
         )  # fmt: skip
-    if early:
+    elif early:
         acc = dot_rank(small, small_rest, skinny, skinny_rest, acc, dtype, TERMS, PRECISION)
     else:
         # Unpipelined: pipelined wgmma with a register operand is miscompiled by ptxas before 13.3.
@@ -612,4 +594,138 @@ def lora_tile(
             skinny, skinny_rest, _ = load_terms(skinny_ptr, plane, stride_r, stride_d, r_offs, n_offs, r, cols, TWO)
             small, small_rest = load_small_terms(small_ptr, row, first_r, M, r, True, BLOCK_M, RANK_K, TERMS)
             acc = dot_rank(small, small_rest, skinny, skinny_rest, acc, dtype, TERMS, PRECISION)
-    return acc
+    if gain_ptr is not None:
+        acc *= tl.load(gain_ptr + n_offs, mask=n_offs < cols, other=0.0)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n_offs, mask=n_offs < cols, other=0.0).to(tl.float32)[None, :]
+    out_desc.store([row, col], acc.to(dtype))
+
+
+@triton.jit
+def tile_step(
+    acc, sums, left_desc, right_desc, own_ptr, own_stride, row, col, k, depth, r,
+    TRANS_RIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, RANK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + left [BLOCK_M, BLOCK_K] @ right and, with `own_ptr`, sums + left @ ownᵀ, from column k of left on."""
+    left = left_desc.load([row, k])
+    if own_ptr is not None:
+        own = load_skinny(own_ptr, own_stride, 1, tl.arange(0, RANK_K), k + tl.arange(0, BLOCK_K), r, depth)
+        sums = tl.dot(left, own.T, sums, input_precision=PRECISION)
+    if TRANS_RIGHT:
+        right = right_desc.load([col, k]).T  # [BLOCK_K, BLOCK_N]
+    else:
+        right = right_desc.load([k, col])
+    return tl.dot(left, right, acc, input_precision=PRECISION), sums
+
+
+@triton.jit
+def lora_tiles(
+    first, count, stride, all_tasks, all_done,
+    left_desc, right_desc, out_desc, small_ptr, skinny_ptr, sync_ptr,
+    # None, or what tiles sum small themselves by: [r, depth], its row stride, and what the sums are multiplied by
+    own_ptr, own_stride, scaling,
+    # each [cols] or None
+    gain_ptr, bias_ptr,
+    M, cols, depth, r, stride_r, stride_d, seed, threshold,
+    dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr,
+    DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_K: tl.constexpr, SHRINK_M: tl.constexpr, FLAT: tl.constexpr, DELAY: tl.constexpr,
+):  # fmt: skip
+    """Tiles first, first + stride, … of gain ∘ (left [M, depth] @ right + small [M, r] @ skinny [r, cols]) + bias.
+
+    Each of the `count` tiles [BLOCK_M, BLOCK_N] has one fp32 accumulator. With DROPOUT the mask lies on the second
+    product. right is [depth, cols], or [cols, depth] with TRANS_RIGHT.
+
+    With WAIT small comes from this launch's `all_tasks` shrink tasks, and `all_done` says whether these are known to
+    have ended; returned is whether they are by now. SHRINK_M and BLOCK_M are powers of two, so a tile's rows come from
+    one row block or a few whole ones. Operands of a rank up to RANK_K are loaded long before they are needed where they
+    are ready, which hides their latency; higher ranks would leave the main loop too few registers.
+
+    With `own_ptr` nothing is waited for: beside its product a tile sums left @ ownᵀ, so its rows of small, and the
+    tiles of the first columns store it. For a rank that RANK_K holds at once, one term at most and no dropout.
+
+    With FLAT there is one loop over the steps of all tiles, so that the next tile's first loads are on their way while
+    a tile ends; without, a loop for each tile. For ranks, terms and a second product as with `own_ptr`.
+    """
+    OWN: tl.constexpr = own_ptr is not None
+    early: tl.constexpr = BLOCK_R == RANK_K
+    tl.static_assert(not (OWN or FLAT) or (early and TERMS <= 1 and DROPOUT == 0))
+    tl.static_assert(not (OWN and WAIT))
+    small_dtype: tl.constexpr = dtype if small_ptr is None else small_ptr.dtype.element_ty
+    num_tiles_m = tl.cdiv(M, BLOCK_M)
+    num_tiles_n = tl.cdiv(cols, BLOCK_N)
+    done = tl.full((), 0, tl.int1) | all_done  # a tensor, as it changes
+    ready = done | (not WAIT)
+    small = tl.zeros((BLOCK_M, RANK_K), small_dtype)
+    small_rest = small
+    if FLAT and (WAIT or OWN):  # what is there from the start would be a wgmma's operand in registers: C7515
+        steps = tl.cdiv(depth, BLOCK_K)
+        step = -1
+        tile = first - stride
+        row = 0
+        col = 0
+        skinny = tl.zeros((RANK_K, BLOCK_N), skinny_ptr.dtype.element_ty)
+        skinny_rest = skinny
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        sums = tl.zeros((BLOCK_M, RANK_K), tl.float32)
+        for _ in range(count * steps):
+            step = tl.where(step == steps - 1, 0, step + 1)
+            if step == 0:
+                tile += stride
+                tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
+                row = tile_m * BLOCK_M
+                col = tile_n * BLOCK_N
+            acc, sums = tile_step(
+                acc, sums, left_desc, right_desc, own_ptr, own_stride, row, col, step * BLOCK_K, depth, r,
+                TRANS_RIGHT, PRECISION, BLOCK_K, RANK_K,
+            )  # fmt: skip
+            if step == 0:
+                if WAIT:
+                    if not done:
+                        word, needed = progress_of(row, M, BLOCK_M, SHRINK_M)
+                        ready = published(sync_ptr + PROGRESS + word) >= needed
+                        if ready:
+                            done = published(sync_ptr + DONE) >= all_tasks
+                small, small_rest, skinny, skinny_rest = tile_operands(
+                    small, small_rest, small_ptr, skinny_ptr, row, col, M, cols, r, stride_r, stride_d, ready,
+                    OWN, TERMS, BLOCK_M, BLOCK_N, RANK_K,
+                )  # fmt: skip
+            if step == steps - 1:
+                end_tile(
+                    acc, sums, small, small_rest, skinny, skinny_rest, ready,
+                    out_desc, small_ptr, skinny_ptr, sync_ptr, scaling, gain_ptr, bias_ptr,
+                    row, col, M, cols, r, stride_r, stride_d, seed, threshold, dtype, OWN, WAIT,
+                    DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+                )  # fmt: skip
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                sums = tl.zeros((BLOCK_M, RANK_K), tl.float32)
+    else:
+        for tile in tl.range(first, first + count * stride, stride):
+            tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
+            row = tile_m * BLOCK_M
+            col = tile_n * BLOCK_N
+            skinny = None
+            skinny_rest = None
+            if early:
+                if WAIT:
+                    word, needed = progress_of(row, M, BLOCK_M, SHRINK_M)
+                    ready = published(sync_ptr + PROGRESS + word) >= needed
+                small, small_rest, skinny, skinny_rest = tile_operands(
+                    small, small_rest, small_ptr, skinny_ptr, row, col, M, cols, r, stride_r, stride_d, ready,
+                    OWN, TERMS, BLOCK_M, BLOCK_N, RANK_K,
+                )  # fmt: skip
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            sums = tl.zeros((BLOCK_M, RANK_K), tl.float32)
+            for k in range(0, depth, BLOCK_K):
+                acc, sums = tile_step(
+                    acc, sums, left_desc, right_desc, own_ptr, own_stride, row, col, k, depth, r,
+                    TRANS_RIGHT, PRECISION, BLOCK_K, RANK_K,
+                )  # fmt: skip
+            end_tile(
+                acc, sums, small, small_rest, skinny, skinny_rest, ready,
+                out_desc, small_ptr, skinny_ptr, sync_ptr, scaling, gain_ptr, bias_ptr,
+                row, col, M, cols, r, stride_r, stride_d, seed, threshold, dtype, OWN, WAIT,
+                DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+            )  # fmt: skip
+    return done

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fusedlora import tuning
-from fusedlora.config import Config, DecodeConfig, ForwardConfig, Problem, why_not_in_tiles
+from fusedlora.config import Config, DecodeConfig, ForwardConfig, Problem, check_for
 from fusedlora.dropout import launch_dropout
 from fusedlora.kernels.common import (
     CONVERTED,
@@ -15,9 +15,8 @@ from fusedlora.kernels.common import (
     begin_early,
     conversions,
     leave,
-    lora_tile,
+    lora_tiles,
     shrink_tasks,
-    tile_coordinates,
     wait_for,
 )
 from fusedlora.kernels.decode import decode_plan
@@ -52,7 +51,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, IN_TILES: tl.constexpr,
-    DELAY: tl.constexpr,
+    FLAT: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """S = scaling · scale · x Aᵀ, rounded once to S's dtype; y = gain ∘ (x Wᵀ + S Bᵀ) + bias, one fp32 accumulator.
 
@@ -99,25 +98,16 @@ def forward_kernel(
             x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
             w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
             y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
-            num_tiles_m = tl.cdiv(M, BLOCK_M)
-            num_tiles_n = tl.cdiv(N, BLOCK_N)
-            for tile in tl.range(place, num_tiles_m * num_tiles_n, tile_programs):
-                tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
-                row = tile_m * BLOCK_M
-                col = tile_n * BLOCK_N
-                acc = lora_tile(
-                    x_desc, w_desc, small_ptr, b_ptr, sync_ptr,
-                    a_ptr if IN_TILES else None, stride_ar, scaling,
-                    row, col, M, N, K, r, 1, stride_bn, None, None,
-                    x_ptr.dtype.element_ty, True, SHRINK, 0, TERMS, PRECISION,
-                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_K, SHRINK_M, DELAY,
-                )  # fmt: skip
-                n_offs = col + tl.arange(0, BLOCK_N)
-                if gain_ptr is not None:
-                    acc *= tl.load(gain_ptr + n_offs, mask=n_offs < N, other=0.0)[None, :]
-                if bias_ptr is not None:
-                    acc += tl.load(bias_ptr + n_offs, mask=n_offs < N, other=0.0).to(tl.float32)[None, :]
-                y_desc.store([row, col], acc.to(y_ptr.dtype.element_ty))
+            num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+            lora_tiles(
+                place, tl.cdiv(max(num_tiles - place, 0), tile_programs), tile_programs,
+                num_tasks + side_programs, False,
+                x_desc, w_desc, y_desc, small_ptr, b_ptr, sync_ptr,
+                a_ptr if IN_TILES else None, stride_ar, scaling, gain_ptr, bias_ptr,
+                M, N, K, r, 1, stride_bn, None, None,
+                x_ptr.dtype.element_ty, True, SHRINK, 0, TERMS, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, FLAT, DELAY,
+            )  # fmt: skip
     if SHRINK or CONVERT:
         leave(sync_ptr, M, BLOCK_M, SHRINK_M, DELAY)
 
@@ -149,8 +139,7 @@ def _plan(
     if isinstance(config, DecodeConfig):
         return decode_plan(device, problem, config, strides, terms, save_s)
     assert isinstance(config, ForwardConfig)
-    if config.IN_TILES and (why := why_not_in_tiles(problem, config)):
-        raise ValueError(f"config.IN_TILES is True; it must be False where {why}")
+    check_for(problem, config)
     schedule = forward_schedule(problem, config, tiles)
     constants = common_constants(r, facts[0], terms, dropout) | vars(config)
     phases = [{"CONVERT": terms > 0, "SHRINK": not config.IN_TILES, "TILES": tiles}]
@@ -245,6 +234,7 @@ def lora_forward(
     if M > 0:
         x, lora_A, lora_B = row_major(x), skinny_rows(lora_A), skinny_rows(lora_B)
         bias = None if bias is None else bias.contiguous()
+        gain = None if gain is None else gain.contiguous()
         plan = forward_plan(
             x,
             weight,

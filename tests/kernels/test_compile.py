@@ -75,9 +75,16 @@ VARIANTS = {
     "S-alone-fp32-adapters": (8192, 16, BF16, FP32, FP32, {"tiles": False, "seed": True}),
 }
 # Bytes that may spill, where fp32 terms or a mask beside a wide rank leave no choice: what ptxas of triton 3.6 and 3.9
-# needs. None of it in a loop that multiplies, but for a few registers on sm_120.
+# needs. None of it in a loop that multiplies, but for a few registers on sm_120 and one of a tile's end, which FLAT has
+# in the loop too.
 SPILLS_ALLOWED: dict[str | tuple[int, str], int] = {"fp32-adapters-r256": 128, "fp32-r16": 128, "fp32-r64": 256}
-SPILLS_ALLOWED |= {"dropout-r64": 160, "dropout-fp32-adapters-r64": 24, "dropout-fp32-adapters-r128": 136}
+SPILLS_ALLOWED |= {
+    "r8-bias": 8,
+    "narrow-tensors-for-scalars": 8,
+    "dropout-r64": 168,
+    "dropout-fp32-adapters-r64": 24,
+    "dropout-fp32-adapters-r128": 136,
+}
 SPILLS_ALLOWED |= {(cc, "dropout-fp32-adapters-r128"): 288 for cc in (80, 86, 89, 120)}
 SPILLS_ALLOWED |= {(120, "fp32-adapters-r64"): 52, (120, "dropout-fp32-adapters-r64"): 52, (120, "dropout-r128"): 36}
 SPILLS_ALLOWED |= {(100, "no-dx"): 20}
@@ -161,7 +168,7 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         few = 0 if capability == 90 or plain else 16
         most = SPILLS_ALLOWED.get((capability, variant), SPILLS_ALLOWED.get(variant, 0))
         assert report.spills <= max(few, most)
-        assert report.loop_spills <= (5 if capability == 120 else 0)
+        assert report.loop_spills <= (5 if capability == 120 else variant == "narrow-tensors-for-scalars")
         assert report.warnings == ()
         assert report.count("ld.global.nc") == 0
         early = launch.arguments.get("EARLY")
@@ -179,9 +186,21 @@ def test_compiles_within_limits(capability: int, variant: str) -> None:
         if capability == 90 and (launch.arguments.get("TILES") or launch.arguments.get("NEED_DX")):
             assert report.count("cp.async.bulk.tensor")
             assert report.count("wgmma.mma_async")
+            if launch.arguments["FLAT"]:
+                assert report.count("cp.async.bulk.tensor.2d.shared") == loads_of(launch.arguments), "loads run ahead"
         if launch.kernel is decode_kernel:
             assert report.count("cp.async.cg") and report.count("griddepcontrol.wait") == (capability >= 90)
             assert bool(re.search(r"\batom\.\S*acq_rel", report.ptx)) == (launch.arguments["SPLIT"] > 1)
+
+
+def loads_of(arguments: dict) -> int:
+    """Loads by TMA in the code of a launch with FLAT: as many for each operand as its loop has stages."""
+    tiles = arguments.get("TILES") or arguments.get("REST")
+    loads = 2 * arguments["num_stages"] * tiles + arguments["SHRINK"] * arguments["SHRINK_STAGES"]
+    if arguments.get("REST"):
+        dora = arguments["dm_ptr"] is not None
+        loads += (arguments["NEED_DA"] + (not arguments["FUSE_DB"]) * (1 + dora)) * arguments["STRIPE_STAGES"]
+    return loads
 
 
 LDS = 65_536

@@ -52,7 +52,11 @@ KINDS = {
     "fp32-adapters": {},
     "dropout": {"dropout": True},
     "autocast": {"autocast": True},
+    "flat": {"flat": True},
+    "flat-autocast": {"flat": True, "autocast": True},
+    "flat-dropout": {"flat": True, "dropout": True},
 }
+FP32_ADAPTERS = ("fp32-adapters", "autocast", "flat-autocast")
 # Far more than any test takes: programs that still wait then would wait for ever.
 MAX_TURNS = 20_000
 
@@ -174,16 +178,21 @@ def scheduled(counts: tuple[int, ...], launcher: type[launch.Launcher] = launch.
         yield
 
 
-def launch_both(i: Inputs, fuse_db: bool = True, dropout: bool = False, autocast: bool = False) -> list[torch.Tensor]:
+def launch_both(
+    i: Inputs, fuse_db: bool = True, dropout: bool = False, autocast: bool = False, flat: bool = False
+) -> list[torch.Tensor]:
     """y, dX, dA, dB; all that the launchers allocate starts as NaN."""
     common = {"scaling": 0.5, "adapter_dtype": i.x.dtype if autocast else i.lora_A.dtype}
     common |= {"seed": SEED, "dropout_p": 0.3} if dropout else {}
-    configs = ForwardConfig(**SMALL_FORWARD), BackwardConfig(**SMALL_BACKWARD, FUSE_DB=fuse_db)
+    forward_config = ForwardConfig(**SMALL_FORWARD, FLAT=flat)
+    backward_config = BackwardConfig(**SMALL_BACKWARD, FUSE_DB=fuse_db, FLAT=flat and not dropout)
     with poisoned_memory():
-        y, s = forward.lora_forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, save_s=True, config=configs[0], **common)
+        y, s = forward.lora_forward(
+            i.x, i.weight, i.lora_A, i.lora_B, i.bias, save_s=True, config=forward_config, **common
+        )
         gradients = backward.lora_backward(
             i.dy, i.x, i.weight, i.lora_A, i.lora_B, s,
-            need_dx=True, need_dA=True, need_dB=True, config=configs[1], **common,
+            need_dx=True, need_dA=True, need_dB=True, config=backward_config, **common,
         )  # fmt: skip
     return [y, *gradients]
 
@@ -191,7 +200,7 @@ def launch_both(i: Inputs, fuse_db: bool = True, dropout: bool = False, autocast
 @functools.cache
 def one_after_another(kind: str) -> tuple[Inputs, list[torch.Tensor]]:
     """Inputs, and what the programs give that the interpreter runs by itself."""
-    i = make_inputs(M, K, N, R, torch.float16, torch.float32 if kind in ("fp32-adapters", "autocast") else None)
+    i = make_inputs(M, K, N, R, torch.float16, torch.float32 if kind in FP32_ADAPTERS else None)
     with scheduled(SCHEDULES["every-program-has-tasks"]):
         return i, launch_both(i, **KINDS[kind])
 
@@ -212,7 +221,7 @@ def test_bits_do_not_depend_on_whose_turn_it_is(counts, kind: str, resident: int
 @pytest.mark.parametrize("seed", range(6))
 def test_tiles_that_compute_s_wait_for_terms_alone(seed: int, resident: int) -> None:
     i = make_inputs(M, K, N, R, torch.float16, torch.float32)
-    config = ForwardConfig(**SMALL_FORWARD, IN_TILES=True)
+    config = ForwardConfig(**SMALL_FORWARD, IN_TILES=True, FLAT=seed % 2 == 1)
 
     def launched() -> tuple[torch.Tensor, torch.Tensor]:
         tensors = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)

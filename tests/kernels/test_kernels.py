@@ -54,6 +54,7 @@ class Case:
     fuse_db: bool = True
     dropout_p: float = 0.0
     in_tiles: bool = False
+    flat: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.M}x{self.K}x{self.N}r{self.r}", str(self.dtype).removeprefix("torch.")]
@@ -62,7 +63,7 @@ class Case:
         words += ["two-launches"] if not self.one_launch else []
         words += ["db-stripes"] if not self.fuse_db else []
         words += ["dropout"] if self.dropout_p else []
-        words += ["in-tiles"] if self.in_tiles else []
+        words += [name for name in ("in-tiles", "flat") if getattr(self, name.replace("-", "_"))]
         return "-".join(words)
 
 
@@ -73,6 +74,10 @@ CASES = [
     Case(100, 72, 136, 5, bias=True, in_tiles=True),
     Case(70, 64, 72, 3, adapter_dtype=torch.float32, autocast=True, in_tiles=True),
     Case(33, 40, 64, 16, adapter_dtype=torch.float32, autocast=True, one_launch=False, in_tiles=True),
+    Case(150, 40, 136, 5, bias=True, flat=True),
+    Case(150, 24, 72, 16, bias=True, in_tiles=True, flat=True, fuse_db=False),
+    Case(150, 64, 72, 3, adapter_dtype=torch.float32, autocast=True, flat=True),
+    Case(100, 72, 136, 16, one_launch=False, flat=True),
     Case(100, 48, 136, 40, one_launch=False),
     Case(130, 64, 96, 8, fuse_db=False),
     Case(65, 96, 64, 33, fuse_db=False, one_launch=False),
@@ -86,6 +91,7 @@ CASES = [
     Case(77, 40, 72, 5, dtype=torch.float32, bias=True),
     Case(96, 64, 64, 64, dtype=torch.float32, fuse_db=False),
     Case(100, 136, 72, 16, bias=True, dropout_p=0.3),
+    Case(100, 136, 72, 16, dropout_p=0.3, flat=True),
     Case(70, 144, 64, 3, dropout_p=0.9, one_launch=False),
     Case(70, 64, 64, 64, dropout_p=0.1, fuse_db=False),
     Case(129, 64, 64, 256, dropout_p=0.1, fuse_db=False),
@@ -98,8 +104,9 @@ CASES = [
 
 def launch_both(case: Case, i: Inputs, small_tiles: bool) -> dict[str, torch.Tensor]:
     """y, dx, dA, dB; every buffer that the launchers allocate starts as NaN."""
-    forward = ForwardConfig(**SMALL_FORWARD, IN_TILES=case.in_tiles) if small_tiles else None
-    backward = BackwardConfig(**SMALL_BACKWARD, FUSE_DB=case.fuse_db) if small_tiles else None
+    forward = ForwardConfig(**SMALL_FORWARD, IN_TILES=case.in_tiles, FLAT=case.flat) if small_tiles else None
+    flat = case.flat and not case.dropout_p
+    backward = BackwardConfig(**SMALL_BACKWARD, FUSE_DB=case.fuse_db, FLAT=flat) if small_tiles else None
     keep = case.adapter_dtype is not None and not case.autocast
     adapter_dtype = torch.float32 if keep else case.dtype
     common = {"scaling": i.scaling, "adapter_dtype": adapter_dtype, "one_launch": case.one_launch}
@@ -155,7 +162,7 @@ def test_errors_are_not_above_the_eager_path(case: Case, small_tiles: bool) -> N
 def test_s_alone(case: Case) -> None:
     i = make_inputs(case.M, case.K, case.N, case.r, case.dtype, case.adapter_dtype, DEVICE, bias=False, scaling=1.5)
     keep = case.adapter_dtype is not None and not case.autocast
-    config = ForwardConfig(**SMALL_FORWARD, IN_TILES=case.in_tiles)
+    config = ForwardConfig(**SMALL_FORWARD, IN_TILES=case.in_tiles, FLAT=case.flat)
     settings = {"adapter_dtype": torch.float32 if keep else case.dtype, "config": config, "save_s": True}
     settings |= {"seed": SEED if case.dropout_p else None, "one_launch": case.one_launch}
     settings["scale"] = None if case.r % 2 else torch.tensor(0.5, device=DEVICE)
@@ -332,23 +339,47 @@ def test_each_address_counts_by_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "r, settings, why",
+    "option, r, settings, why",
     [
-        (20, {}, "r is 20, which takes a RANK_K of 32, and RANK_K is 16"),
-        (16, {"seed": SEED, "dropout_p": 0.1}, "there is a dropout"),
-        (16, {"adapter_dtype": torch.float32}, "the adapters keep fp32's precision"),
+        ("IN_TILES", 20, {}, "r is 20, which takes a RANK_K of 32, and RANK_K is 16"),
+        ("FLAT", 20, {}, "r is 20, which takes a RANK_K of 32, and RANK_K is 16"),
+        ("IN_TILES", 16, {"adapter_dtype": torch.float32}, "the adapters keep fp32's precision"),
+        ("FLAT", 16, {"adapter_dtype": torch.float32}, "the adapters keep fp32's precision"),
+        ("IN_TILES", 16, {"seed": SEED, "dropout_p": 0.1}, "there is a dropout"),
     ],
 )
-def test_tiles_refuse_what_they_cannot_sum(r: int, settings: dict, why: str) -> None:
+def test_tiles_refuse_what_they_cannot_do(option: str, r: int, settings: dict, why: str) -> None:
     parameters = settings.get("adapter_dtype", HALF)
     i = make_inputs(70, 64, 72, r, HALF, parameters, device=DEVICE)
-    settings = {
-        "adapter_dtype": HALF,
-        "save_s": True,
-        "config": ForwardConfig(**SMALL_FORWARD, IN_TILES=True),
-    } | settings
-    with pytest.raises(ValueError, match=f"config.IN_TILES is True; it must be False where {why}"):
+    config = ForwardConfig(**SMALL_FORWARD, **{option: True})
+    settings = {"adapter_dtype": HALF, "save_s": True, "config": config} | settings
+    with pytest.raises(ValueError, match=f"config.{option} is True; it must be False where {why}"):
         lora_forward(i.x, i.weight, i.lora_A, i.lora_B, None, scaling=i.scaling, **settings)
+
+
+def test_one_loop_over_tiles_refuses_a_mask() -> None:
+    i = make_inputs(70, 64, 72, 16, HALF, device=DEVICE)
+    config = BackwardConfig(**SMALL_BACKWARD, FUSE_DB=True, FLAT=True)
+    s = torch.zeros(70, 16, dtype=HALF, device=DEVICE)
+    needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+    with pytest.raises(ValueError, match="config.FLAT is True; it must be False where there is a dropout"):
+        lora_backward(
+            i.dy, i.x, i.weight, i.lora_A, i.lora_B, s,
+            scaling=1.0, adapter_dtype=HALF, seed=SEED, dropout_p=0.1, config=config, **needs,
+        )  # fmt: skip
+
+
+def test_small_operands_with_gaps() -> None:
+    """S and the gain as views: columns first, and every other element."""
+    i = make_inputs(70, 64, 72, 16, HALF, device=DEVICE)
+    gain = torch.rand(72, 2, device=DEVICE)[:, 0]
+    common = {"scaling": 1.5, "adapter_dtype": HALF}
+    tensors = i.x, i.weight, i.lora_A, i.lora_B
+    (y, s), (expected, _) = (lora_forward(*tensors, None, gain=g, save_s=True, **common) for g in (gain, gain.clone()))
+    assert torch.equal(y, expected) and s is not None
+    common |= {"need_dx": False, "need_dA": False, "need_dB": True}
+    dB, expected = (lora_backward(i.dy, *tensors, each, **common)[2] for each in (s.T.contiguous().T, s))
+    assert torch.equal(dB, expected)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy, of the infinity beside padding
