@@ -546,12 +546,13 @@ def end_tile(
     dtype: tl.constexpr, OWN: tl.constexpr, WAIT: tl.constexpr,
     DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_K: tl.constexpr,
-    SHRINK_M: tl.constexpr, DELAY: tl.constexpr,
+    SHRINK_M: tl.constexpr, FLAT: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """Stores gain ∘ (acc + small @ skinny) + bias. The names are those of `lora_tiles`, whose tile ends.
 
     The operands of a rank up to RANK_K are given, small only if it is `ready`; those of others are loaded here. With
-    OWN small is what `sums` are rounded to.
+    OWN small is what `sums` are rounded to. With FLAT skinny must be made anew here: what a loop only hands on Triton
+    writes to shared memory in each of its steps.
     """
     early: tl.constexpr = BLOCK_R == RANK_K
     TWO: tl.constexpr = min(TERMS, 2)
@@ -566,17 +567,18 @@ def end_tile(
             m_offs = row + tl.arange(0, BLOCK_M)
             mask = (m_offs < M)[:, None] & (r_offs < r)[None, :]
             tl.store(small_ptr + tl.cast(m_offs, tl.int64)[:, None] * r + r_offs[None, :], small, mask=mask)
-        # Made here, it goes to shared memory here, and not in each step.
-        skinny = tl.where((n_offs < cols)[None, :], skinny, 0.0)
+        if FLAT:
+            skinny = tl.where((n_offs < cols)[None, :], skinny, 0.0)
     elif WAIT:
         if not ready:
             word, needed = progress_of(row, M, BLOCK_M, SHRINK_M)
             wait_for(sync_ptr + PROGRESS + word, needed)
             if early:
-                small, small_rest, skinny, skinny_rest = tile_operands(
-                    small, small_rest, small_ptr, skinny_ptr, row, col, M, cols, r, stride_r, stride_d, True,
-                    OWN, TERMS, BLOCK_M, BLOCK_N, RANK_K,
-                )  # fmt: skip
+                if TERMS > 0 or FLAT:
+                    skinny, skinny_rest, _ = load_terms(
+                        skinny_ptr, plane, stride_r, stride_d, tl.arange(0, BLOCK_R), n_offs, r, cols, TWO
+                    )
+                small, small_rest = load_small_terms(small_ptr, row, 0, M, r, True, BLOCK_M, RANK_K, TERMS)
     if DROPOUT:
         low, high = load_seed(seed)
         acc = masked_product(
@@ -696,7 +698,7 @@ def lora_tiles(
                     acc, sums, small, small_rest, skinny, skinny_rest, ready,
                     out_desc, small_ptr, skinny_ptr, sync_ptr, scaling, gain_ptr, bias_ptr,
                     row, col, M, cols, r, stride_r, stride_d, seed, threshold, dtype, OWN, WAIT,
-                    DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+                    DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K, SHRINK_M, True, DELAY,
                 )  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 sums = tl.zeros((BLOCK_M, RANK_K), tl.float32)
@@ -726,6 +728,6 @@ def lora_tiles(
                 acc, sums, small, small_rest, skinny, skinny_rest, ready,
                 out_desc, small_ptr, skinny_ptr, sync_ptr, scaling, gain_ptr, bias_ptr,
                 row, col, M, cols, r, stride_r, stride_d, seed, threshold, dtype, OWN, WAIT,
-                DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+                DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K, SHRINK_M, False, DELAY,
             )  # fmt: skip
     return done

@@ -87,7 +87,7 @@ SPILLS_ALLOWED |= {
 }
 SPILLS_ALLOWED |= {(cc, "dropout-fp32-adapters-r128"): 288 for cc in (80, 86, 89, 120)}
 SPILLS_ALLOWED |= {(120, "fp32-adapters-r64"): 52, (120, "dropout-fp32-adapters-r64"): 52, (120, "dropout-r128"): 36}
-SPILLS_ALLOWED |= {(100, "no-dx"): 20}
+SPILLS_ALLOWED |= {(100, "no-dx"): 20, (120, "fp32-adapters-r16"): 24}
 
 QUICK = [(90, v) for v in VARIANTS if v not in ("fp32-adapters-r256", "r32", "autocast-r64")]
 QUICK += [(cc, v) for cc in (80, 86, 89, 100, 120) for v in ("r16", "fp32-adapters-r16")]
