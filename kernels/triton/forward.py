@@ -15,7 +15,6 @@ from fusedlora.kernels.common import (
     begin_early,
     conversions,
     leave,
-    lora_tiles,
     shrink_tasks,
     wait_for,
 )
@@ -29,6 +28,7 @@ from fusedlora.kernels.launch import (
     num_terms,
     separate,
 )
+from fusedlora.kernels.tiles import lora_tiles
 from fusedlora.memory import Workspace, device_memory, row_major, skinny_rows
 from fusedlora.schedule import SCHEDULED, forward_schedule
 

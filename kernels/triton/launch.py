@@ -12,7 +12,8 @@ import triton
 from triton.runtime import _allocation
 
 from fusedlora.config import block_r
-from fusedlora.kernels.common import INTERPRET, PAIRED, PLAIN
+from fusedlora.kernels.common import INTERPRET
+from fusedlora.kernels.masks import PAIRED, PLAIN
 from fusedlora.memory import DeviceMemory, StreamMemory, Workspace
 from fusedlora.recipe import Recipe
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from fusedlora import dropout
-from fusedlora.kernels.common import INTERPRET, PAIRED, PLAIN, add_kept, load_seed, masked
+from fusedlora.kernels.common import INTERPRET
+from fusedlora.kernels.masks import PAIRED, PLAIN, add_kept, load_seed, masked
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
