@@ -166,8 +166,11 @@ def row_major(tensor: torch.Tensor) -> torch.Tensor:
     A descriptor needs unit stride in a row, a 16-byte aligned base and row strides of whole 16 bytes.
     """
     row, last = tensor.stride()
-    if last == 1 and row >= tensor.shape[1] and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0:
+    aligned = last == 1 and tensor.data_ptr() % 16 == 0
+    if aligned and row >= tensor.shape[1] and row * tensor.element_size() % 16 == 0:
         return tensor
+    if aligned and tensor.shape[0] == 1:  # contiguous with any stride of its row
+        return tensor.as_strided(tensor.shape, (tensor.shape[1], 1))
     copy = tensor.contiguous()
     return copy.clone() if copy.data_ptr() % 16 else copy
 
