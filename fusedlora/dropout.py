@@ -23,6 +23,8 @@ u, two of v, and four of either of them with a byte of h each, all of which are 
 elements do (χ² of 247 to 327 with 255 degrees of freedom, at p = 0.05, 0.1, 0.25 and 0.5).
 """
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,8 @@ C0, C1, C2, C3 = 0x9E3779B9, 0xBB67AE85, 0xD2511F53, 0xA54FF53B
 MAX_P = 0.96
 # Hashes that torch forms at a time, those of 16 rows at least: a few int64 tensors of this size are alive.
 _CHUNK = 1 << 21
+# Two threads would else read one offset, and draw one seed.
+_drawing = threading.Lock()
 
 
 def threshold(dropout_p: float) -> int:
@@ -71,8 +75,9 @@ def drawn_on_device(x: Tensor) -> bool:
 def _next_seed(device: torch.device) -> int:
     """The next seed of the CUDA generator, which moves on as after any other draw; nothing runs on the GPU."""
     generator = torch.cuda.default_generators[device.index]
-    offset = generator.get_offset()
-    generator.set_offset(offset + 4)
+    with _drawing:
+        offset = generator.get_offset()
+        generator.set_offset(offset + 4)
     return _mix(_mix(generator.initial_seed()) + offset) >> 1 | 1 << 62
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from unittest import mock
 
 import pytest
@@ -229,6 +230,27 @@ def test_a_seed_for_every_seed_and_offset_of_the_generator() -> None:
             found |= {dropout._next_seed(device) for _ in range(500)}
         assert generator.offset == 2000
     assert len(found) == 2000 and all(2**62 <= seed < 2**63 for seed in found)
+
+
+def test_two_threads_draw_two_seeds() -> None:
+    class Interrupted(Generator):
+        def get_offset(self) -> int:
+            offset = self.offset
+            if not started:  # the other thread's turn, as far as it gets
+                started.append(threading.Thread(target=draw))
+                started[0].start()
+                started[0].join(0.1)
+            return offset
+
+    def draw() -> None:
+        found.append(dropout._next_seed(torch.device("cuda", 0)))
+
+    started: list[threading.Thread] = []
+    found: list[int] = []
+    with mock.patch.object(torch.cuda, "default_generators", (Interrupted(1, 0),)):
+        draw()
+        started[0].join()
+    assert len(set(found)) == 2
 
 
 @pytest.mark.gpu
