@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import capturing
+
 _lock = threading.Lock()
 _free: dict[Any, list[Tensor]] = {}  # flat buffers by (device, dtype, stream), none of them in use
 
@@ -27,7 +29,7 @@ def borrowed(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
     stream = 0
     pooled = torch._C._len_torch_dispatch_stack() == 0 and device.type in ("cpu", "cuda")
     if pooled and device.type == "cuda":
-        pooled = not torch.cuda.is_current_stream_capturing()
+        pooled = not capturing(device.index)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
     if not pooled:
         yield torch.empty(shape, dtype=dtype, device=device)

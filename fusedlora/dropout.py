@@ -28,6 +28,8 @@ import threading
 import torch
 from torch import Tensor
 
+from .memory import capturing
+
 # Odd, with bits of no pattern: of the golden ratio, the square root of 3, a multiplier of Philox, the square root of 7.
 C0, C1, C2, C3 = 0x9E3779B9, 0xBB67AE85, 0xD2511F53, 0xA54FF53B
 # The kernels compare 15 bits as 16-bit floating-point numbers, whose order is that of integers up to infinity, 0x7C00.
@@ -69,7 +71,7 @@ def seeded(x: Tensor, dropout_p: float, backend: str) -> bool:
 
 def drawn_on_device(x: Tensor) -> bool:
     """Whether `draw` would draw a seed there."""
-    return x.device.type == "cuda" and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    return x.device.type == "cuda" and (torch.compiler.is_compiling() or capturing(x.device.index))
 
 
 def _next_seed(device: torch.device) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from typing import Any
 
 import torch
 
@@ -18,6 +19,14 @@ _WORDS_PER_LINE = 32
 MOST_KEPT = 4 << 20
 
 
+def capturing(index: int) -> bool:
+    """Whether the current stream of this CUDA device is being captured; the current device may be another one."""
+    if torch._C._cuda_getDevice() == index:
+        return torch._C._cuda_isCurrentStreamCapturing()
+    with torch.cuda.device(index):
+        return torch._C._cuda_isCurrentStreamCapturing()
+
+
 class DeviceMemory:
     """One device's zeroed int32 words, handed out once and never taken back, and what its streams hold."""
 
@@ -25,25 +34,29 @@ class DeviceMemory:
         self.device = device
         self.index = device.index if device.type == "cuda" else None
         self.lock = threading.Lock()
-        self.used = SLAB_WORDS
-        # Kept for good: graphs hold addresses in them.
+        # Kept for good: graphs hold addresses in them. Words are taken from the last one.
         self.slabs: list[torch.Tensor] = []
+        self.used = 0
+        # Whether half of it is gone: an eager launch makes a new one then, since a capture can't.
+        self.low = True
         self.by_stream: dict[int, StreamMemory] = {}
 
     def take(self, count: int, capturing: bool) -> torch.Tensor | None:
         """`count` zeroed words, or None where a capture finds none left (memory can't be zeroed eagerly there)."""
         count = -(-count // _WORDS_PER_LINE) * _WORDS_PER_LINE
         with self.lock:
-            if self.used + count > SLAB_WORDS // 2 and not capturing:
-                # Renewed with half left, so that a capture, which can't renew it, always finds some.
-                self.slabs.append(torch.zeros(max(SLAB_WORDS, 2 * count), dtype=torch.int32, device=self.device))
+            half = self.slabs[-1].numel() // 2 if self.slabs else 0
+            if self.used + count > half and not capturing:
+                half = max(SLAB_WORDS // 2, count)
+                self.slabs.append(torch.zeros(2 * half, dtype=torch.int32, device=self.device))
                 self.used = 0
                 if self.index is not None:
                     torch.cuda.current_stream(self.device).synchronize()
-            if not self.slabs or self.used + count > self.slabs[-1].numel():
+            if self.used + count > 2 * half:
                 return None
             taken = self.slabs[-1][self.used : self.used + count]
             self.used += count
+            self.low = self.used > half
             return taken
 
     def of_current_stream(self) -> StreamMemory:
@@ -52,7 +65,7 @@ class DeviceMemory:
         if index is None:
             stream, captured = 0, False
         else:
-            stream, captured = torch._C._cuda_getCurrentRawStream(index), self.capturing()
+            stream, captured = torch._C._cuda_getCurrentRawStream(index), capturing(index)
         memory = None if captured else self.by_stream.get(stream)
         if memory is None:
             memory = StreamMemory(self, stream, captured)
@@ -60,19 +73,11 @@ class DeviceMemory:
                 self.by_stream[stream] = memory
         return memory
 
-    def capturing(self) -> bool:
-        """Whether the device's current stream is being captured."""
-        index = self.index
-        if index is None:
-            return False
-        if torch._C._cuda_getDevice() == index:
-            return torch._C._cuda_isCurrentStreamCapturing()
-        with torch.cuda.device(index):
-            return torch._C._cuda_isCurrentStreamCapturing()
-
     def words_run_out(self) -> bool:
         """Whether a launch captured now would find no words of its own left, and so capture their zeroing."""
-        return self.capturing() and (not self.slabs or self.used + 1024 > self.slabs[-1].numel())
+        if self.index is None or not capturing(self.index):
+            return False
+        return not self.slabs or self.used + 1024 > self.slabs[-1].numel()
 
 
 @functools.cache
@@ -88,8 +93,8 @@ class StreamMemory:
 
     def __init__(self, owner: DeviceMemory, stream: int, captured: bool) -> None:
         self.owner, self.stream, self.captured = owner, stream, captured
-        self.shared_words: torch.Tensor | None = None
-        self.word_count = 0
+        # With their number, as one attribute: another thread may put others there at any time.
+        self.shared_words: tuple[Any, int] = (None, -1)
         self.descriptors, self.work = Reused(owner.device, captured), Reused(owner.device, captured)
 
     def words(self, count: int) -> torch.Tensor:
@@ -97,14 +102,15 @@ class StreamMemory:
 
         Where the slab has none left inside a capture, the zeroing is captured with the launch.
         """
-        if self.shared_words is not None and count <= self.word_count:
-            return self.shared_words
+        words, kept = self.shared_words
+        if count <= kept and not self.owner.low:
+            return words
         if self.captured:
             words = self.owner.take(count, capturing=True)
             return torch.zeros(count, dtype=torch.int32, device=self.owner.device) if words is None else words
-        words = self.owner.take(max(count, 1024), capturing=False)
+        words = self.owner.take(max(count, kept, 1024), capturing=False)
         assert words is not None
-        self.shared_words, self.word_count = words, words.numel()
+        self.shared_words = words, words.numel()
         return words
 
     def __call__(self, size: int, alignment: int, stream: int | None) -> torch.Tensor:
@@ -117,16 +123,17 @@ class Reused:
 
     def __init__(self, device: torch.device, captured: bool) -> None:
         self.device, self.captured = device, captured
-        self.memory: torch.Tensor | None = None
-        self.size = 0
+        # With its size, as one attribute: another thread may put other memory there at any time.
+        self.kept: tuple[Any, int] = (None, -1)
 
     def take(self, size: int, shared: bool = True) -> torch.Tensor:
         """At least `size` bytes, to be held until the launch is made."""
-        if shared and self.memory is not None and size <= self.size:
-            return self.memory
+        memory, kept = self.kept
+        if shared and size <= kept:
+            return memory
         memory = torch.empty(size, dtype=torch.uint8, device=self.device)
         if shared and size <= MOST_KEPT and not self.captured:
-            self.memory, self.size = memory, size
+            self.kept = memory, size
         return memory
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .memory import capturing
+
 # 2^64 over the golden ratio, odd: seeds this far apart stay distinct in their low 32 bits, all that a CPU's uses.
 _SEED_STEP = 0x9E3779B97F4A7C15
 
@@ -44,7 +46,7 @@ def own_stream(device: torch.device, rank: int) -> Iterator[None]:
         raise RuntimeError("RowwiseLoRA cannot draw a rank's own dropout mask under torch.compile with fullgraph=True")
     generator = _generator(device)
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(device.index):
             raise RuntimeError("RowwiseLoRA cannot draw a rank's own dropout mask in a CUDA graph's capture")
         seed, offset = generator.initial_seed(), generator.get_offset()
         generator.manual_seed((seed + rank * _SEED_STEP) % 2**64)

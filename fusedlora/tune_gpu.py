@@ -17,7 +17,6 @@ import torch
 from . import backends, reference
 from .cuda_config import AnyConfig
 from .doctor import run_limited
-from .memory import device_memory
 from .testing import Inputs, relative_error
 from .timing import GraphTimer, Spread, interleave, ratios, set_count
 from .tune import call_of
@@ -95,8 +94,6 @@ class OnGpu:
             found: dict[int, tuple[float, Spread] | None] = {}
             for start in range(1, max(2, len(ways)), TOGETHER - 1):
                 batch = [0, *range(start, min(start + TOGETHER - 1, len(ways)))]
-                # Each captured launch keeps its words; none are left to zero inside a capture, which would take time.
-                device_memory(self.device).take(1, capturing=False)
                 timers = {}
                 for index in batch:
                     calls = [_call(direction, i, ways[index], s) for i, s in zip(sets, small)]

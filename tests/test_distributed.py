@@ -183,14 +183,14 @@ def test_streams_of_a_gpu_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in range(4):
         generator = CudaGenerator(2**64 - 3, 40)
         monkeypatch.setattr(rank_masks, "_generator", lambda device, generator=generator: generator)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(rank_masks, "capturing", lambda index: False)
         with pytest.raises(KeyError), rank_masks.own_stream(torch.device("cuda", 0), rank):
             drawn.append((generator.seed, generator.offset))
             generator.offset += 4
             raise KeyError
         assert (generator.seed, generator.offset) == (2**64 - 3, 44)
     assert len({seed for seed, _ in drawn}) == 4 and {offset for _, offset in drawn} == {40}
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(rank_masks, "capturing", lambda index: True)
     with pytest.raises(RuntimeError, match="in a CUDA graph's capture"):
         with rank_masks.own_stream(torch.device("cuda", 0), 0):
             pass
