@@ -190,6 +190,7 @@ struct Call {
   PyObject *forward_name, *backward_name;  // of their backends; never let go, a pending call may still read them
   c10::SafePyObject fill_s;                // computes S alone; false where it no longer can
   bool backward_by_op;                     // no kernels take the backward
+  bool deterministic;                      // torch.use_deterministic_algorithms, which turns tuned tables off
 };
 
 int tell(PyObject* used, PyObject* backward) {
@@ -286,17 +287,18 @@ auto make_node(Arguments&&... arguments) {
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 // By the op, for gradients that no launch gives: it takes any tensors.
-Gradients backward_op(const Call& call, const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-                      const Tensor& lora_B, const Tensor& s, const Tensor& seed, double scaling) {
+Gradients backward_op(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+                      const Tensor& lora_B, const Tensor& s, const Tensor& seed, double scaling, double dropout_p,
+                      at::ScalarType adapter_dtype, const std::string& backend) {
   using Optional = const std::optional<Tensor>&;
   using Op = Gradients(const Tensor&, Optional, Optional, const Tensor&, const Tensor&, Optional, Optional, Optional,
                        double, double, at::ScalarType, bool, bool, bool, std::string_view);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("fusedlora::backward", "").typed<Op>();
-  auto [dx, dA, dB] = op.call(
-      dy.reshape({-1, dy.size(-1)}), x.reshape({-1, x.size(-1)}), weight, lora_A, lora_B, s,
-      seed.defined() ? std::optional<Tensor>(seed) : std::nullopt, std::nullopt, scaling, call.dropout_p,
-      call.adapter_dtype, true, true, true, call.backend);
+  const auto flat = [](const Tensor& tensor) { return tensor.reshape_symint({-1, tensor.sym_size(-1)}); };
+  auto [dx, dA, dB] = op.call(flat(dy), flat(x), weight, lora_A, lora_B, s,
+                              seed.defined() ? std::optional<Tensor>(seed) : std::nullopt, std::nullopt, scaling,
+                              dropout_p, adapter_dtype, true, true, true, backend);
   return {dx.view_as(x), dA, dB};
 }
 
@@ -329,7 +331,7 @@ struct LoRALinearBackward : Node {
     for (SavedVariable* tensor : saved()) tensor->reset_data();
   }
 
-  // For compiled autograd: it traces `apply` with tensors of its own, which go to the op.
+  // For compiled autograd, which knows no gradient yet when it asks: its graph gets a call of `traced`.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const SavedVariable* tensor : {&x_, &weight_, &lora_A_, &lora_B_, &s_, &seed_}) args.collect(*tensor, false);
     args.collect(scaling);
@@ -338,12 +340,52 @@ struct LoRALinearBackward : Node {
     args.collect(call->backend);
   }
 
+  // As torch's own nodes (CppNode in its custom_function.h).
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (SavedVariable* tensor : saved()) swap.before(*tensor);
-    variable_list made = apply(variable_list(grads));
+    using namespace torch::dynamo::autograd;
+    PackedArgs packed;
+    for (SavedVariable* tensor : saved()) {
+      swap.before(*tensor);
+      packed.pack(tensor->unpack());
+    }
+    packed.pack(scaling);
+    packed.pack(call->dropout_p);
+    packed.pack(call->adapter_dtype);
+    packed.pack(call->backend);
+    std::vector<at::TypePtr> schema;
+    for (const c10::IValue& value : packed.vec()) {
+      schema.push_back(value.isTensor() ? at::TensorType::get() : value.type());
+    }
+    const auto& compiler = getPyCompilerInterface();
+    const auto bound = compiler->bind_function(swap.get_py_compiler(), name(), traced, schema,
+                                               /*is_custom_function=*/true, /*is_traceable=*/true);
+    const auto outputs =
+        IValuePacker<std::vector<std::optional<InputMetadata>>>::pack(get_input_metadata(next_edges()));
+    variable_list made =
+        compiler->call_function(swap.get_py_compiler(), "apply_functional", bound, grads, packed.vec(), outputs);
     for (SavedVariable* tensor : saved()) swap.after(*tensor);
     return made;
+  }
+
+  // `apply` by the op, of what `apply_with_saved` has packed.
+  static variable_list traced(const variable_list& grads, const std::vector<c10::IValue>& values) {
+    torch::dynamo::autograd::PackedArgs packed(values);
+    std::array<Tensor, 6> tensors;
+    for (Tensor& tensor : tensors) tensor = packed.unpack<Tensor>();
+    const auto& [x, weight, lora_A, lora_B, s, seed] = tensors;
+    const auto scaling = packed.unpack<double>(), dropout_p = packed.unpack<double>();
+    const auto adapter_dtype = packed.unpack<at::ScalarType>();
+    const auto backend = packed.unpack<std::string>();
+    Tensor dy = grads[0];
+    if (!dy.defined()) {
+      c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end());
+      shape.back() = weight.sym_size(0);
+      dy = x.new_zeros_symint(shape);
+    }
+    auto [dx, dA, dB] =
+        backward_op(dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, adapter_dtype, backend);
+    return {std::move(dx), std::move(dA), std::move(dB)};
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -375,8 +417,11 @@ struct LoRALinearBackward : Node {
       simple = simple && plain(*tensor) && tensor->device() == x.device() && aligned(*tensor);
     }
     void* stream = nullptr;
-    if (call->backward_by_op || !simple || !find_stream(x.device(), stream)) {
-      return backward_op(*call, dy, x, weight, lora_A, lora_B, s, seed, scaling);
+    // the launch goes by the tuned tables, or by none, as forward did
+    const bool changed = call->deterministic != at::globalContext().deterministicAlgorithms();
+    if (call->backward_by_op || changed || !simple || !find_stream(x.device(), stream)) {
+      return backward_op(dy, x, weight, lora_A, lora_B, s, seed, scaling, call->dropout_p, call->adapter_dtype,
+                         call->backend);
     }
     const Tensor* saved[] = {&x, &weight, &lora_A, &lora_B};
     const char* names[] = {"x", "weight", "lora_A", "lora_B"};
@@ -546,7 +591,8 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call = std::make_shared<Call>(Call{{Made(given.x), Made(given.weight), Made(given.lora_A), Made(given.lora_B)},
                                        given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
                                        {}, {}, owned(args[6]), Py_NewRef(up), Py_NewRef(down),
-                                       owned(args[10]), args[9] == Py_True});
+                                       owned(args[10]), args[9] == Py_True,
+                                       at::globalContext().deterministicAlgorithms()});
   }
   return PyCapsule_New(new std::shared_ptr<Call>(call), CAPSULE, [](PyObject* capsule) {
     delete static_cast<std::shared_ptr<Call>*>(PyCapsule_GetPointer(capsule, CAPSULE));

@@ -834,19 +834,34 @@ def test_a_watched_launch_is_pythons(stand_in, monkeypatch) -> None:
     assert stand_in.log == ["node forward", "python forward"]
 
 
-def test_compiled_autograd_traces_the_op(stand_in) -> None:
+# What comes to the node from other nodes compiled autograd knows nothing of when it traces.
+LOSSES = {
+    "the gradient given": lambda y, dy: y.backward(dy),
+    "of a product": lambda y, dy: (y * dy).sum().backward(),
+    "of a sum": lambda y, dy: y.sum().backward(),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backward", LOSSES.values(), ids=LOSSES)
+def test_compiled_autograd_traces_the_op(backward: Any, backend: str, stand_in) -> None:
     from torch._dynamo import compiled_autograd
 
-    layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
-    known(layer, stand_in)
-    _, *expected = step(layer, x, dy)
-    y = layer(x)
-    stand_in.log.clear()
-    with compiled_autograd._enable(torch.compile(backend="eager")):
-        y.backward(dy)
-    assert stand_in.log == ["op backward"]
-    got = x.grad, layer.lora_A.grad, layer.lora_B.grad
-    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    layer, dy = make_layer(), torch.randn(2, 3, N, dtype=BF16)
+    if backward is LOSSES["of a sum"]:
+        dy = torch.ones_like(dy)
+    known(layer, stand_in, (2, 3, K))
+    for _ in range(2):  # traced, and from the cache
+        x = make_x(2, 3, K)
+        _, *expected = step(layer, x, dy)
+        layer.zero_grad()
+        y = layer(x)
+        stand_in.log.clear()
+        with compiled_autograd._enable(torch.compile(backend=backend)):
+            backward(y, dy)
+        assert stand_in.log == ["op backward"]
+        got = x.grad, layer.lora_A.grad, layer.lora_B.grad
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 def test_autocast_to_what_the_tensors_have(stand_in) -> None:
