@@ -174,13 +174,13 @@ struct Made {
   at::DimVector sizes;
   at::ScalarType dtype;
 
-  explicit Made(const Tensor& tensor)
-      : sizes(tensor.sizes().begin(), tensor.sizes().end()), dtype(tensor.scalar_type()) {}
+  Made(at::IntArrayRef sizes, at::ScalarType dtype) : sizes(sizes.begin(), sizes.end()), dtype(dtype) {}
+  explicit Made(const Tensor& tensor) : Made(tensor.sizes(), tensor.scalar_type()) {}
 };
 
 // One kind of call. Its launches are told one by one, once Python has made them.
 struct Call {
-  std::array<Made, 4> made;  // x, weight, lora_A and lora_B
+  std::array<Made, 5> made;  // x, weight, lora_A, lora_B and S
   double dropout_p;
   at::ScalarType adapter_dtype;
   std::string backend;
@@ -423,9 +423,9 @@ struct LoRALinearBackward : Node {
       return backward_op(dy, x, weight, lora_A, lora_B, s, seed, scaling, call->dropout_p, call->adapter_dtype,
                          call->backend);
     }
-    const Tensor* saved[] = {&x, &weight, &lora_A, &lora_B};
-    const char* names[] = {"x", "weight", "lora_A", "lora_B"};
-    for (int i = 0; i < 4; ++i) {  // hooks of saved tensors and owners of parameters may have changed them
+    const Tensor* saved[] = {&x, &weight, &lora_A, &lora_B, &s};
+    const char* names[] = {"x", "weight", "lora_A", "lora_B", "S"};
+    for (int i = 0; i < 5; ++i) {  // hooks of saved tensors and owners of parameters may have changed them
       const Made& made = call->made[i];
       if (saved[i]->sizes() != at::IntArrayRef(made.sizes) || saved[i]->scalar_type() != made.dtype) {
         throw std::runtime_error(std::string("lora_linear's backward got a ") + described(*saved[i], names[i]) +
@@ -588,8 +588,10 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!backend || !PyArg_ParseTuple(args[8], "UU", &up, &down)) return nullptr;
   auto& call = calls[key];  // there already where only a rate differs that is not in use
   if (!call) {
-    call = std::make_shared<Call>(Call{{Made(given.x), Made(given.weight), Made(given.lora_A), Made(given.lora_B)},
-                                       given.dropout_p, reinterpret_cast<THPDtype*>(args[7])->scalar_type, backend,
+    const at::ScalarType adapter_dtype = reinterpret_cast<THPDtype*>(args[7])->scalar_type;
+    const Made s({given.x.numel() / given.x.size(-1), given.lora_A.size(0)}, adapter_dtype);
+    call = std::make_shared<Call>(Call{{Made(given.x), Made(given.weight), Made(given.lora_A), Made(given.lora_B), s},
+                                       given.dropout_p, adapter_dtype, backend,
                                        {}, {}, owned(args[6]), Py_NewRef(up), Py_NewRef(down),
                                        owned(args[10]), args[9] == Py_True,
                                        at::globalContext().deterministicAlgorithms()});

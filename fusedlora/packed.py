@@ -29,6 +29,7 @@ class PackedPlan(Plan):
         x: torch.Tensor,
         weight: torch.Tensor,
         lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
         dropout_p: float,
         adapter_dtype: torch.dtype,
         backend: str,
@@ -42,6 +43,9 @@ class PackedPlan(Plan):
         self.M = x.numel() // self.K
         self.y_shape = (*x.shape[:-1], self.N)
         self.s_like_x = adapter_dtype is x.dtype
+        kinds = (part for tensor in (x, weight, lora_A, lora_B) for part in (tensor.shape, tensor.dtype))
+        self.saved: tuple[Any, ...] = (*kinds, (self.M, self.r), adapter_dtype)
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.forwards: dict[bool, Any] = {}  # by whether S is asked for
         self.s_alone: Any = None
         self.gradients: Any = None  # all three
@@ -122,8 +126,18 @@ class PackedPlan(Plan):
             or not (packed(x, weight, lora_A, lora_B) and aligned(dy) and aligned(s))
             or (scale is not None and not aligned(scale))
             or (seed is not None and seed.is_cuda)
+            # its launch goes by the tuned tables, or by none, as forward did
+            or torch.are_deterministic_algorithms_enabled() is not self.deterministic
         ):
             return super().backward(dy, saved, scaling, shape, needs)
+        # fmt: off
+        kinds = (
+            x.shape, x.dtype, weight.shape, weight.dtype, lora_A.shape, lora_A.dtype, lora_B.shape, lora_B.dtype,
+            s.shape, s.dtype,
+        )
+        # fmt: on
+        if kinds != self.saved:
+            self._refuse(kinds)
         plan = self.gradients
         if plan is None:
             plan = self.gradients = self.backward_plan(
@@ -147,6 +161,16 @@ class PackedPlan(Plan):
         if self.call is not None:
             self._tell(node.BACKWARD, plan, _BACKWARD, numbers[2])
         return dx, dA, dB
+
+    def _refuse(self, kinds: tuple[Any, ...]) -> None:
+        """Hooks of saved tensors, or owners of parameters, have changed one since forward."""
+        names = ("x", "weight", "lora_A", "lora_B", "S")
+        for name, shape, dtype, *made in zip(names, kinds[::2], kinds[1::2], self.saved[::2], self.saved[1::2]):
+            if [shape, dtype] != made:
+                raise RuntimeError(
+                    f"lora_linear's backward got a {dtype} {name} of shape {list(shape)}, "
+                    f"where its forward had a {made[1]} one of shape {list(made[0])}"
+                )
 
     def _tell(self, which: int, plan: Any, tensors: tuple[str | None, ...], threshold: int | None) -> None:
         if which not in self.told:

@@ -135,7 +135,7 @@ def _make(
         if any(taker.launchers is not None for taker in takers):
             from .packed import PackedPlan
 
-            plan = PackedPlan(takers, x, weight, lora_A, dropout_p, adapter_dtype, backend)
+            plan = PackedPlan(takers, x, weight, lora_A, lora_B, dropout_p, adapter_dtype, backend)
             if scale is None and plan.forward_plan is not None:
                 rate = dropout_p if drops else 0.0
                 plan.call = node.add(x, weight, lora_A, lora_B, bias, rate, backend, adapter_dtype, plan)

@@ -383,7 +383,7 @@ OTHERS = {
     "another dropout": lambda layer, x: (setattr(layer, "lora_dropout", 0.1), layer(x))[1],
     "autocast": lambda layer, x: autocast(lambda: layer(x)),
     "a mode": lambda layer, x: under_a_mode(lambda: layer(x)),
-    "determinism": lambda layer, x: deterministic(lambda: layer(x)),
+    "determinism": lambda layer, x: under(True, layer, x),
     "a capture": lambda layer, x: layer(x),
 }
 
@@ -400,10 +400,10 @@ def under_a_mode(run: Any) -> Any:
         return run()
 
 
-def deterministic(run: Any) -> Any:
-    torch.use_deterministic_algorithms(True)
+def under(deterministic: bool, run: Callable[..., Any], *arguments: Any) -> Any:
+    torch.use_deterministic_algorithms(deterministic)
     try:
-        return run()
+        return run(*arguments)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -516,14 +516,44 @@ def test_hooks_see_what_is_saved(stand_in) -> None:
     assert [tuple(t.shape) for t in packed] == shapes
 
 
+@pytest.fixture(params=["node", "python"])
+def runs(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """Who takes calls whose tensors are packed."""
+    if request.param == "python":
+        monkeypatch.setattr(node, "load", lambda kind: False)
+        monkeypatch.setattr(node, "run", None)
+    return request.param
+
+
+@pytest.mark.parametrize("saved", ["x", "weight", "lora_A", "lora_B", "S"])
 @pytest.mark.parametrize("change", [torch.Tensor.float, lambda t: t[:1]], ids=["dtype", "shape"])
-def test_a_hook_that_gives_back_something_else(stand_in, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_a_hook_that_gives_back_something_else(
+    stand_in, runs: str, change: Callable[[torch.Tensor], torch.Tensor], saved: str
+) -> None:
     layer, x = make_layer(), make_x()
     known(layer, stand_in)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: change(t) if t.shape == (N, K) else t):
+    shape = {"x": (M, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R), "S": (M, R)}[saved]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: change(t) if t.shape == shape else t):
         y = layer(x)
-    with pytest.raises(RuntimeError, match="backward got a .* weight of shape .*, where its forward had a"):
+    with pytest.raises(RuntimeError, match=f"backward got a .* {saved} of shape .*, where its forward had a"):
         y.backward(torch.ones_like(y))
+    assert stand_in.log == [f"{runs} forward"]
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["then not", "not at first"])
+def test_determinism_that_changes_before_backward(stand_in, runs: str, on: bool) -> None:
+    """That is not launched by the tuned tables of the other setting, and no such launch is kept for later ones."""
+    layer, x, dy = make_layer(), make_x(), torch.randn(M, N, dtype=BF16)
+    for _ in range(2):
+        y = under(on, layer, x)
+        under(not on, y.backward, dy)
+    assert set(stand_in.log) == {"python forward", "op backward"}
+    under(on, known, layer, stand_in)
+    for setting, logged in ((on, f"{runs} backward"), (not on, "op backward")):
+        y = under(on, layer, x)
+        under(setting, y.backward, dy)
+        assert stand_in.log == [f"{runs} forward", logged]
+        stand_in.log.clear()
 
 
 class Watching(torch.Tensor):
