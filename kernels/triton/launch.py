@@ -82,16 +82,16 @@ class Launcher:
         if not _READ:
             return
         self.compiled = compiled
-        run, metadata, no_hooks = compiled.run, compiled.packed_metadata, (None, None, None)
+        run, told = compiled.run, (compiled.packed_metadata, None, None, None)  # without hooks
         if run.profile_scratch_size or getattr(run, "gsan_enabled", False):
             return
+        what = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+        # Another thread may launch by these once there is `launch`; one that came here too sets the same ones.
         self.scratch_size = self.num_programs * run.num_ctas * run.global_scratch_size
-        self.what = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
         if _VERSION < (3, 7):
-            self.settings = (metadata, *no_hooks)
+            self.what, self.settings = what, told
         else:
-            self.what = (*self.what, metadata, *no_hooks)
-            self.settings = (run.arg_annotations, run.kernel_signature)
+            self.what, self.settings = what + told, (run.arg_annotations, run.kernel_signature)
         self.launch = run.launch
 
     def recipe(self, arguments: tuple[Any, ...]) -> Recipe | None:

@@ -3,6 +3,7 @@
 The default set covers pairs of (GPU, variant); `--slow` compiles all of them.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -313,3 +314,29 @@ def test_a_recipe_has_the_kernels_parameters(direction: str, save_s: bool, seed:
         with mock.patch.object(launcher.compiled, "run", run):
             told = plan.recipe(names, threshold)
         assert told is None if cooperative else told.early
+
+
+@pytest.mark.parametrize("version", [(3, 6), (3, 9)], ids=str)
+def test_a_launcher_is_whole_when_other_threads_see_its_launch(version: tuple[int, int], monkeypatch) -> None:
+    from fusedlora.kernels import launch
+
+    class Watched(launch.Launcher):
+        def __setattr__(self, name: str, value: object) -> None:
+            assert vars(self).get("launch") is None, f"{name} is set after launch"
+            written.append(name)
+            super().__setattr__(name, value)
+
+    written: list[str] = []
+    monkeypatch.setattr(launch, "_VERSION", version)
+    monkeypatch.setattr(launch, "_READ", True)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    run = mock.Mock(profile_scratch_size=0, gsan_enabled=False, num_ctas=1, global_scratch_size=128)
+    kernel = mock.MagicMock(params=())
+    kernel.__getitem__.return_value.return_value = mock.Mock(run=run, packed_metadata=(4, 1, 0))
+    launcher = Watched(kernel, 7, torch.device("cuda", 0), {})
+    written.clear()
+    launcher._through_triton(mock.Mock(), ())
+    assert sorted(written) == ["compiled", "launch", "scratch_size", "settings", "what"] and written[-1] == "launch"
+    assert launcher.scratch_size == 7 * 128 and len(launcher.what) + len(launcher.settings) == (
+        7 if version < (3, 7) else 9
+    )
