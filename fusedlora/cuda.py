@@ -45,16 +45,21 @@ _pack_rest = struct.Struct(f"={len(POINTERS)}Q2d3q").pack
 
 
 @functools.cache
-def missing() -> str | None:
-    """Why there is no library to call, None where there is one."""
+def found() -> ctypes.CDLL | str:
+    """The library to call, or why there is none."""
     path = find_library()
     if path is None:
         return "its kernels have not been built (python -m fusedlora build)"
     try:
-        library(str(path))
+        return library(str(path))
     except (OSError, AttributeError) as error:
         return f"{path} cannot be loaded ({error})"
-    return None
+
+
+def missing() -> str | None:
+    """Why there is no library to call, None where there is one."""
+    there = found()
+    return there if isinstance(there, str) else None
 
 
 @functools.cache
@@ -72,7 +77,10 @@ class CudaPlan:
 
     def __init__(self, direction: str, device: torch.device, settings: dict[str, int], pointers: list[int]) -> None:
         """pointers stand for those of the calls: which there are, and whether they are aligned to 16 bytes."""
-        self.library = library(str(find_library()))
+        there = found()
+        if isinstance(there, str):
+            raise RuntimeError(f"the CUDA kernels cannot be launched: {there}")
+        self.library = there
         self.function = getattr(self.library, f"fusedlora_{direction}")
         self.index, self.memory = device.index, device_memory(device)
         self.head = _pack_settings(*(settings.get(name, 0) for name in SETTINGS))
@@ -229,11 +237,6 @@ def _plan(
     return plan(direction, device, settings, list(there))
 
 
-def _pitch(matrix: Tensor) -> int:
-    # the stride of a single row may be anything
-    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
-
-
 def _there(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() % 16 or 16 for tensor in tensors)
 
@@ -260,7 +263,7 @@ def forward_plan(
     """
     sizes = (x.shape[0], *weight.shape, lora_A.shape[0])
     dtypes = (x.dtype, adapter_dtype, lora_A.dtype, None if bias is None else bias.dtype, None)
-    pitches = (_pitch(x), 0, _pitch(weight), _pitch(lora_A), _pitch(lora_B))
+    pitches = (x.stride(0), 0, weight.stride(0), lora_A.shape[1], lora_B.shape[1])
     # y and S come from torch's allocator
     there = (*_there(x, None, weight, lora_A, lora_B, bias, gain, None, None), 16 * tiles, 16 * save_s, 0, 0, 0, 0)
     about = x.device, sizes, dtypes, pitches, there, seed is not None, config
@@ -340,7 +343,7 @@ def backward_plan(
     scale is none: nothing else is taken.
     """
     sizes = (*dy.shape, weight.shape[1], lora_A.shape[0])
-    pitches = (_pitch(x), _pitch(dy), _pitch(weight), _pitch(lora_A), _pitch(lora_B))
+    pitches = (x.stride(0), dy.stride(0), weight.stride(0), lora_A.shape[1], lora_B.shape[1])
     dm, y, gain, norm, bias = (None,) * 5 if dora is None else dora.tensors
     there = (
         *_there(x, dy, weight, lora_A, lora_B, bias, gain, norm, s, y),

@@ -97,7 +97,7 @@ def cuda_kernels() -> None:
             cuda_build.build(print)
         except cuda_build.BuildError as error:
             pytest.skip(str(error))
-        cuda.missing.cache_clear()
+        cuda.found.cache_clear()
 
 
 @pytest.fixture(params=["triton", "cuda"])

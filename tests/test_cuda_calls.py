@@ -1,6 +1,7 @@
 """What the launchers hand to the CUDA library, with a recorder in the library's place, and which calls they take."""
 
 import dataclasses
+import functools
 import itertools
 import struct
 from typing import Any
@@ -59,7 +60,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(cuda, "library", lambda path: made)
+    monkeypatch.setattr(cuda, "found", lambda: made)
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)  # as a CPU's index
     cuda._plan.cache_clear()
@@ -257,9 +258,22 @@ def test_rows_that_a_tensor_map_cannot_read_are_copied(recorder: Recorder) -> No
 
 
 def test_one_row_of_any_stride(recorder: Recorder) -> None:
-    i = make_inputs(1, 64, 72, 3, BF16)
-    forward(dataclasses.replace(i, x=i.x.as_strided((1, 64), (3, 1))))
-    assert recorder.launches[0]["x_pitch"] == 64
+    i = make_inputs(1, 64, 72, 1, BF16)
+    i = dataclasses.replace(i, x=i.x.as_strided((1, 64), (3, 1)), lora_A=i.lora_A.as_strided((1, 64), (3, 1)))
+    forward(i)
+    backward(dataclasses.replace(i, dy=i.dy.as_strided((1, 72), (1, 1))), torch.ones(1, 1, dtype=BF16))
+    up, down = recorder.launches
+    assert up["x_pitch"] == up["a_pitch"] == down["x_pitch"] == down["a_pitch"] == 64 and down["dy_pitch"] == 72
+
+
+def test_plans_look_for_the_library_once(monkeypatch) -> None:
+    recorder, looked = Recorder(), []
+    monkeypatch.setattr(cuda, "found", functools.cache(cuda.found.__wrapped__))
+    monkeypatch.setattr(cuda, "find_library", lambda: looked.append(1) or "a path")
+    monkeypatch.setattr(cuda, "library", lambda path: recorder)
+    for direction in ("forward", "backward"):
+        cuda.CudaPlan(direction, torch.device("cpu"), {}, [0] * 15)
+    assert len(recorder.queries) == 2 and len(looked) == 1
 
 
 DECODE = dataclasses.replace(CONFIG, decode_rows=128, decode_split=4)
@@ -489,16 +503,15 @@ def test_other_machines(hopper, monkeypatch) -> None:
 
 
 def test_no_library(monkeypatch, tmp_path) -> None:
-    missing = cuda.missing.__wrapped__
+    monkeypatch.setattr(cuda, "found", cuda.found.__wrapped__)
     monkeypatch.setattr(cuda, "find_library", lambda: None)
-    assert missing() == "its kernels have not been built (python -m fusedlora build)"
+    assert cuda.missing() == "its kernels have not been built (python -m fusedlora build)"
     broken = tmp_path / "libfusedlora.so"
     broken.write_text("no library")
     monkeypatch.setattr(cuda, "find_library", lambda: broken)
-    assert (missing() or "").startswith(f"{broken} cannot be loaded (")
+    assert (cuda.missing() or "").startswith(f"{broken} cannot be loaded (")
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(cuda, "missing", missing)
     with pytest.raises(RuntimeError, match="backend 'cuda' does not take this call: .*cannot be loaded"):
         backends.select("cuda", GOOD)
 

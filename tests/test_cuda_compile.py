@@ -118,7 +118,8 @@ def test_every_kernel_multiplies_by_wgmma(library: Path) -> None:
 @pytest.mark.slow
 def test_the_library_is_asked_and_refuses_without_a_gpu(library: Path, monkeypatch) -> None:
     """Workspace and words are told without a driver; a launch then fails with a message, not with a crash."""
-    assert cuda.missing.__wrapped__() is None
+    monkeypatch.setattr(cuda, "found", cuda.found.__wrapped__)
+    assert cuda.missing() is None
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     cuda._plan.cache_clear()
