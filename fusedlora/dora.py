@@ -21,7 +21,7 @@ from .arguments import admit
 from .backends import without_autocast
 from .dora_gradients import dora_backward, gradients
 from .dora_ops import dora_gain
-from .plans import _unsafe_view
+from .plans import refuse_tracing, unsafe_view
 
 WITH_DROPOUT = "with dropout in training DoRA takes the product with the weight of the dropped x too"
 
@@ -79,7 +79,8 @@ def dora_linear(
     arguments = x, weight, lora_A, lora_B, magnitude, bias, scale, scaling, adapter_dtype, backend
     if torch.compiler.is_compiling():
         return torch.ops.fusedlora.dora_linear.default(*arguments, __version__)
-    functional._refuse_transforms()
+    functional.refuse_transforms()
+    refuse_tracing("dora_linear")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:6]):
         return _apply(*arguments)
     return _without_grad(*arguments)
@@ -133,7 +134,7 @@ def _without_grad(
     gain, _ = dora_gain(weight, lora_A, lora_B, magnitude, scale, scaling, adapter_dtype, backend)
     given = (flat, weight, lora_A, lora_B, bias, None, scale, gain)
     y, _ = ops.forward(*given, scaling, 0.0, adapter_dtype, False, backend)
-    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], weight.shape[0]))
+    return y if len(shape) == 2 else unsafe_view(y, (*shape[:-1], weight.shape[0]))
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -160,7 +161,7 @@ class _DoRALinear(torch.autograd.Function):
         given = (flat, weight, lora_A, lora_B, bias, None, scale, gain)
         y, s = ops.forward(*given, scaling, 0.0, adapter_dtype, need_B or need_m, backend)
         if len(shape) != 2:
-            y = _unsafe_view(y, (*shape[:-1], weight.shape[0]))
+            y = unsafe_view(y, (*shape[:-1], weight.shape[0]))
         ctx.save_for_backward(
             x if need_A or need_W or need_m else None,
             weight if need_x or need_m else None,
@@ -178,7 +179,7 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return functional.differentiable_once(ctx, dy, _gradients, _Once)
+            return functional.differentiable_once(ctx, dy, _gradients, "dora_linear")
         return _gradients(ctx, dy)
 
 
@@ -212,12 +213,6 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy):
             dW = scaled.t() @ x
     return dx, dW, dA, dB, dm, db, None, None, None, None
-
-
-class _Once(functional._Once):
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError("dora_linear can be differentiated only once: it has no double backward")
 
 
 functional.define_linear(

@@ -47,14 +47,14 @@ def lora_linear(
     Raises:
         TypeError: dtypes that do not go together, or a scaling that requires a gradient.
         ValueError: shapes or devices that do not go together, dropout_p or backend out of range.
-        RuntimeError: a backend asked for by name that does not take the call; torch.func transforms or forward-mode AD;
-            and, out of backward, a second differentiation.
+        RuntimeError: a backend asked for by name that does not take the call; torch.func transforms, forward-mode
+            AD or torch.jit.trace; and, out of backward, a second differentiation.
 
     The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:  # the compiler would guard on the node that it reads
-        _refuse_transforms()
+        refuse_transforms()
         if node.run is not None:
             rate = dropout_p if training or not 0.0 <= dropout_p < 1.0 else 0.0  # Python refuses what is out of range
             taken = node.run(x, weight, lora_A, lora_B, bias, rate, backend, scaling)
@@ -114,7 +114,7 @@ def differentiable(given: Given, scaling: float, plan: Any) -> Tensor:
     return y
 
 
-def _refuse_transforms() -> None:
+def refuse_transforms() -> None:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError("lora_linear supports neither torch.func transforms (vmap, grad, jvp) nor forward-mode AD")
 
@@ -158,7 +158,9 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return differentiable_once(ctx, dy, _gradients, _Once) if torch.is_grad_enabled() else _gradients(ctx, dy)
+        if torch.is_grad_enabled():
+            return differentiable_once(ctx, dy, _gradients, "lora_linear")
+        return _gradients(ctx, dy)
 
 
 # Function.apply is a layer of Python for functorch, whose transforms lora_linear has ruled out
@@ -184,15 +186,15 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dW, dA, dB, db, None, None, None, None, None
 
 
-def differentiable_once(ctx: Any, dy: Tensor, gradients: Callable[..., Any], once: Any) -> Any:
+def differentiable_once(ctx: Any, dy: Tensor, gradients: Callable[..., Any], name: str) -> Any:
     """gradients(ctx, dy) under create_graph=True: they raise where they are differentiated again.
 
-    x, W, A and B were saved first.
+    x, W, A and B were saved first. name: of the function that is differentiated, for the error.
     """
     with torch.no_grad():
         grads = gradients(ctx, dy)
     read = (dy.new_empty(0).requires_grad_(), dy, *ctx.saved_tensors[:4])
-    return once.apply(len(read), *read, *grads)
+    return _Once.apply(name, len(read), *read, *grads)
 
 
 class _Once(torch.autograd.Function):
@@ -203,12 +205,13 @@ class _Once(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, read: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, name: str, read: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
         return tuple(grad if grad is None else grad.view_as(grad) for grad in tensors[read:])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError("lora_linear can be differentiated only once: it has no double backward")
+        raise RuntimeError(f"{ctx.name} can be differentiated only once: it has no double backward")
 
 
 def define_linear(
@@ -228,7 +231,7 @@ def define_linear(
         return without_grad(*arguments[:-1])
 
     def linear_autograd(*arguments: Any) -> Tensor:
-        _refuse_transforms()
+        refuse_transforms()
         tensors = arguments[:differentiable]
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return with_grad(*arguments[:-1])

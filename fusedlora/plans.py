@@ -16,7 +16,7 @@ from .backends import backward_of, describe_call, select
 from .dropout import MAX_P
 
 # what matmul itself uses: the result is no view, so that callers may write into it
-_unsafe_view = torch.ops.aten._unsafe_view.default
+unsafe_view = torch.ops.aten._unsafe_view.default
 
 # x, weight, lora_A, lora_B, bias, mask, scale; and of them what backward reads, S in place of the bias
 Given = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -44,7 +44,7 @@ class Plan:
         flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         settings = (scaling, self.dropout_p, self.adapter_dtype, save_s, self.backend)
         y, s = ops.forward(flat, *given[1:], None, *settings)
-        return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], weight.shape[0])), s
+        return y if len(shape) == 2 else unsafe_view(y, (*shape[:-1], weight.shape[0])), s
 
     def backward(
         self, dy: Tensor, saved: Saved, scaling: float, shape: torch.Size, needs: tuple[bool, bool, bool]
@@ -71,6 +71,14 @@ def aligned(tensor: Tensor) -> bool:
     return not tensor.data_ptr() & 15 and tensor.is_contiguous()
 
 
+def refuse_tracing(name: str) -> None:
+    """Raises RuntimeError under torch.jit.trace, which would write down the choices made for these sizes."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            f"{name} cannot be traced by torch.jit.trace: use torch.compile or torch.export, or trace merged layers"
+        )
+
+
 def find(
     x: Tensor,
     weight: Tensor,
@@ -83,7 +91,7 @@ def find(
     autocast: torch.dtype | None,
     backend: str,
 ) -> Plan:
-    """The plan of this kind of call. Raises what `check` and `select` raise."""
+    """The plan of this kind of call. Raises what `check`, `select` and `refuse_tracing` raise."""
     if ops.dispatched(x, weight, lora_A, lora_B, bias):  # whose sizes need not be numbers
         return Plan(dropout_p, check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend), backend)
     for_kernels = (
@@ -125,6 +133,7 @@ def _make(
     backend: str,
     for_kernels: bool,
 ) -> Plan:
+    refuse_tracing("lora_linear")  # which finds no plan, as sizes are tensors then
     adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
     # which kernels take float32 depends on a setting that may change at any time
     if for_kernels and x.numel() > 0 and x.dtype is not torch.float32:

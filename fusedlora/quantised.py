@@ -81,7 +81,7 @@ def quantised_lora_linear(
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("quantised_lora_linear does not take part in torch.compile")
-    functional._refuse_transforms()
+    functional.refuse_transforms()
     x, _, lora_A, lora_B, bias, autocast = cast(x, _ABSENT, lora_A, lora_B, bias)
     scale = mask = None
     if isinstance(scaling, Tensor):

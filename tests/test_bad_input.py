@@ -1,6 +1,7 @@
 """Bad input gets an error that names the argument, its value and the rule."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -164,6 +165,19 @@ def test_forward_mode(device) -> None:
     x = GOOD.x.to(device)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=REFUSED):
         linear(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_jit_trace(use_dora: bool, grad: bool, device) -> None:
+    layer = fusedlora.FusedLoRALinear(16, 24, r=4, use_dora=use_dora, device=device)
+    refused = f"{'dora' if use_dora else 'lora'}_linear cannot be traced by torch.jit.trace"
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match=refused):
+            torch.jit.trace(layer, GOOD.x.to(device))
+        x = GOOD.x.to(device)
+        torch.testing.assert_close(torch.jit.trace(layer.merge(), x)(x[:2]), layer(x[:2]))
 
 
 def test_compiled_bad_shape(device) -> None:
