@@ -1,4 +1,4 @@
-"""The backends in order of preference, the one place that picks between them, and explain()."""
+"""The backends in order of preference, and the one place that picks between them."""
 
 import warnings
 from collections.abc import Callable
@@ -220,7 +220,7 @@ def _why_slower(kernels: str, call: Call) -> str | None:
             told = f"{SLOWER}: measured {found.products_us:.0f} µs, the kernels {us:.0f}"
             return told if found.products_us < us else None
     # Where nobody has compared them the kernels' wide ranks are no others.
-    if _capability(call.device) != (9, 0) and call.r <= costs.MAX_RANK:
+    if _capability(call.device) != (9, 0) and call.r <= costs.MAX_RANK_FASTER:
         return None
     about = call.direction == "forward", call.rows, call.N, call.K, call.r, call.param_dtype is not call.dtype
     why = costs.why_slower(kernels, *about, cuda.num_sms(call.device))

@@ -18,12 +18,13 @@ from .schedule import backward_end_us, forward_end_us
 
 # Up to this rank Triton's kernels can be faster. For so few elements of W, and up to 2048 rows, launches decide, of
 # which kernels have one.
-MAX_RANK, SMALL = 64, 5 << 19
+MAX_RANK_FASTER, SMALL = 64, 5 << 19
 FLOP_PER_US_SM, BYTES_PER_US = 743e6 / 132, 3.4e6  # of cuBLAS
 # Of a product with S, T, x or dy that only reads and writes; launches in a row.
 STREAMED_PER_US, LAUNCH_US = 2.7e6, 2.8
 DECODE_FIXED_US = 3.0
-# Forward and backward over what `end_us` expects, and what is added; the same above MAX_RANK, where power is the limit.
+# Forward and backward over what `end_us` expects, and what is added; the same above MAX_RANK_FASTER, where power is the
+# limit.
 CUDA_OVER, CUDA_FIXED_US, CUDA_WIDE_OVER, CUDA_WIDE_FIXED_US = {True: 1.07, False: 1.08}, 2.0, 1.05, 8.4
 TRITON_BYTES_PER_US, TRITON_FIXED_US = {True: 2.2e6, False: 1.9e6}, {True: 9.0, False: 5.0}
 # Of a forward whose tiles compute S: they wait for nobody. Those of 64 rows, one warpgroup's, take longer than by area.
@@ -48,7 +49,7 @@ def cuda_us(p: Problem, forward: bool) -> float:
     if forward and config.decode_rows:
         return 2 * p.out * p.depth / BYTES_PER_US + DECODE_FIXED_US
     us = end_us(p, config, forward)
-    if p.r <= MAX_RANK:
+    if p.r <= MAX_RANK_FASTER:
         return CUDA_OVER[forward] * us + CUDA_FIXED_US
     a_ready = 0 if forward else 10 if p.r <= 128 else 20  # its ranks side by side
     return CUDA_WIDE_OVER * us + CUDA_WIDE_FIXED_US + a_ready
@@ -58,7 +59,7 @@ def triton_us(p: Problem, forward: bool) -> float:
     """Of the Triton kernels, by their schedule, whose microseconds are those of another GPU."""
     weight = 2 * p.out * p.depth
     if forward and decode_config(p) is not None:
-        return weight / BYTES_PER_US * (1 + (p.r / MAX_RANK) ** 3) + DECODE_FIXED_US
+        return weight / BYTES_PER_US * (1 + (p.r / MAX_RANK_FASTER) ** 3) + DECODE_FIXED_US
     if forward:
         config = forward_config(p)
         us = 1.13 * forward_end_us(p, config)
@@ -78,9 +79,9 @@ def why_slower(kernels: str, forward: bool, M: int, N: int, K: int, r: int, conv
 
     x is bf16 or fp16, and there is no dropout; `converts`: lora_A and lora_B are fp32, rounded to x's dtype.
     """
-    if r > MAX_RANK and (kernels == "triton" or M <= DECODE_UP_TO):
-        return f"r is {r}, above {MAX_RANK}"
-    if N * K <= SMALL and M <= 2048 and r <= MAX_RANK:
+    if r > MAX_RANK_FASTER and (kernels == "triton" or M <= DECODE_UP_TO):
+        return f"r is {r}, above {MAX_RANK_FASTER}"
+    if N * K <= SMALL and M <= 2048 and r <= MAX_RANK_FASTER:
         return None
     out, depth = (N, K) if forward else (K, N)
     p = Problem(M, out, depth, r, 2, False, 90, num_sms)

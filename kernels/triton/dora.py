@@ -230,6 +230,10 @@ def _plan(
     return Launcher(scale_kernel, num_programs, device, constants), (rows, parts, weight_programs)
 
 
+def _least_gain(bias: torch.Tensor | None) -> float:
+    return LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
+
+
 def dora_scale(
     dy: torch.Tensor,
     y: torch.Tensor | None,
@@ -289,10 +293,7 @@ def dora_scale(
         (need_dy, need_dm),
         (dtypes, strides, bias is None, alignment(*tensors)),
     )
-    given = (dy, y, gain, norm, bias, x, weight, s, lora_B)
-    outputs = (out, dm, None, None)
-    least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
-    _launch(launcher, counts, given, outputs, (M, N, K, r, *strides), least)
+    _launch(launcher, counts, tensors, (out, dm, None, None), (M, N, K, r, *strides), _least_gain(bias))
     return out, dm
 
 
@@ -349,7 +350,7 @@ def dora_backward(
     (M, N), K, r, device = dy.shape, weight.shape[1], lora_A.shape[0], dy.device
     dm = torch.empty(N, dtype=magnitude_dtype, device=device)
     scaled_w, scaled_b = weight.new_empty(N, K), lora_B.new_empty(N, r)
-    least = LEAST_GAIN if bias is None else LEAST_GAIN_BESIDE_BIAS
+    least = _least_gain(bias)
     if M > 0:
         dy, x, y = row_major(dy), row_major(x), row_major(y.contiguous())
         s, lora_B = s.contiguous(), skinny_rows(lora_B)
