@@ -19,7 +19,7 @@ class BuildWithLibrary(build_py):
         if self.editable_mode:
             print("FUSEDLORA_BUILD_CUDA: an editable install has no library of its own, run python -m fusedlora build")
             return
-        # by its path: the package itself imports torch
+        # by its path: an isolated build does not find the package
         spec = spec_from_file_location("cuda_build", Path(__file__).parent / "fusedlora/cuda_build.py")
         cuda_build = module_from_spec(spec)
         spec.loader.exec_module(cuda_build)
