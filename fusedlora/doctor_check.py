@@ -17,6 +17,7 @@ from torch import Tensor
 from . import doctor
 from .explanation import explain
 from .functional import lora_linear
+from .testing import Inputs, eager_peft, error_ratios, exact, make_inputs, run
 from .timing import WallTimer, interleave, ratios
 
 RANK = 16
@@ -27,7 +28,6 @@ REPEATED = ((500, RANK), (2048, 32))
 # Rounding is random: at M = 1 two ways of equal quality may differ by some percent, as S and T are 16 numbers there.
 # A wrong result is off by orders of magnitude; the tests hold the kernels to the eager error itself.
 WORST_RATIO = 1.25
-NAMES = ("y", "dX", "dA", "dB")
 
 
 def tell(**facts: Any) -> None:
@@ -58,73 +58,39 @@ def facts() -> None:
     tell(gpus=gpus, no_gpu=no_gpu, cpu=f"{torch.get_num_threads()} threads")
 
 
-def inputs(device: torch.device, dtype: torch.dtype, M: int, K: int, N: int, seed: int, r: int = RANK) -> list[Tensor]:
-    """x [M, K], weight [N, K], lora_A [r, K], lora_B [N, r], dy [M, N]; drawn on the CPU, so equal everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((M, K, 1.0), (N, K, K**-0.5), (r, K, K**-0.5), (N, r, r**-0.5), (M, N, 1.0))
-    return [(torch.randn(a, b, generator=generator) * scale).to(device, dtype) for a, b, scale in shapes]
+def inputs(device: torch.device, dtype: torch.dtype, M: int, K: int, N: int, seed: int, r: int = RANK) -> Inputs:
+    return make_inputs(M, K, N, r, dtype, device=device, bias=False, scaling=SCALING, seed=seed)
 
 
-def eager(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    return F.linear(x, weight) + F.linear(F.linear(x, lora_A), lora_B) * SCALING
+def step(linear: Callable[..., Tensor], i: Inputs, **settings: Any) -> None:
+    """One forward and one backward of leaves; `run` without the copies that it makes them by."""
+    y = linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=i.scaling, **settings)
+    torch.autograd.grad(y, (i.x, i.lora_A, i.lora_B), i.dy)
 
 
-def fused(backend: str) -> Callable[..., Tensor]:
-    def forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        return lora_linear(x, weight, lora_A, lora_B, scaling=SCALING, backend=backend)
-
-    return forward
-
-
-def step(forward: Callable[..., Tensor], x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dy: Tensor) -> list[Tensor]:
-    """y, dX, dA, dB of one forward and one backward."""
-    x, A, B = (t.detach().requires_grad_() for t in (x, A, B))
-    y = forward(x, weight, A, B)
-    return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy)]
-
-
-def error_ratios(backend: str, given: list[Tensor]) -> dict[str, float]:
-    """Error against float64 over that of eager PyTorch's separate calls in the same dtype, for y, dX, dA, dB."""
-    exact = step(eager, *(t.double() for t in given))
-    theirs = step(eager, *given)
-    ours = step(fused(backend), *given)
-    result = {}
-    for name, want, base, got in zip(NAMES, exact, theirs, ours):
-        error = (got.double() - want).norm().item()
-        floor = torch.finfo(got.dtype).eps * 1e-2 * want.norm().item()  # eager exact by luck, as for M = 1
-        result[name] = error / max((base.double() - want).norm().item(), floor)
-    return result
-
-
-def repeats_agree(backend: str, given: list[list[Tensor]], rounds: int) -> bool:
+def repeats_agree(backend: str, given: list[Inputs], rounds: int) -> bool:
     """The same bits every time, with two streams at work at once."""
-    forward = fused(backend)
-    first = [step(forward, *tensors) for tensors in given]
+    first = [run(lora_linear, i, backend=backend) for i in given]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in given]
     for _ in range(rounds):
         again = []
-        for stream, tensors in zip(streams, given):
+        for stream, i in zip(streams, given):
             with torch.cuda.stream(stream):
-                again.append(step(forward, *tensors))
+                again.append(run(lora_linear, i, backend=backend))
         torch.cuda.synchronize()
-        if not all(torch.equal(a, b) for f, g in zip(first, again) for a, b in zip(f, g)):
+        if not all(torch.equal(f[name], g[name]) for f, g in zip(first, again) for name in f):
             return False
     return True
 
 
-def frozen(x: Tensor, weight: Tensor, dy: Tensor) -> None:
-    x = x.detach().requires_grad_()
-    torch.autograd.grad(F.linear(x, weight), x, dy)
-
-
-def timing(backend: str, device: torch.device, given: list[Tensor]) -> str:
+def timing(backend: str, device: torch.device, i: Inputs) -> str:
     """Wall time of forward + backward, median of interleaved rounds, beside eager LoRA and the frozen linear."""
-    x, weight, _, _, dy = given
+    i = i.leaves()
     calls: dict[str, Callable[[], object]] = {
-        "frozen linear": lambda: frozen(x, weight, dy),
-        "eager LoRA": lambda: step(eager, *given),
-        "fusedlora": lambda: step(fused(backend), *given),
+        "frozen linear": lambda: torch.autograd.grad(F.linear(i.x, i.weight), i.x, i.dy),
+        "eager LoRA": lambda: step(eager_peft, i),
+        "fusedlora": lambda: step(lora_linear, i, backend=backend),
     }
     rounds = interleave({name: WallTimer([call], device=device) for name, call in calls.items()}, 7)
     base = rounds["frozen linear"]
@@ -145,7 +111,8 @@ def check(device: torch.device) -> None:
     side = 4096 if cuda else 768
     rows = 2048 if cuda else 512
     tell(stage="choosing a backend", call=f"x [M, {side}] → [M, {side}], r = {RANK}, {dtype}".replace("torch.", ""))
-    plan = explain(*inputs(device, dtype, rows, side, side, seed=0)[:4])
+    i = inputs(device, dtype, rows, side, side, seed=0)
+    plan = explain(i.x, i.weight, i.lora_A, i.lora_B)
     backend = plan.backend if plan.backward is None else "auto"
     launches = plan.config.split(";")[0] if plan.config else ""
     about = f"{plan.taken}, {launches}" if launches else plan.taken
@@ -154,7 +121,10 @@ def check(device: torch.device) -> None:
     worst: tuple[float, str] = (0.0, "")
     for M, r in CHECKS:
         tell(stage=f"forward and backward of backend {backend} at M = {M}, r = {r}; the first call compiles")
-        for name, ratio in error_ratios(backend, inputs(device, dtype, M, 1024, 768, seed=M, r=r)).items():
+        i = inputs(device, dtype, M, 1024, 768, seed=M, r=r)
+        # an error against float64 over that of eager PyTorch's separate calls in the same dtype
+        found = error_ratios(run(lora_linear, i, backend=backend), run(eager_peft, i), exact(i))
+        for name, ratio in found.items():
             at = f"{name} at M = {M}, r = {r}"
             worst = max(worst, (ratio, at)) if ratio == ratio else (float("inf"), f"NaN in {name}")
     ok = worst[0] <= WORST_RATIO

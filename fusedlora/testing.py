@@ -58,20 +58,22 @@ def make_inputs(
     dropout_p: float = 0.0,
     scaling: float = 0.75,
     seed: int = 0,
+    drawn_on: torch.device | str = "cpu",
 ) -> Inputs:
     """Random inputs whose products are of order one, the adapter's beside the weight's too.
 
-    Drawn in float32 on the CPU, so that the numbers are the same on every device; adapter_dtype None is dtype.
+    Drawn in float32, on the CPU unless that takes too long, so that the numbers are the same on every device;
+    adapter_dtype None is dtype.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(drawn_on).manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std).to(device=device, dtype=dtype)
+        return (torch.randn(*shape, generator=generator, device=drawn_on) * std).to(device=device, dtype=dtype)
 
     adapter_dtype = dtype if adapter_dtype is None else adapter_dtype
     mask = None
     if dropout_p > 0.0:
-        mask = (torch.rand(M, K, generator=generator) >= dropout_p).to(device)
+        mask = (torch.rand(M, K, generator=generator, device=drawn_on) >= dropout_p).to(device)
     return Inputs(
         x=normal(M, K),
         weight=normal(N, K, std=K**-0.5),

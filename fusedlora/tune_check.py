@@ -20,7 +20,7 @@ from torch import Tensor
 from . import cuda, dropout
 from .config import Problem, forward_config
 from .cuda_config import AnyConfig, CudaConfig
-from .testing import Inputs, eager_peft, error_ratios, exact, run
+from .testing import Inputs, eager_peft, error_ratios, exact, make_inputs, run
 from .timing import synchronize
 from .tuning import config_class, direction_of, heuristic
 
@@ -58,25 +58,15 @@ class Shape:
 
 
 def draw(shape: Shape, device: torch.device, seed: int) -> Inputs:
-    """Random inputs, drawn on the device; products are of order one."""
-    generator = torch.Generator(device).manual_seed(seed)
-    dtype, adapter = DTYPES[shape.dtype], DTYPES[shape.adapter]
-    K, N, r = shape.in_features, shape.out_features, shape.r
-
-    def normal(rows: int, columns: int, dtype: torch.dtype, std: float = 1.0) -> Tensor:
-        return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
-
-    return Inputs(
-        x=normal(shape.M, K, dtype),
-        weight=normal(N, K, dtype, K**-0.5),
-        lora_A=normal(r, K, adapter, K**-0.5),
-        lora_B=normal(N, r, adapter, r**-0.5),
-        bias=None,
-        dy=normal(shape.M, N, dtype),
-        mask=None,
+    """Random inputs without a mask, drawn on the device."""
+    i = make_inputs(
+        *(shape.M, shape.in_features, shape.out_features, shape.r, DTYPES[shape.dtype], DTYPES[shape.adapter], device),
+        bias=False,
         scaling=1.0,
-        dropout_p=shape.dropout,
+        seed=seed,
+        drawn_on=device,
     )
+    return dataclasses.replace(i, dropout_p=shape.dropout)
 
 
 def launch(direction: str, i: Inputs, config: AnyConfig, s: Tensor | None = None) -> tuple[Tensor, ...]:
