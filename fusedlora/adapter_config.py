@@ -230,6 +230,8 @@ def parse_config(fields: Mapping[str, Any]) -> AdapterConfig:
     if flags["lora_bias"] and flags["use_dora"]:
         raise ValueError("lora_bias is True, must be false with use_dora")
     _require(isinstance(bias, str) and bias in BIASES, "bias", bias, f"one of {', '.join(BIASES)}")
+    task: Any = fields.get("task_type")
+    _require(task is None or isinstance(task, str), "task_type", task, "a string or null")
     ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
     for name, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         _require(isinstance(patterns, dict), name, patterns, "an object")
@@ -250,7 +252,7 @@ def parse_config(fields: Mapping[str, Any]) -> AdapterConfig:
         alpha_pattern=alphas,
         layers_to_transform=layers,
         layers_pattern=pattern,
-        task_type=fields.get("task_type"),
+        task_type=task,
     )
 
 

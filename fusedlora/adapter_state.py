@@ -12,8 +12,9 @@ from torch import nn
 
 from fusedlora.adapter_config import HEADS, AdapterConfig, matches
 from fusedlora.linear import FusedLoRALinear
-from fusedlora.model import applied
+from fusedlora.summary import below, records
 from fusedlora.targets import select
+from fusedlora.wrappers import clean, named_modules
 
 PREFIX = "base_model.model."
 
@@ -45,7 +46,7 @@ def planned_state(model: nn.Module, config: AdapterConfig) -> dict[str, torch.Te
         selection = select(model, **selecting(model, config))
     state: dict[str, torch.Tensor] = {}
     for name, linear in selection.linears.items():
-        name = _clean(name)
+        name = clean(name)
         _require_plain(f"{name}.weight", linear.weight)
         r = config.rank(name)
         state[f"{PREFIX}{name}.lora_A.weight"] = torch.empty(r, linear.in_features, device="meta")
@@ -81,7 +82,7 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def bias_option(modules: Mapping[str, nn.Module]) -> str:
     """The `bias` of apply_lora on the model or on parts of it; ValueError where they differ, as a file has one."""
-    options = {name: record.bias for name, module in modules.items() if (record := applied(module)) is not None}
+    options = {name: record.bias for name, record in records(modules).items()}
     if len(set(options.values())) > 1:
         given = ", ".join(f"{bias!r} on {name or 'the model'}" for name, bias in options.items())
         raise ValueError(f"bias is {given}: PEFT's format holds one for all")
@@ -116,7 +117,7 @@ def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
 def _saved_state(saved: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name, module in saved.items():
-        state |= {f"{PREFIX}{name}.{_clean(key)}": t for key, t in module.state_dict(keep_vars=True).items()}
+        state |= {f"{PREFIX}{name}.{clean(key)}": t for key, t in module.state_dict(keep_vars=True).items()}
     for key, tensor in state.items():
         _require_plain(key, tensor)
     return state
@@ -124,12 +125,9 @@ def _saved_state(saved: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
 
 def saved_names(modules: Mapping[str, nn.Module]) -> list[str]:
     """Full names of the modules trained in full; apply_lora may have been given a part of the model."""
-    names: list[str] = []
-    for name, module in modules.items():
-        record = applied(module)
-        if record is not None:
-            names += [f"{name}.{saved}" if name else saved for saved in record.saved]
-    return _outermost(names, modules)
+    return _outermost(
+        [below(name, saved) for name, record in records(modules).items() for saved in record.saved], modules
+    )
 
 
 def configured_names(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
@@ -157,29 +155,6 @@ def _require_plain(key: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{key} is sharded ({type(tensor).__name__}): gather it first")
 
 
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {_clean(name): module for name, module in model.named_modules()}
-
-
 def lora_layers(modules: Mapping[str, nn.Module]) -> dict[str, FusedLoRALinear]:
     # A model that is itself one layer has no name to save it under.
     return {name: m for name, m in modules.items() if name and isinstance(m, FusedLoRALinear)}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's model inside torch.compile's and DistributedDataParallel's wrappers."""
-    while True:
-        inner: Any = model
-        if hasattr(model, "_orig_mod"):
-            inner = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if inner is model:
-            return model
-        model = inner
-
-
-def _clean(name: str) -> str:
-    """`name` without what torch.compile, checkpoint_wrapper and FSDP1 put between a block's name and its children."""
-    wrappers = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-    return ".".join(part for part in name.split(".") if part not in wrappers)

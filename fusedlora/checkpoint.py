@@ -33,14 +33,14 @@ from fusedlora.adapter_state import (
     bias_option,
     configured_names,
     lora_layers,
-    named_modules,
     planned_state,
     saved_names,
     selecting,
-    unwrapped,
 )
+from fusedlora.layer_options import check_finite, check_rate
 from fusedlora.linear import FusedLoRALinear
 from fusedlora.model import apply_lora
+from fusedlora.wrappers import named_modules, unwrapped
 
 # The scalings live in the other file; a copy beside the weights shows when the two files don't belong together.
 SCALING_KEY = "fusedlora_scaling"
@@ -68,13 +68,19 @@ def save_adapter(
 
     Raises:
         ValueError: `model` has no FusedLoRALinear below it, only some of its layers have use_dora or lora_bias, parts
-            of it have different `bias`, or a tensor to write is sharded or has no values (meta).
+            of it have different `bias`, a tensor to write is sharded or has no values (meta), a layer's scaling is not
+            finite or its lora_dropout not in [0, 1); or `path` is empty.
+        TypeError: `model` is no nn.Module, `path` no path, or a layer's scaling or lora_dropout no number.
         RuntimeError: a bias to write was dropped by merge(keep_base=False).
         NotADirectoryError: `path` is a file.
         ImportError: safetensors is missing.
+
+    On an error the files of an earlier save are as they were.
     """
     require_safetensors("save_adapter")
-    folder = Path(path)
+    folder = _folder(path)
+    if task_type is not None and not isinstance(task_type, str):
+        raise TypeError(f"task_type is {task_type!r}, must be a string or None")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"path {folder} is a file; an adapter is a folder")
     model = unwrapped(model)
@@ -82,6 +88,8 @@ def save_adapter(
     layers = lora_layers(modules)
     if not layers:
         raise ValueError(f"model {type(model).__name__} has no FusedLoRALinear below it: call apply_lora first")
+    for name, layer in layers.items():
+        _check_numbers(name, layer)
 
     state = adapter_state(model)
     saved = saved_names(modules)
@@ -126,16 +134,15 @@ def load_adapter(
         ValueError: a field of the configuration can't be honoured; the weights are a pickle, damaged, or have a
             missing, unexpected or misshapen tensor; the model is merged, on the meta device, or has other adapters.
             The message names the file, and the field or tensor with its value.
-        TypeError: as `apply_lora`, for a module that can't be swapped.
+        TypeError: as `apply_lora`, for a module that can't be swapped; `model` is no nn.Module or `path` no path.
         ImportError: safetensors is missing.
     """
     require_safetensors("load_adapter")
-    folder = Path(path)
+    target, folder = unwrapped(model), _folder(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"path {folder} is not a folder; adapters are read from disk only, never downloaded")
     config = read_config(folder / CONFIG_NAME)
     stored, metadata = read_weights(folder)
-    target = unwrapped(model)
     plain = not lora_layers(named_modules(target))
     stored = _without_copies(stored, config, named_modules(target))
     try:
@@ -169,6 +176,26 @@ def load_adapter(
         for key, tensor in adapter_state(target).items():
             tensor.copy_(stored[key])
     return model
+
+
+def _folder(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path is {path!r}, must be the path of a folder")
+    if not os.fspath(path):  # to pathlib that is the working directory
+        raise ValueError(f"path is {path!r}, must be the path of a folder")
+    return Path(path)
+
+
+def _check_numbers(name: str, layer: FusedLoRALinear) -> None:
+    """What a user may have set on the layer is what a file can hold and `read_config` takes."""
+    scaling = layer.scaling
+    if isinstance(scaling, torch.Tensor):
+        if scaling.dim() != 0 or scaling.is_meta:
+            raise ValueError(f"scaling of {name} is {scaling}, must be a number or a 0-d tensor with a value")
+        scaling = scaling.item()
+    check_finite(f"scaling of {name}", scaling)
+    check_finite(f"scaling · r of {name}, its lora_alpha in the file,", scaling * layer.r)
+    check_rate(f"lora_dropout of {name}", layer.lora_dropout)
 
 
 def _check_layers(model: nn.Module, config: AdapterConfig) -> None:
@@ -247,7 +274,10 @@ def _check_tensors(stored: Mapping[str, torch.Tensor], expected: Mapping[str, to
 def _check_scalings(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str], config: AdapterConfig) -> None:
     """The weights were saved with the scalings of the configuration, where they tell."""
     text = metadata.get(SCALING_KEY, "{}")
-    written = json.loads(text)
+    try:
+        written = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{WEIGHTS_NAME} has {SCALING_KEY} {text!r}, which is not JSON: {error}") from error
     if not isinstance(written, dict) or not all(isinstance(scaling, (int, float)) for scaling in written.values()):
         raise ValueError(f"{WEIGHTS_NAME} has {SCALING_KEY} {text!r}, must map names to numbers")
     for name, saved_with in written.items():

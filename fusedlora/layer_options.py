@@ -2,9 +2,37 @@
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raises TypeError and ValueError unless `value` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, must be an integer")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, must be at least 1")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises TypeError and ValueError unless `value` is a finite number."""
+    _check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, must be finite")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raises TypeError and ValueError unless `value` is a number in [0, 1)."""
+    _check_number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} is {value}, must be in [0, 1)")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, must be a number")
 
 
 def check_options(
@@ -19,17 +47,9 @@ def check_options(
     adapter_dtype: torch.dtype | None,
 ) -> torch.dtype:
     """The adapter's dtype over `weight`. Raises TypeError and ValueError with the option's name, value and rule."""
-    if not isinstance(r, int) or isinstance(r, bool):
-        raise TypeError(f"r is {r!r}, must be an integer")
-    if r < 1:
-        raise ValueError(f"r is {r}, must be at least 1")
-    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}, must be a number")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha is {lora_alpha}, must be finite")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout is {lora_dropout}, must be in [0, 1)")
+    check_size("r", r)
+    check_finite("lora_alpha", lora_alpha)
+    check_rate("lora_dropout", lora_dropout)
     for name, flag in (("use_rslora", use_rslora), ("use_dora", use_dora), ("lora_bias", lora_bias)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is {flag!r}, must be True or False")
@@ -40,7 +60,8 @@ def check_options(
     if adapter_dtype is None:
         return torch.promote_types(weight.dtype, torch.float32)
     if adapter_dtype not in (weight.dtype, torch.float32):
-        raise TypeError(f"adapter_dtype is {adapter_dtype}, must be the weight's {weight.dtype} or torch.float32")
+        or_fp32 = "" if weight.dtype is torch.float32 else " or torch.float32"
+        raise TypeError(f"adapter_dtype is {adapter_dtype}, must be the weight's {weight.dtype}{or_fp32}")
     return adapter_dtype
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from . import backends
 from .dora import dora_linear
 from .functional import lora_linear
-from .layer_options import check_options, with_lora_bias
+from .layer_options import check_options, check_size, with_lora_bias
 from .merging import Mergeable
 
 
@@ -76,6 +76,10 @@ class FusedLoRALinear(Mergeable):
     ) -> None:
         if not isinstance(bias, bool):
             raise TypeError(f"bias is {bias!r}, must be True or False: whether the layer has one")
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}, must be floating point")
         super().__init__(in_features, out_features, bias, device, dtype)
         self._add_adapter(
             r=r,

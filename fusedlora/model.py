@@ -20,11 +20,13 @@ from torch import nn
 
 from fusedlora import carry
 from fusedlora.adapter_config import BIASES
+from fusedlora.layer_options import check_finite, check_size
 from fusedlora.linear import FusedLoRALinear
 from fusedlora.summary import _RECORD, Applied, LayerReport, Report, applied, report
-from fusedlora.targets import per_module, select
+from fusedlora.targets import names_in, per_module, select
 from fusedlora.ties import tied_by_config, tied_weights
 from fusedlora.weight_reads import fast_path_possible
+from fusedlora.wrappers import require_module, uncompiled
 
 __all__ = [
     "Applied",
@@ -92,15 +94,18 @@ def apply_lora(
         ValueError: nothing matches, the model has adapters already, a value out of range, lora_bias with use_dora, or
             modules_to_save names one of two tied modules.
 
-    Warns where a target's weight is tied to another module's: it trains, but merging is refused until it is untied.
+    Warns where a name matches no module, and where a target's weight is tied to another module's: it trains, but
+    merging is refused until it is untied.
     """
     if bias not in BIASES:
         raise ValueError(f"bias is {bias!r}, must be one of {', '.join(BIASES)}")
-    if not isinstance(modules_to_save, str):
-        modules_to_save = tuple(modules_to_save or ())
-    selection = select(model, target_modules, exclude_modules, modules_to_save)
-    ranks = per_module("rank_pattern", rank_pattern, selection.linears, r)
-    alphas = per_module("alpha_pattern", alpha_pattern, selection.linears, lora_alpha)
+    to_save = names_in(() if modules_to_save is None else modules_to_save)
+    if to_save is None:
+        raise TypeError(f"modules_to_save is {modules_to_save!r}, must be a list of module names")
+    given, model = model, uncompiled(model)
+    selection = select(model, target_modules, exclude_modules, to_save)
+    ranks = per_module("rank_pattern", rank_pattern, selection.linears, r, check_size)
+    alphas = per_module("alpha_pattern", alpha_pattern, selection.linears, lora_alpha, check_finite)
     for pair in tied_weights(selection.modules, selection.linears):
         warnings.warn(f"{pair}: the adapter trains, but merging is refused until they are untied", stacklevel=2)
 
@@ -137,13 +142,13 @@ def apply_lora(
             parameter.requires_grad_(id(parameter) in trained)
         _watch_checkpointing(model)
         _guard_fast_paths(model)
-        record = Applied(tuple(modules_to_save), tuple(selection.saved), selection.skipped, bias)
+        record = Applied(tuple(to_save), tuple(selection.saved), selection.skipped, bias)
         model.__dict__[_RECORD] = record
     except BaseException:
         for step in reversed(undo):
             step()
         raise
-    return model
+    return given
 
 
 def bias_parameters(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
@@ -169,9 +174,12 @@ def merge_lora(model: nn.Module, *, keep_base: Literal["cpu", "device", False] =
         model: a model with FusedLoRALinear layers.
         keep_base: where the base weights wait for `unmerge_lora`, as in FusedLoRALinear.merge; False drops them.
 
-    Raises ValueError, with no layer merged, where there is no adapter, where a merged weight would not be finite, where
-    the model is sharded by fully_shard, or where a weight is tied to another module's: merging would untie them in
-    memory, and a checkpoint loads them tied.
+    Raises, with no layer merged:
+        TypeError: `model` is no nn.Module.
+        ValueError: there is no adapter, a merged weight would not be finite, the model is sharded by fully_shard, or a
+            weight is tied to another module's: merging would untie them in memory, and a checkpoint loads them tied.
+        RuntimeError: a layer's weight is on the meta device, sharded over ranks (tensor parallelism) or computed by a
+            parametrization. This and the weight that is not finite come with the layer's name.
     """
     layers = _layers(model)
     if not layers:
@@ -245,11 +253,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         return new[model]
     _replace(model, new, [])
     carry.drop_hooks(model)
-    model.__dict__.pop(_RECORD, None)
+    for module in model.modules():  # apply_lora may have been given a part of it
+        module.__dict__.pop(_RECORD, None)
     return model
 
 
 def _layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
+    require_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRALinear)}
 
 
@@ -257,8 +267,10 @@ def _layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
 def _naming(name: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; nothing was merged") from error
+    except (ValueError, RuntimeError) as error:
+        if type(error) not in (ValueError, RuntimeError):  # such as OutOfMemoryError, which callers may wait for
+            raise
+        raise type(error)(f"{name or 'the layer'}: {error}; nothing was merged") from error
 
 
 def _plain(layer: FusedLoRALinear) -> nn.Linear:

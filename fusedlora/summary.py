@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedlora.linear import FusedLoRALinear
+from fusedlora.wrappers import named_modules, unwrapped
 
 _RECORD = "_fusedlora"
 
@@ -28,19 +30,39 @@ def applied(model: nn.Module) -> Applied | None:
     return model.__dict__.get(_RECORD)
 
 
+def records(modules: Mapping[str, nn.Module]) -> dict[str, Applied]:
+    """The records on a model and on parts of it that apply_lora was given, by name in `modules`."""
+    return {name: record for name, module in modules.items() if (record := applied(module)) is not None}
+
+
+def below(name: str, child: str) -> str:
+    """The full name of `child` of the module called `name`, which is empty for the model itself."""
+    return f"{name}.{child}" if name else child
+
+
 @dataclass(frozen=True)
 class LayerReport:
-    """One FusedLoRALinear of a model. `backend` is what its last forward took, None before the first."""
+    """One FusedLoRALinear of a model. `backend` is what its last eager forward took, None before the first."""
 
     name: str
     in_features: int
     out_features: int
     r: int
-    scaling: float
+    scaling: Any  # its number; whatever was set in its place where that is none
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     merged: bool
     backend: str | None
+    adapters_enabled: bool = True
+
+    @property
+    def state(self) -> str:
+        """In words: merged, switched off, or the backend."""
+        backend = f"backend {self.backend}" if self.backend else "no eager call yet"
+        words = ["merged" if self.merged else "adapter off" if not self.adapters_enabled else backend]
+        if self.merged and not self.adapters_enabled:
+            words.append("adapter off: its forward raises until unmerge()")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,7 @@ class Report:
     total_params: int
     trainable_bytes: int
     total_bytes: int
+    note: str | None = None  # where adapters are that are not counted here
 
     def __str__(self) -> str:
         lines = [
@@ -70,10 +93,10 @@ class Report:
         width = max([len(layer.name) for layer in self.layers], default=0)
         for layer in self.layers:
             dtype, adapter = (str(d).removeprefix("torch.") for d in (layer.dtype, layer.adapter_dtype))
-            state = "merged" if layer.merged else f"backend {layer.backend or 'not run yet'}"
+            scaling = f"{layer.scaling:g}" if isinstance(layer.scaling, float) else layer.scaling
             lines.append(
                 f"  {layer.name:{width}}  {layer.in_features}→{layer.out_features}  r={layer.r}  "
-                f"scaling={layer.scaling:g}  {dtype}, adapter {adapter}  {state}"
+                f"scaling={scaling}  {dtype}, adapter {adapter}  {layer.state}"
             )
         reasons: dict[str, list[str]] = {}
         for name, why in self.skipped.items():
@@ -83,29 +106,34 @@ class Report:
             lines += [f"  {name}" for name in names]
         if self.saved:
             lines.append(f"trained in full: {', '.join(self.saved)}")
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
 
 
 def report(model: nn.Module) -> Report:
     """Layers with an adapter, what was skipped and why, parameters and memory; print it or read its fields.
 
-    After a step each layer also tells which backend its last forward took. Works on any model; without apply_lora
-    nothing is known of skipped modules.
+    After a step each layer also tells which backend its last forward took; compiled calls leave no trace. Works on any
+    model, wrapped by torch.compile or DDP too, and one of which only parts went through apply_lora; without apply_lora
+    nothing is known of skipped modules. Raises TypeError where `model` is no nn.Module.
     """
-    record = applied(model)
+    modules = named_modules(unwrapped(model))
+    found = records(modules)
     layers = tuple(
         LayerReport(
             name=name or "(the model itself)",
             in_features=layer.in_features,
             out_features=layer.out_features,
             r=layer.r,
-            scaling=float(layer.scaling),
+            scaling=_number(layer.scaling),
             dtype=layer.weight.dtype,
             adapter_dtype=layer.lora_A.dtype,
             merged=layer.merged,
             backend=layer.last_backend,
+            adapters_enabled=layer.adapters_enabled,
         )
-        for name, layer in model.named_modules()
+        for name, layer in modules.items()
         if isinstance(layer, FusedLoRALinear)
     )
     parameters = list(model.parameters())
@@ -113,13 +141,29 @@ def report(model: nn.Module) -> Report:
     total, total_bytes = _size(parameters)
     return Report(
         layers=layers,
-        skipped=dict(record.skipped) if record else {},
-        saved=record.saved if record else (),
+        skipped={below(name, n): why for name, record in found.items() for n, why in record.skipped.items()},
+        saved=tuple(below(name, n) for name, record in found.items() for n in record.saved),
         trainable_params=trainable,
         total_params=total,
         trainable_bytes=trainable_bytes,
         total_bytes=total_bytes + _size(model.buffers())[1],
+        note=_OF_PEFT if any(is_peft_layer(module) for module in modules.values()) else None,
     )
+
+
+_OF_PEFT = "it has adapters of PEFT: fusedlora.integrations.peft.report(model) lists them"
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether `module` is an adapter layer of peft, which need not be installed."""
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+
+
+def _number(scaling: Any) -> Any:
+    try:
+        return float(scaling)
+    except (TypeError, ValueError, RuntimeError):  # forward says what is wrong with it; a report shows it
+        return scaling
 
 
 def storage_key(tensor: Tensor) -> Hashable:

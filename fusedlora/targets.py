@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fusedlora.adapter_config import matches, pattern_key
 from fusedlora.linear import FusedLoRALinear
+from fusedlora.summary import is_peft_layer
 from fusedlora.ties import hugging_face_models
 from fusedlora.weight_reads import reader_of_weight
+from fusedlora.wrappers import require_module
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")
@@ -37,9 +39,10 @@ def select(
     model: nn.Module,
     target_modules: str | Iterable[str],
     exclude_modules: str | Iterable[str] | None,
-    modules_to_save: Iterable[str] | None,
+    modules_to_save: Iterable[str],
 ) -> Selection:
     """Sort the modules of `model`. Raises as `apply_lora` does; a module under several names counts once."""
+    require_module(model)
     if isinstance(model, nn.Linear):
         raise TypeError(
             f"model is itself a {type(model).__name__}, nothing to swap in; use FusedLoRALinear.from_linear"
@@ -88,6 +91,8 @@ def select(
         raise ValueError(_nothing(targets, exclude_modules, found, model))
     if unused := [t for t in targets if t not in hit] if not isinstance(targets, str) else []:
         warnings.warn(f"target_modules has {unused}, which match no module of the model", stacklevel=3)
+    if unused := _unmatched([exclude] if isinstance(exclude, str) else [[e] for e in exclude or ()], found.modules):
+        warnings.warn(f"exclude_modules has {unused}, which match no module of the model", stacklevel=3)
     return found
 
 
@@ -117,14 +122,26 @@ def why_not(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     return reader_of_weight(name, dict(modules))
 
 
-def per_module(what: str, patterns: Mapping[str, V] | None, names: Iterable[str], default: V) -> dict[str, V]:
+def per_module(
+    what: str,
+    patterns: Mapping[str, V] | None,
+    names: Iterable[str],
+    default: V,
+    check_value: Callable[[str, Any], None],
+) -> dict[str, V]:
     """The value of each name by PEFT's rule: the first pattern that matches the end of the name, or the default.
 
-    A pattern without a match warns; one that isn't a regular expression raises ValueError.
+    A pattern without a match warns; one that isn't a regular expression raises ValueError, and a value whatever
+    check_value(name, value) does.
     """
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise TypeError(f"{what} is {patterns!r}, must be a dict {{pattern: value}}")
     patterns = dict(patterns or {})
-    for pattern in patterns:
+    for pattern, value in patterns.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"{what} has {pattern!r}, must have regular expressions for keys")
         _compile(what, pattern)
+        check_value(f"{what}[{pattern!r}]", value)
     keys = {name: pattern_key(patterns, name) for name in names}
     if unused := [p for p in patterns if p not in keys.values()]:
         warnings.warn(f"{what} has {unused}, which match no swapped module", stacklevel=3)
@@ -136,10 +153,18 @@ def _names(what: str, value: str | Iterable[str]) -> str | list[str]:
         if value.lower() != ALL_LINEAR or what != "target_modules":
             _compile(what, value)
         return value
-    names = list(value)
-    if not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f"{what} is {names!r}, must be a regex or a list of module names")
+    names = names_in(value)
+    if names is None:
+        raise TypeError(f"{what} is {value!r}, must be a regex or a list of module names")
     return names
+
+
+def names_in(value: Any) -> list[str] | None:
+    """The names of a list of modules; None where `value` is none."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return None
+    names = list(value)
+    return names if all(isinstance(name, str) and name for name in names) else None
 
 
 def _compile(what: str, pattern: str) -> None:
@@ -156,17 +181,15 @@ def _refuse_adapted(modules: Mapping[str, nn.Module]) -> None:
                 f"model already has an adapter in {name!r}; name every target in one call (rank_pattern and "
                 "alpha_pattern give each its own), or call merge_and_unload first"
             )
-        if any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__):
+        if is_peft_layer(module):
             raise ValueError(f"model already has a peft adapter in {name!r}; unload it first (peft's model.unload())")
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise ValueError(f"model has a {type(module).__name__} at {name!r}; wrap it after apply_lora")
 
 
-def _to_save(modules: Mapping[str, nn.Module], modules_to_save: Iterable[str] | None) -> dict[str, nn.Module]:
-    if isinstance(modules_to_save, str):
-        raise TypeError(f"modules_to_save is {modules_to_save!r}, must be a list of module names")
+def _to_save(modules: Mapping[str, nn.Module], modules_to_save: Iterable[str]) -> dict[str, nn.Module]:
     saved: dict[str, nn.Module] = {}
-    for wanted in modules_to_save or ():
+    for wanted in modules_to_save:
         hits = {name: module for name, module in modules.items() if name and matches([wanted], name)}
         if not hits:
             raise ValueError(f"modules_to_save names {wanted!r}, which matches no module of the model")
@@ -228,6 +251,12 @@ def _remedy(module: nn.Module) -> str:
 
 def _below(name: str, roots: Iterable[str]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def _unmatched(wanted: Iterable[str | list[str]], modules: Iterable[str]) -> list[str]:
+    """Those of `wanted`, each a regex or a list of one name, that match no module."""
+    unmatched = [one for one in wanted if not any(name and matches(one, name) for name in modules)]
+    return [one if isinstance(one, str) else one[0] for one in unmatched]
 
 
 def _few(names: list[str]) -> str:

@@ -98,6 +98,8 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "config not JSON": (cut(CONFIG, 40), ValueError, f"{CONFIG}: not JSON"),
     "config not UTF-8": (write(CONFIG, b"\xff\xfe{"), ValueError, f"{CONFIG}: not JSON"),
     "config a list": (write(CONFIG, b"[]"), ValueError, f"{CONFIG}: holds a JSON list, not an object"),
+    "task type a list": (edit_config(task_type=["x"]), ValueError, f"{CONFIG}: task_type is ['x'], must be a string"),
+    "task type a number": (edit_config(task_type=3), ValueError, f"{CONFIG}: task_type is 3, must be a string"),
     "config refused": (edit_config(use_qalora=True), ValueError, f"{CONFIG}: use_qalora is True"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, f"{WEIGHTS}: no such file"),
     "weights empty": (cut(WEIGHTS, 0), ValueError, f"{WEIGHTS} is damaged"),
@@ -134,7 +136,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "fewer targets": (edit_config(target_modules=["2"]), ValueError, "0"),
     "no such target": (edit_config(target_modules=["q_proj"]), ValueError, "q_proj"),
     "no such head": (edit_config(modules_to_save=["score"]), ValueError, "'score'"),
-    "scaling not JSON": (metadata("{"), ValueError, "Expecting property name"),
+    "scaling not JSON": (metadata("{"), ValueError, f"{WEIGHTS} has fusedlora_scaling '{{', which is not JSON"),
     "scaling a list": (metadata("[1]"), ValueError, "fusedlora_scaling '[1]', must map names to numbers"),
     "scaling a text": (metadata('{"0": "3"}'), ValueError, "must map names to numbers"),
 }

@@ -149,6 +149,42 @@ def test_nothing_to_save(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    "attribute, value, error, text",
+    [
+        ("scaling", float("inf"), ValueError, "scaling of 2 is inf, must be finite"),
+        ("scaling", float("nan"), ValueError, "scaling of 2 is nan, must be finite"),
+        ("scaling", 1e308, ValueError, r"scaling · r of 2, .* is inf, must be finite"),
+        ("scaling", torch.tensor(float("inf")), ValueError, "scaling of 2 is inf, must be finite"),
+        ("scaling", torch.tensor([1.0, 2.0]), ValueError, r"scaling of 2 is tensor\(\[1., 2.\]\), must be a number"),
+        ("scaling", "2", TypeError, "scaling of 2 is '2', must be a number"),
+        ("lora_dropout", "a", TypeError, "lora_dropout of 2 is 'a', must be a number"),
+        ("lora_dropout", 1.5, ValueError, r"lora_dropout of 2 is 1.5, must be in \[0, 1\)"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(attribute: str, value, error, text: str, tmp_path: Path) -> None:
+    model = apply_lora(base(), ["0", "2"], r=32)
+    save_adapter(model, tmp_path)
+    before = files(tmp_path)
+    setattr(model[2], attribute, value)
+    with pytest.raises(error, match=text):
+        save_adapter(model, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_arguments_of_saving_and_loading_are_named() -> None:
+    model = apply_lora(base(), ["0"])
+    for call in (save_adapter, load_adapter):
+        with pytest.raises(TypeError, match="path is None, must be the path of a folder"):
+            call(model, None)
+        with pytest.raises(ValueError, match="path is '', must be the path of a folder"):
+            call(model, "")
+        with pytest.raises(TypeError, match="model is None, must be a torch.nn.Module"):
+            call(None, Path(__file__).parent)
+    with pytest.raises(TypeError, match=r"task_type is \['x'\], must be a string or None"):
+        save_adapter(model, "unused", task_type=["x"])
+
+
 def test_a_sharded_adapter_is_refused(tmp_path: Path) -> None:
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_available() or not distributed.is_gloo_available():

@@ -99,6 +99,21 @@ def test_bad_arguments(arguments, error, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "sizes, dtype, error, message",
+    [
+        ((0, 6), None, ValueError, "in_features is 0, must be at least 1"),
+        ((-1, 6), None, ValueError, "in_features is -1, must be at least 1"),
+        ((6, 0), None, ValueError, "out_features is 0, must be at least 1"),
+        ((6.0, 6), None, TypeError, "in_features is 6.0, must be an integer"),
+        ((6, 6), torch.int32, TypeError, "dtype is torch.int32, must be floating point"),
+    ],
+)
+def test_bad_sizes_and_dtypes(sizes, dtype, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        FusedLoRALinear(*sizes, dtype=dtype)
+
+
+@pytest.mark.parametrize(
     "dtype, asked, expected",
     [
         (BF16, None, FP32),

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -10,7 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from fusedlora import FusedLoRALinear, lora_parameters, merge_and_unload, merge_lora, report, unmerge_lora
+from fusedlora import (
+    FusedLoRALinear,
+    lora_parameters,
+    merge_and_unload,
+    merge_lora,
+    report,
+    save_adapter,
+    unmerge_lora,
+)
 
 pytest.importorskip("transformers")
 # Tests run in importlib mode, where a neighbour is no module to import by name.
@@ -262,3 +271,36 @@ def test_report_names_layers_skipped_and_backends() -> None:
     text = str(found)
     assert "10 layers" in text and "backend reference" in text and "skipped 2: excluded" in text
     assert f"{found.trainable_params:,} of {found.total_params:,}" in text
+
+
+def test_report_sees_past_wrappers_and_into_parts() -> None:
+    whole = nn.Sequential(zoo.adapted(zoo.vit(), modules_to_save=["classifier"]), nn.Linear(3, 3))
+    found = report(whole)
+    assert found.saved == ("0.classifier",) and "0.classifier" in found.skipped
+    assert str(report(torch.compile(whole))) == str(found)
+    compiled = torch.compile(zoo.vit())
+    assert zoo.adapted(compiled, modules_to_save=["classifier"]) is compiled
+    assert report(compiled).saved == ("classifier",) and len(lora_parameters(compiled)) == 24
+
+
+def test_report_tells_the_state_of_each_layer() -> None:
+    model = zoo.adapted(zoo.MLP(), ["fc1"])
+    assert str(report(model)).endswith("no eager call yet")
+    model.fc1.adapters_enabled = False
+    assert str(report(model)).endswith("adapter off")
+    model.fc1.merge()
+    assert "merged, adapter off: its forward raises" in str(report(model))
+    model.fc1.scaling = torch.tensor([1.0, 2.0])
+    assert "scaling=tensor([1., 2.])" in str(report(model))
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, torch.compile], ids=["parent", "compiled"])
+def test_nothing_is_left_by_unloading_a_parent(wrap, tmp_path: Path) -> None:
+    """The next adapter of the model would inherit the options of one that is gone."""
+    inner = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    outer = wrap(zoo.adapted(inner, ["0"], bias="all", modules_to_save=["1"]))
+    merge_and_unload(outer)
+    assert not any("_fusedlora" in module.__dict__ for module in outer.modules())
+    save_adapter(zoo.adapted(outer, "all-linear"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["bias"] == "none" and config["modules_to_save"] is None

@@ -83,6 +83,9 @@ def test_patterns_give_each_layer_its_rank_and_alpha() -> None:
         apply_lora(zoo.llama(), ["q_proj"], rank_pattern={"gate": 4})
     with pytest.warns(UserWarning, match="target_modules has .'c_attn'.*no module"):
         apply_lora(zoo.llama(), ["q_proj", "c_attn"])
+    for nothing in (["nope", "k_proj"], "nope"):
+        with pytest.warns(UserWarning, match=r"exclude_modules has \['nope'\], which match no module"):
+            apply_lora(zoo.llama(), ["q_proj"], exclude_modules=nothing)
 
 
 class Reader(nn.Module):
@@ -215,8 +218,22 @@ REFUSED = {
     "only Conv1D": (lambda: zoo.gpt2(plain=False), "all-linear", {}, ValueError, "(?s)matches nothing.*Conv1D"),
     "all excluded": (lambda: zoo.MLP(), ["fc1"], {"exclude_modules": ["fc1"]}, ValueError, "(?s)nothing.*excluded"),
     "not names": (lambda: zoo.MLP(), [1], {}, TypeError, "target_modules is .1."),
+    "target none": (lambda: zoo.MLP(), None, {}, TypeError, "target_modules is None, must be a regex or a list"),
+    "target int": (lambda: zoo.MLP(), 3, {}, TypeError, "target_modules is 3, must be a regex or a list"),
+    "exclude int": (lambda: zoo.MLP(), ["fc1"], {"exclude_modules": 3}, TypeError, "exclude_modules is 3, must be"),
+    "save int": (lambda: zoo.MLP(), ["fc1"], {"modules_to_save": 3}, TypeError, "modules_to_save is 3, must be a list"),
+    "ranks a list": (lambda: zoo.MLP(), ["fc1"], {"rank_pattern": [4]}, TypeError, r"rank_pattern is \[4\], must be"),
+    "ranks a name": (lambda: zoo.MLP(), ["fc1"], {"rank_pattern": "fc1"}, TypeError, "rank_pattern is 'fc1', must be"),
+    "pattern int": (lambda: zoo.MLP(), ["fc1"], {"rank_pattern": {3: 4}}, TypeError, "rank_pattern has 3, must have"),
+    "alpha by pattern": (
+        lambda: zoo.MLP(),
+        ["fc1"],
+        {"alpha_pattern": {"fc1": float("nan")}},
+        ValueError,
+        r"alpha_pattern\['fc1'\] is nan, must be finite",
+    ),
     "r": (lambda: zoo.llama(), "all-linear", {"r": 0}, ValueError, "r is 0"),
-    "r by pattern": (lambda: zoo.llama(), "all-linear", {"rank_pattern": {"1.mlp.up_proj": 0}}, ValueError, "r is 0"),
+    "r by pattern": (lambda: zoo.llama(), "all-linear", {"rank_pattern": {"1.mlp.up_proj": 0}}, ValueError, "'] is 0"),
     "dropout": (lambda: zoo.llama(), "all-linear", {"lora_dropout": 1.0}, ValueError, "dropout"),
     "save str": (lambda: zoo.MLP(), ["fc1"], {"modules_to_save": "head"}, TypeError, "modules_to_save is 'head'"),
     "save none": (lambda: zoo.MLP(), ["fc1"], {"modules_to_save": ["hat"]}, ValueError, "modules_to_save names 'hat'"),
@@ -240,6 +257,12 @@ def test_a_refusal_names_its_reason_and_leaves_the_model(case: str) -> None:
     with pytest.raises(error, match=text):
         apply_lora(model, target, **more)
     assert state(model) == before
+
+
+@pytest.mark.parametrize("call", [lambda m: apply_lora(m, ["0"]), report, merge_lora, merge_and_unload])
+def test_what_is_no_module_is_named(call: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match=r"model is None, must be a torch\.nn\.Module"):
+        call(None)
 
 
 def test_a_late_failure_or_warning_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
