@@ -41,7 +41,8 @@ class Mergeable(nn.Linear):
 
         Raises:
             ValueError: the result has a NaN or an infinity in the weight's dtype.
-            RuntimeError: the adapter is merged already, or the weight is on the meta device or sharded over ranks.
+            RuntimeError: the adapter is merged already, or the weight is on the meta device, sharded over ranks or
+                computed by a parametrization.
         """
         weight = self._to_merge()
         with torch.inference_mode(False), backends.without_autocast(weight):
@@ -75,6 +76,11 @@ class Mergeable(nn.Linear):
                 "weight is sharded over ranks (a DTensor): load the whole state, get_model_state_dict's with "
                 "full_state_dict=True, into a model that is not sharded and merge that one"
             )
+        for name in ("weight", "bias"):  # which would be computed again over the merged one
+            if name not in self._parameters:
+                raise RuntimeError(
+                    f"{name} is no Parameter: something computes it, such as a parametrization; remove that first"
+                )
         return weight
 
     def merge(self, keep_base: Literal["cpu", "device", False] = "cpu") -> Self:
@@ -92,7 +98,9 @@ class Mergeable(nn.Linear):
 
         Raises:
             ValueError: keep_base is something else, or the merged weight has a NaN or an infinity.
-            RuntimeError: the weight is on the meta device or sharded over ranks.
+            RuntimeError: the weight is on the meta device, sharded over ranks or computed by a parametrization.
+
+        On an error the layer is as it was.
         """
         if keep_base is not False and keep_base not in ("cpu", "device"):
             raise ValueError(f'keep_base is {keep_base!r}, must be "cpu", "device" or False')
@@ -102,14 +110,16 @@ class Mergeable(nn.Linear):
         bias: nn.Parameter | None = self.bias
         merged = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)
         merged_bias = self.merged_bias()
+        kept = kept_bias = None
         if keep_base is not False:
-            self._base = KeptWeight(base, keep_base)
+            kept = KeptWeight(base, keep_base)
+            if self.lora_bias is not None and bias is not None:
+                kept_bias = KeptWeight(bias, keep_base)
         if self.lora_bias is not None:
             assert merged_bias is not None
-            if keep_base is not False and bias is not None:
-                self._base_bias = KeptWeight(bias, keep_base)
             self.bias = nn.Parameter(merged_bias, requires_grad=bias is not None and bias.requires_grad)
         self.weight = merged
+        self._base, self._base_bias = kept, kept_bias
         self.merged = True
         return self
 

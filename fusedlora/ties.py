@@ -26,7 +26,7 @@ def tied_weights(modules: Mapping[str, nn.Module], targets: Mapping[str, nn.Line
                 owners.setdefault(storage_key(parameter), {}).setdefault(module, f"{name}.{key}".lstrip("."))
     found = []
     for name, target in targets.items():
-        others = [other for module, other in owners[storage_key(target.weight)].items() if module is not target]
+        others = [other for module, other in owners.get(storage_key(target.weight), {}).items() if module is not target]
         if others:
             found.append(f"the weight of {name!r} is tied to {', '.join(others)}")
     return found

@@ -3,13 +3,14 @@
 import copy
 import gc
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fusedlora import FusedLoRALinear
+from fusedlora import FusedLoRALinear, merge_lora
 from fusedlora.testing import relative_error
 
 K, N, R = 48, 32, 4
@@ -212,6 +213,22 @@ def test_merged_in_inference_mode_trained_afterwards(device) -> None:
         layer.unmerge()
     layer(x).sum().backward()
     assert layer.lora_A.grad.any() and layer.lora_B.grad.any()
+
+
+@pytest.mark.parametrize("keep_base", [*KEPT, False])
+@pytest.mark.parametrize("computed", ["weight", "bias"])
+def test_a_computed_weight_or_bias_is_refused_and_nothing_half_merged(computed: str, keep_base, device) -> None:
+    layer = trained(device, lora_bias=True)
+    nn.utils.parametrize.register_parametrization(layer, computed, nn.Tanh())
+    x = rows(device)
+    expected = layer(x)
+    for merge, text in (
+        (layer.merge, f"^{computed} is no Parameter: something computes it"),
+        (partial(merge_lora, nn.ModuleDict({"up": layer})), f"^up: {computed} is no Parameter.*nothing was merged"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            merge(keep_base=keep_base)
+        assert not layer.merged and layer._base is layer._base_bias is None and torch.equal(layer(x), expected)
 
 
 # merged layers copied, moved, stored
