@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__, backends, functional, ops
-from .arguments import admit
+from .arguments import admit, check_magnitude
 from .backends import without_autocast
 from .dora_gradients import dora_backward, gradients
 from .dora_ops import dora_gain
@@ -59,18 +59,12 @@ def dora_linear(
         RuntimeError: as lora_linear.
     """
     given = x, weight, lora_A, lora_B, bias
-    param_dtype = lora_A.dtype
     x, weight, lora_A, lora_B, bias, adapter_dtype = admit(
         *given, scaling=scaling, dropout_p=dropout_p, backend=backend
     )
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
-    if magnitude.shape != (weight.shape[0],):
-        raise ValueError(f"magnitude has shape {tuple(magnitude.shape)}, must be ({weight.shape[0]},)")
-    if magnitude.dtype is not param_dtype and magnitude.dtype is not torch.float32:
-        raise TypeError(f"magnitude has dtype {magnitude.dtype}, must be lora_A's {param_dtype} or torch.float32")
-    if magnitude.device != x.device:
-        raise ValueError(f"magnitude is on {magnitude.device}, x is on {x.device}: they must be on one device")
+    check_magnitude(magnitude, weight, given[2].dtype)
     if training and dropout_p > 0.0:
         return _stock(*given, magnitude, scaling=scaling, dropout_p=dropout_p, backend=backend)
     scale = None

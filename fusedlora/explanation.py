@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, dora, dropout, tuning
-from .arguments import admit
+from .arguments import admit, check_magnitude
 from .linear import FusedLoRALinear
 from .memory import device_memory, row_major, skinny_rows
 
@@ -42,9 +42,9 @@ def explain(
     lora_B: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
-    training: bool = True,
-    backend: str = "auto",
+    dropout_p: float | None = None,
+    training: bool | None = None,
+    backend: str | None = None,
 ) -> Explanation:
     """What `layer(x)`, or lora_linear with these tensors, would do here and now, autocast included. Runs nothing.
 
@@ -54,38 +54,51 @@ def explain(
         lora_A, lora_B, bias, dropout_p, training, backend: as in lora_linear, beside a weight only.
 
     Raises what the call would raise for its arguments, but for a named backend that does not take the call: that one
-    is answered with its reason in why_not and "none" as the backend.
+    is answered with its reason in why_not and "none" as the backend. TypeError for arguments that a layer brings.
     """
+    names = "lora_A", "lora_B", "bias", "dropout_p", "training", "backend"
+    settings = lora_A, lora_B, bias, dropout_p, training, backend
     weight: Tensor
-    scale = None
-    stock = dora_gain = False
+    scaling: float | Tensor = 1.0  # which number it is makes no difference
+    magnitude = None
+    dora_gain = False
     if isinstance(layer_or_weight, FusedLoRALinear):
         layer = layer_or_weight
+        if given_too := [name for name, value in zip(names, settings) if value is not None]:
+            raise TypeError(f"{', '.join(given_too)} given beside a FusedLoRALinear, which brings its own")
+        layer.require_consistent()
         if not layer.adapter_in_use:
             state = "merged into the weight" if layer.merged else "turned off"
             reasons = {b.name: f"the adapter is {state}" for b in backends.BACKENDS}
             return Explanation("plain linear", reasons, None, ())
         weight, lora_A, lora_B, bias = layer.weight, layer.lora_A, layer.lora_B, layer.bias
         dropout_p, training, backend = layer.lora_dropout, layer.training, layer.backend
-        scale = layer.scaling if isinstance(layer.scaling, Tensor) else None
+        scaling = layer.scaling
+        magnitude = layer.lora_magnitude_vector
         dora_gain = layer.use_dora
-        stock = dora_gain and training and dropout_p > 0.0
     else:
         weight = layer_or_weight
+        dropout_p = 0.0 if dropout_p is None else dropout_p
+        training = training is None or training
+        backend = "auto" if backend is None else backend
     if lora_A is None or lora_B is None:
         raise TypeError("explain takes a FusedLoRALinear, or weight, lora_A and lora_B")
+    param_dtype = lora_A.dtype
     given = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
     with torch.no_grad():
         x, weight, lora_A, lora_B, bias, adapter_dtype = admit(
-            x, weight, lora_A, lora_B, bias, scaling=1.0, dropout_p=dropout_p, backend=backend
+            x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, backend=backend
         )
+    if dora_gain:
+        check_magnitude(magnitude, weight, param_dtype)
+    scale = scaling if isinstance(scaling, Tensor) else None
     now = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
     copies = [
         f"{name}, cast to {tensor.dtype} by autocast"
         for name, tensor in now.items()
         if tensor is not None and tensor is not given[name]
     ]
-    if stock:
+    if dora_gain and training and dropout_p > 0.0:
         copies.append("W + scaling · B A, x under the mask, and the result of each operation")
         chosen = "reference" if backend in ("auto", "reference") else "none"
         reasons = {b.name: dora.WITH_DROPOUT for b in backends.BACKENDS if b.name != "reference"}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import __version__, dropout, node, ops
-from .arguments import cast, check, check_scaling
+from .arguments import cast, check, check_scaling, check_types
 from .backends import without_autocast
 from .plans import Given, Plan, find
 from .recomputation import is_under_way
@@ -45,7 +45,8 @@ def lora_linear(
         Under autocast x and weight are cast to its dtype, as by nn.Linear, and the adapter's products run in it.
 
     Raises:
-        TypeError: dtypes that do not go together, or a scaling that requires a gradient.
+        TypeError: arguments of other types than these, dtypes that do not go together, an x that is nested or sparse,
+            or a scaling that requires a gradient.
         ValueError: shapes or devices that do not go together, dropout_p or backend out of range.
         RuntimeError: a backend asked for by name that does not take the call; torch.func transforms, forward-mode
             AD or torch.jit.trace; and, out of backward, a second differentiation.
@@ -53,40 +54,45 @@ def lora_linear(
     The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling:  # the compiler would guard on the node that it reads
-        refuse_transforms()
-        if node.run is not None:
-            rate = dropout_p if training or not 0.0 <= dropout_p < 1.0 else 0.0  # Python refuses what is out of range
-            taken = node.run(x, weight, lora_A, lora_B, bias, rate, backend, scaling)
-            if taken is not None:
-                return taken
-    autocast = None
-    if torch._C._is_any_autocast_enabled():
-        x, weight, lora_A, lora_B, bias, autocast = cast(x, weight, lora_A, lora_B, bias)
-    scale = mask = None
-    if isinstance(scaling, Tensor):
-        check_scaling(scaling, x)
-        scale, scaling = scaling, 1.0
-    drops = training and dropout_p > 0.0
-    if compiling:
-        adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
+    try:
+        if not compiling:  # the compiler would guard on the node that it reads
+            refuse_transforms()
+            if node.run is not None:
+                # what is out of range Python refuses
+                rate = dropout_p if training or not 0.0 <= dropout_p < 1.0 else 0.0
+                taken = node.run(x, weight, lora_A, lora_B, bias, rate, backend, scaling)
+                if taken is not None:
+                    return taken
+        autocast = None
+        if torch._C._is_any_autocast_enabled():
+            x, weight, lora_A, lora_B, bias, autocast = cast(x, weight, lora_A, lora_B, bias)
+        scale = mask = None
+        if isinstance(scaling, Tensor):
+            check_scaling(scaling, x)
+            scale, scaling = scaling, 1.0
+        drops = training and dropout_p > 0.0
+        if compiling:
+            adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
+            if drops:
+                mask = dropout.draw(x, dropout_p, backend)
+            return torch.ops.fusedlora.linear.default(
+                x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend, __version__
+            )
+        plan = find(x, weight, lora_A, lora_B, bias, scale, dropout_p, drops, autocast, backend)
         if drops:
             mask = dropout.draw(x, dropout_p, backend)
-        return torch.ops.fusedlora.linear.default(
-            x, weight, lora_A, lora_B, bias, mask, scale, scaling, dropout_p, adapter_dtype, backend, __version__
-        )
-    plan = find(x, weight, lora_A, lora_B, bias, scale, dropout_p, drops, autocast, backend)
-    if drops:
-        mask = dropout.draw(x, dropout_p, backend)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_A.requires_grad
-        or lora_B.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
-        return differentiable((x, weight, lora_A, lora_B, bias, mask, scale), scaling, plan)
-    return plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, False)[0]
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or lora_A.requires_grad
+            or lora_B.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
+            return differentiable((x, weight, lora_A, lora_B, bias, mask, scale), scaling, plan)
+        return plan.forward((x, weight, lora_A, lora_B, bias, mask, scale), scaling, False)[0]
+    except Exception:
+        check_types({"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}, bias, scaling, dropout_p, backend)
+        raise
 
 
 def differentiable(given: Given, scaling: float, plan: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""FusedLoRALinear's options: which values are taken, and the dtype of its adapter."""
+"""FusedLoRALinear's options: which values are taken, and the dtype of its adapter. The rules for single numbers."""
 
 import math
 from numbers import Real
@@ -6,6 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+SCALING = "a number or a floating point tensor of 0-d"
+
+
+def check_number(name: str, value: Any, rule: str = "a number") -> None:
+    """Raises TypeError unless `value` is a real number; `rule` says what it must be."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, must be {rule}")
+
+
+def or_float32(owner: str, dtype: torch.dtype) -> str:
+    """The dtypes that a parameter of the adapter may have, in words: `owner`'s and float32, each once."""
+    return f"{owner}'s {dtype}" + ("" if dtype is torch.float32 else " or torch.float32")
 
 
 def check_size(name: str, value: Any) -> None:
@@ -18,21 +31,16 @@ def check_size(name: str, value: Any) -> None:
 
 def check_finite(name: str, value: Any) -> None:
     """Raises TypeError and ValueError unless `value` is a finite number."""
-    _check_number(name, value)
+    check_number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}, must be finite")
 
 
 def check_rate(name: str, value: Any) -> None:
     """Raises TypeError and ValueError unless `value` is a number in [0, 1)."""
-    _check_number(name, value)
+    check_number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} is {value}, must be in [0, 1)")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, must be a number")
 
 
 def check_options(
@@ -60,12 +68,15 @@ def check_options(
     if adapter_dtype is None:
         return torch.promote_types(weight.dtype, torch.float32)
     if adapter_dtype not in (weight.dtype, torch.float32):
-        or_fp32 = "" if weight.dtype is torch.float32 else " or torch.float32"
-        raise TypeError(f"adapter_dtype is {adapter_dtype}, must be the weight's {weight.dtype}{or_fp32}")
+        raise TypeError(f"adapter_dtype is {adapter_dtype}, must be {or_float32('the weight', weight.dtype)}")
     return adapter_dtype
 
 
 def with_lora_bias(bias: Tensor | None, lora_bias: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     """bias + scaling · lora_bias [out_features] in float32, or in `dtype`, the weight's, where that is wider."""
-    added = lora_bias.to(torch.promote_types(dtype, torch.float32)) * scaling
+    try:
+        added = lora_bias.to(torch.promote_types(dtype, torch.float32)) * scaling
+    except TypeError:
+        check_number("scaling", scaling, SCALING)
+        raise
     return added if bias is None else bias + added

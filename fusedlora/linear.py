@@ -201,13 +201,15 @@ class FusedLoRALinear(Mergeable):
         """Whether forward adds the adapter's product, rather than running the linear alone."""
         return self.adapters_enabled and not self.merged
 
+    def require_consistent(self) -> None:
+        """Raises RuntimeError where the adapter is switched off and in the weight all the same."""
+        if self.merged and not self.adapters_enabled:
+            raise RuntimeError("adapters_enabled is False, but the adapter is merged into the weight: unmerge() first")
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], as lora_linear; the linear alone where merged."""
         if self.merged or not self.adapters_enabled:
-            if self.merged and not self.adapters_enabled:
-                raise RuntimeError(
-                    "adapters_enabled is False, but the adapter is merged into the weight: unmerge() first"
-                )
+            self.require_consistent()
             return F.linear(x, self.weight, self.bias)
         own: Any = self._parameters
         bias: Tensor | None

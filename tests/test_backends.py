@@ -327,3 +327,32 @@ def test_explain_a_layer_whose_adapter_is_not_in_use() -> None:
     layer.merge()
     told = fusedlora.explain(torch.ones(1, 16), layer)
     assert told.backend == "plain linear" and told.why_not["triton"] == "the adapter is merged into the weight"
+
+
+@pytest.mark.parametrize(
+    "options, attributes, error, message",
+    [
+        ({"use_dora": True}, {"lora_magnitude_vector": "float64"}, TypeError, "magnitude has dtype torch.float64"),
+        ({}, {"scaling": torch.ones(2)}, TypeError, r"scaling is a tensor with shape \(2,\)"),
+        (
+            {},
+            {"merged": True, "adapters_enabled": False},
+            RuntimeError,
+            "adapters_enabled is False, but the adapter is",
+        ),
+    ],
+    ids=["magnitude", "scaling", "merged and off"],
+)
+def test_explain_raises_what_the_call_raises(options, attributes, error, message: str) -> None:
+    layer = fusedlora.FusedLoRALinear(16, 24, **options)
+    for name, value in attributes.items():
+        setattr(layer, name, torch.nn.Parameter(torch.ones(24).double()) if value == "float64" else value)
+    for call in (layer, lambda x: fusedlora.explain(x, layer)):
+        with pytest.raises(error, match=message):
+            call(torch.ones(1, 16))
+
+
+@pytest.mark.parametrize("given", [{"dropout_p": 7.0, "backend": "zz"}, {"training": True}, {"bias": torch.ones(24)}])
+def test_explain_takes_no_argument_that_a_layer_brings(given) -> None:
+    with pytest.raises(TypeError, match=f"{', '.join(given)} given beside a FusedLoRALinear, which brings its own"):
+        fusedlora.explain(torch.ones(1, 16), fusedlora.FusedLoRALinear(16, 24), **given)

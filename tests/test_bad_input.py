@@ -3,14 +3,23 @@
 import dataclasses
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad, functional
 
 import fusedlora
+from fusedlora import plans
+from fusedlora.dora import dora_linear
 from fusedlora.testing import make_inputs
 
 GOOD = make_inputs(4, 16, 24, 4)
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        return torch.nested.nested_tensor([torch.ones(2, 16), torch.ones(3, 16)], layout=layout)
 
 
 def call(device, settings=None, **changed):
@@ -77,6 +86,88 @@ def test_tensors(changed, error, message: str, device) -> None:
 def test_settings(settings, error, message: str, device) -> None:
     with pytest.raises(error, match=message):
         call(device, settings)
+
+
+NUMBER = "must be a number"
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"x": None}, TypeError, "x is None, must be a tensor"),
+        ({"x": [1.0]}, TypeError, "x is a list, must be a tensor"),
+        ({"x": np.ones((4, 16))}, TypeError, "x is a ndarray, must be a tensor"),
+        ({"weight": None}, TypeError, "weight is None, must be a tensor"),
+        ({"lora_A": None}, TypeError, "lora_A is None, must be a tensor"),
+        ({"lora_B": 3}, TypeError, "lora_B is a int, must be a tensor"),
+        ({"bias": True}, TypeError, "bias is True, must be a tensor or None"),
+        ({"scaling": "2"}, TypeError, f"scaling is '2', {NUMBER} or a floating point tensor of 0-d"),
+        ({"scaling": None}, TypeError, f"scaling is None, {NUMBER}"),
+        ({"scaling": [2.0]}, TypeError, rf"scaling is \[2.0\], {NUMBER}"),
+        ({"scaling": 1 + 2j}, TypeError, rf"scaling is \(1\+2j\), {NUMBER}"),
+        ({"dropout_p": None}, TypeError, f"dropout_p is None, {NUMBER}"),
+        ({"dropout_p": "0.1", "training": False}, TypeError, f"dropout_p is '0.1', {NUMBER}"),
+        ({"dropout_p": torch.tensor(0.1)}, TypeError, rf"dropout_p is tensor\(0.1000\), {NUMBER}"),
+        ({"backend": ["auto"]}, ValueError, r"backend is \['auto'\], must be one of auto"),
+        (
+            {"x": torch.ones(4, 16).to_sparse()},
+            TypeError,
+            r"x is sparse \(layout torch.sparse_coo\), must be one dense",
+        ),
+        ({"x": nested(torch.jagged)}, TypeError, r"x is nested \(layout torch.jagged\), must be one dense tensor"),
+        ({"x": nested(torch.strided)}, TypeError, r"x is nested \(layout torch.strided\), must be one dense tensor"),
+        ({"x": torch.ones(4, 16).to(torch.float8_e4m3fn)}, TypeError, "x has dtype torch.float8_e4m3fn, must be float"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_of_another_type(changed, error, message: str, monkeypatch) -> None:
+    """And no plan is kept for it; a scaling is in none."""
+    monkeypatch.setattr(plans, "_plans", {})
+    i = GOOD
+    given = {"x": i.x, "weight": i.weight, "lora_A": i.lora_A, "lora_B": i.lora_B, "bias": i.bias, "scaling": 1.0}
+    with pytest.raises(error, match=message):
+        fusedlora.lora_linear(**given | changed)
+    magnitude = torch.ones(24)
+    with pytest.raises(error, match=message):
+        dora_linear(**given | {"magnitude": magnitude} | changed)
+    assert len(plans._plans) == ("scaling" in changed)
+
+
+@pytest.mark.parametrize("option", [{}, {"lora_bias": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "attribute, value, error, message",
+    [
+        ("scaling", "2", TypeError, f"scaling is '2', {NUMBER}"),
+        ("scaling", None, TypeError, f"scaling is None, {NUMBER}"),
+        ("lora_dropout", "a", TypeError, f"dropout_p is 'a', {NUMBER}"),
+        ("lora_dropout", 1.0, ValueError, r"dropout_p is 1.0, must be in \[0, 1\) \(in a layer it is lora_dropout\)"),
+    ],
+)
+def test_what_is_set_on_a_layer(option, attribute: str, value, error, message: str) -> None:
+    """By its call, and by explain, which answers for the call."""
+    layer = fusedlora.FusedLoRALinear(16, 24, **option)
+    setattr(layer, attribute, value)
+    with pytest.raises(error, match=message):
+        layer(GOOD.x)
+    with pytest.raises(error, match=message):
+        fusedlora.explain(GOOD.x, layer)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"x": torch.ones(4, 16).double()}, "x has torch.float64: they must be equal under autocast too, which leaves"),
+        ({"weight": torch.ones(24, 16).double()}, "has dtype torch.float64.* equal under autocast too, which leaves"),
+    ],
+)
+def test_float64_under_autocast(changed, message: str, device) -> None:
+    with torch.autocast(device.type, torch.bfloat16), pytest.raises(TypeError, match=message):
+        call(device, **changed)
+
+
+def test_a_dtype_is_named_once(device) -> None:
+    with pytest.raises(TypeError, match=r"must be x's torch\.float32$"):
+        call(device, lora_A=torch.ones(4, 16).half())
 
 
 def test_nothing_is_refused_by_accident(device) -> None:

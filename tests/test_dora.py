@@ -327,13 +327,14 @@ def test_no_grad_is_the_same(device) -> None:
 @pytest.mark.parametrize(
     "change, error, message",
     [
+        ({"magnitude": None}, TypeError, "magnitude is None, must be a tensor"),
         ({"magnitude": torch.ones(23)}, ValueError, r"magnitude has shape \(23,\), must be \(24,\)"),
         ({"magnitude": torch.ones(24, 1)}, ValueError, r"magnitude has shape \(24, 1\)"),
         ({"magnitude": torch.ones(24, dtype=BF16)}, TypeError, "magnitude has dtype torch.bfloat16, must be lora_A's"),
         ({"magnitude": torch.ones(24, device="meta")}, ValueError, "magnitude is on meta, x is on"),
         ({"x": torch.ones(3, 15)}, ValueError, "weight has in_features 16, x has 15"),
     ],
-    ids=["shape", "dims", "dtype", "device", "x"],
+    ids=["none", "shape", "dims", "dtype", "device", "x"],
 )
 def test_bad_input(change, error, message: str) -> None:
     given = make(3, 16, 24, 3, FP32) | change
