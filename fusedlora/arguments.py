@@ -21,18 +21,23 @@ def admit(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype]:
     """The tensors as the ops take them, autocast applied and checked, and the dtype of the adapter's products."""
-    check_types({"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}, bias, scaling, dropout_p, backend)
-    x, weight, lora_A, lora_B, bias, autocast = cast(x, weight, lora_A, lora_B, bias)
-    adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
+    try:
+        x, weight, lora_A, lora_B, bias, autocast = cast(x, weight, lora_A, lora_B, bias)
+        adapter_dtype = check(x, weight, lora_A, lora_B, bias, autocast, dropout_p, backend)
+    except Exception:
+        check_types({"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}, bias, scaling, dropout_p, backend)
+        raise
     if isinstance(scaling, Tensor):
         check_scaling(scaling, x)
+    else:
+        check_number("scaling", scaling, SCALING)
     return x, weight, lora_A, lora_B, bias, adapter_dtype
 
 
 def check_types(tensors: dict[str, Any], bias: Any, scaling: Any, dropout_p: Any, backend: Any) -> None:
     """Raises TypeError where one of `tensors`, by name, is no tensor, or another argument is not of its type.
 
-    lora_linear asks only after a call has failed: what is of a wrong type does fail, and a planned call has no time.
+    Asked only after a call has failed, as with a wrong type it does: a call that has been planned has no time for it.
     """
     for name, value in (*tensors.items(), ("bias", bias)):
         if not isinstance(value, Tensor) and not (value is None and name == "bias"):
