@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import autocast_dtype
 from ..functional import lora_linear
+from ..wrappers import require_module
 from .rule import dropout_rate, hooked, is_one_of, name_of, tensors_reason, x_reason
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -38,6 +39,7 @@ class Swap:
         self.calls: Counter[str] = Counter()
 
     def fuse(self, model: _Model) -> _Model:
+        require_module(model)
         classes = (self.stock, self.fused)
         layers = [module for module in model.modules() if type(module) in classes]
         if not layers:

@@ -27,6 +27,7 @@ from ..dora import dora_linear
 from ..functional import lora_linear
 from ..layer_options import with_lora_bias
 from ..quantised import QuantisedWeight, quantised_lora_linear
+from ..wrappers import require_module
 from .peft_kinds import CLASSES, DISPATCHERS, KINDS, Kind, add_kind, load_kinds, require_stock_forwards
 from .peft_kinds import disable as disable
 from .peft_kinds import enable as enable
@@ -97,9 +98,10 @@ def fuse(model: _Model) -> _Model:
     Only their class changes. Other LoRA layers stay as they are, and `report` names them. To be called before
     fully_shard and before hooks that replace a layer's forward, as accelerate's do.
 
-    Returns `model`. Raises ValueError where it has no such layer, RuntimeError where another library has replaced
-    PEFT's forward.
+    Returns `model`. Raises TypeError where it is no nn.Module, ValueError where it has no such layer, RuntimeError
+    where another library has replaced PEFT's forward.
     """
+    require_module(model)
     load_kinds()
     require_stock_forwards()
     layers = [module for module in model.modules() if type(module) in CLASSES]
@@ -130,9 +132,11 @@ def register(config: LoraConfig) -> LoraConfig:
     """Has PEFT make fused layers from `config`, over plain nn.Linear and over the quantised bases that `fuse` knows.
 
     All others (Conv1D, subclasses) go to PEFT's own dispatchers or to other custom modules of the config.
-    Nothing of this is saved with the config. Returns `config`. Raises ValueError where it has a custom module for
-    nn.Linear already, RuntimeError where another library has replaced PEFT's forward.
+    Nothing of this is saved with the config. Returns `config`. Raises TypeError where it is no LoraConfig, ValueError
+    where it has a custom module for nn.Linear already, RuntimeError where another library has replaced PEFT's forward.
     """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config is a {type(config).__name__}, must be a peft.LoraConfig")
     load_kinds()
     require_stock_forwards()
     modules: dict[Any, Any] = {} if config._custom_modules is None else config._custom_modules
@@ -199,6 +203,8 @@ def why_not(layer: nn.Module, x: Tensor | None = None, *args: Any, **kwargs: Any
 def report(model: nn.Module) -> Report:
     """Every LoRA layer of `model`, fused or stock and why, and the share of their FLOPs that is fused; print it.
 
-    A layer that has been called tells of its last call, as dtypes and autocast were then.
+    A layer that has been called tells of its last call, as dtypes and autocast were then; compiled calls leave no
+    trace. Raises TypeError where `model` is no nn.Module.
     """
+    require_module(model)
     return make_report(model, why_not, _LAST)

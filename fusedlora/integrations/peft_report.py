@@ -7,6 +7,8 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from ..linear import FusedLoRALinear
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -32,6 +34,7 @@ class Report:
     """`report(model)`; str() gives it layer by layer."""
 
     layers: tuple[LayerReport, ...]
+    note: str | None = None  # where adapters are that are not PEFT's
 
     def share(self, backend: str | None = None) -> float:
         """The fused share of the layers' FLOPs, in [0, 1]; of one backend, that of layers whose last call it took."""
@@ -54,6 +57,8 @@ class Report:
             )
             sizes = f"{layer.in_features}→{layer.out_features}"
             lines.append(f"  {layer.name:{width}}  {layer.kind}  {sizes}  r={layer.r}  {state}")
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
 
 
@@ -79,4 +84,6 @@ def make_report(model: nn.Module, why_not: Callable[[Any], str | None], last: st
                 backend=latest if isinstance(latest, str) else None,
             )
         )
-    return Report(tuple(layers))
+    ours = any(isinstance(module, FusedLoRALinear) for module in model.modules())
+    note = "it has layers of apply_lora: fusedlora.report(model) lists them" if ours else None
+    return Report(tuple(layers), note)

@@ -87,7 +87,9 @@ def x_reason(x: Any, weight: Tensor | QuantisedWeight, param_dtype: torch.dtype,
     if type(x) is not Tensor and type(x) is not Parameter:
         return f"x is a {name_of(type(x))}"
     if x.layout is not strided or x.dim() == 0 or x.shape[-1] != K:
-        return f"x has layout {x.layout} or does not end in in_features {K}"
+        if x.layout is not strided:
+            return f"x has layout {x.layout}"
+        return f"x has shape {tuple(x.shape)}, which does not end in in_features {K}"
     if x.device != device:
         return f"x is on {x.device}, the weight on {device}"
     dtype = x.dtype

@@ -20,6 +20,7 @@ _spec = importlib.util.spec_from_file_location("peft_sides", Path(__file__).with
 assert _spec is not None and _spec.loader is not None
 sides = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
 _spec.loader.exec_module(sides)
+import fusedlora  # noqa: E402
 from fusedlora.integrations import peft_kinds  # noqa: E402
 
 backend = sides.backend
@@ -490,6 +491,20 @@ def test_accelerate_hooks(model: Any, x: torch.Tensor) -> None:
     assert fused_in(lambda: stock(x)) == 1
 
 
+def test_what_the_doors_do_not_take() -> None:
+    for door in (backend.fuse, backend.report):
+        with pytest.raises(TypeError, match=r"model is None, must be a torch\.nn\.Module"):
+            door(None)
+    with pytest.raises(TypeError, match=r"config is a IA3Config, must be a peft\.LoraConfig"):
+        backend.register(peft.IA3Config())
+
+
+def test_each_fault_of_x_has_its_reason(model: Any, x: torch.Tensor) -> None:
+    backend.fuse(model)
+    assert backend.why_not(up(model), x[..., :3]).endswith(f"which does not end in in_features {x.shape[-1]}")
+    assert backend.why_not(up(model), x.to_sparse()) == "x has layout torch.sparse_coo"
+
+
 def test_not_a_lora_layer(model: Any) -> None:
     assert "no LoRA layer" in backend.why_not(up(model).base_layer)
     assert "neither fuse(model), register(config) nor enable()" in backend.why_not(up(model))
@@ -519,6 +534,12 @@ class TestReport:
         assert (layer.r, layer.flops) == (8, 2 * (sides.K * sides.N + 8 * (sides.K + sides.N)))
         model.base_model.set_adapter([])
         assert backend.report(model).layers[0].r == 0
+
+    def test_each_report_names_the_other(self, model: Any) -> None:
+        assert "fusedlora.integrations.peft.report(model)" in str(fusedlora.report(model))
+        ours = fusedlora.apply_lora(sides.Net(), ["up"])
+        assert str(backend.report(ours)).endswith("it has layers of apply_lora: fusedlora.report(model) lists them")
+        assert fusedlora.report(ours).note is backend.report(model).note is None
 
     def test_a_model_without_layers(self) -> None:
         report = backend.report(sides.Net())

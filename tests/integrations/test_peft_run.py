@@ -23,7 +23,7 @@ model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules
 model(torch.randn(2, 8))
 print("ran", *sys.argv[1:])
 """
-TOLD = "fusedlora: 1 calls of PEFT's LoRA layers fused, 0 stock"
+TOLD = "fusedlora: 1 call of PEFT's LoRA layers fused, 0 stock"
 
 NO_FUSEDLORA = """
 import os, sys
@@ -86,7 +86,23 @@ def test_stock_calls_are_told(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
     path.write_text(SCRIPT + "model.merge_adapter()\nmodel(torch.randn(2, 8))\n")
     done = call("--", sys.executable, str(path))
-    assert "1 calls of PEFT's LoRA layers fused, 1 stock\nfusedlora:   1 stock: the adapter is merged" in done.stderr
+    assert "1 call of PEFT's LoRA layers fused, 1 stock\nfusedlora:   1 stock: the adapter is merged" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "eager, told",
+    [
+        ("", "fusedlora: no eager call of PEFT's LoRA layers; calls that torch.compile has compiled are not counted"),
+        ("model(x); model(x); ", "2 calls of PEFT's LoRA layers fused, 0 stock; calls that torch.compile has compiled"),
+    ],
+    ids=["none", "two"],
+)
+def test_compiled_calls_are_not_taken_for_none(eager: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    call_it = f"x = torch.randn(2, 8); {eager}torch.compile(model, backend='eager')(x)"
+    path.write_text(SCRIPT.replace("model(torch.randn(2, 8))", call_it))
+    done = call("--", sys.executable, str(path))
+    assert done.returncode == 0 and told in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -100,6 +116,17 @@ def test_no_command_and_an_unknown_one() -> None:
     assert "no command given" in call().stderr
     done = call("--", "no-such-command")
     assert done.returncode == 127 and "no-such-command is not found" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file modes")
+def test_a_file_that_cannot_be_run(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    for mode, reason in ((0o644, "permission denied"), (0o755, "Exec format error")):
+        path.chmod(mode)
+        done = call("--", str(path))
+        assert done.returncode == 126 and done.stderr.endswith(f"{path} cannot be run: {reason}\n"), done.stderr
+    assert call("--", str(tmp_path)).stderr.endswith("cannot be run: it is a folder\n")
 
 
 def test_another_sitecustomize_runs_too(tmp_path: Path) -> None:
