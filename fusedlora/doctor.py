@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import __version__, cuda_build
+from . import __version__, command_line, cuda_build
 from .cache import cache_dir
 
 # Python's -m target and arguments are added by the caller; a test puts a hanging program here.
@@ -208,8 +208,12 @@ def _check(device: str, about: dict[str, Any], limit_s: float) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="check only this device, such as cpu or cuda:1 (default: each kind of GPU)")
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds a child may take (default %(default)g)")
+    parser.add_argument(
+        "--device", type=command_line.device, help="check only this one, as cpu or cuda:1 (default: each kind of GPU)"
+    )
+    parser.add_argument(
+        "--limit", type=command_line.positive, default=180.0, help="seconds a child may take (default %(default)g)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -234,7 +238,11 @@ def run(args: argparse.Namespace) -> int:
 
     chosen: dict[str, dict[str, Any]] = {}
     if args.device:
-        chosen[args.device] = gpus.get(args.device, {"name": args.device})
+        device = "cuda:0" if args.device == "cuda" else args.device
+        if device.startswith("cuda") and device not in gpus:
+            _say("FAILED", f"there is no {device}; GPUs: {', '.join(gpus) or facts['no_gpu']}")
+            return 1
+        chosen[device] = gpus.get(device, {"name": device})
     else:
         kinds = {tuple(gpu["capability"]): device for device, gpu in reversed(gpus.items())}
         chosen = {device: gpus[device] for device in sorted(kinds.values())} or {"cpu": {"name": facts["cpu"]}}

@@ -55,7 +55,8 @@ def facts() -> None:
                 "gib": p.total_memory / 2**30,
             }
     no_gpu = "none that this torch can use" if cuda or hip else "none: this torch is a CPU build"
-    tell(gpus=gpus, no_gpu=no_gpu, cpu=f"{torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    tell(gpus=gpus, no_gpu=no_gpu, cpu=f"{threads} thread{'s' * (threads != 1)}")
 
 
 def inputs(device: torch.device, dtype: torch.dtype, M: int, K: int, N: int, seed: int, r: int = RANK) -> Inputs:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import tuning
+from . import command_line, tuning
+from .command_line import integer, integers
 from .config import Problem
 from .cuda_config import AnyConfig
 from .tuning_candidates import STEPS, variants
@@ -131,21 +132,22 @@ def shapes_of(path: Path, rows: Sequence[int], ranks: Sequence[int], settings: d
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def numbers(text: str) -> list[int]:
-        return [int(word) for word in text.split(",")]
-
     parser.add_argument("--shapes", type=Path, help="a model's config.json, or a JSON list of shapes")
-    parser.add_argument("--rows", type=numbers, default=[8192], help="M, tokens of a call: one or more (%(default)s)")
-    parser.add_argument("--in-features", type=int, default=4096, help="without --shapes (%(default)s)")
-    parser.add_argument("--out-features", type=int, default=4096, help="without --shapes (%(default)s)")
-    parser.add_argument("--r", type=numbers, default=[16], help="one or more (%(default)s)")
+    parser.add_argument(
+        "--rows", type=integers, default="8192", help="M, tokens of a call; several with commas between (%(default)s)"
+    )
+    parser.add_argument("--in-features", type=integer(1), default=4096, help="without --shapes (%(default)s)")
+    parser.add_argument("--out-features", type=integer(1), default=4096, help="without --shapes (%(default)s)")
+    parser.add_argument("--r", type=integers, default="16", help="rank; several with commas between (%(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of x and the weight")
     parser.add_argument(
         "--adapter-dtype", choices=("same", "fp32"), default="same", help="fp32: kept at fp32 precision, no autocast"
     )
     parser.add_argument("--dropout", type=float, default=0.0, help="its rate (%(default)g)")
-    parser.add_argument("--device", default="cuda", help="(%(default)s)")
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--device", type=command_line.device, default="cuda", help="(%(default)s)")
+    parser.add_argument(
+        "--jobs", type=integer(1), default=min(8, os.cpu_count() or 1), help="processes that compile (%(default)s)"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run measured")
 
 
@@ -156,8 +158,9 @@ def run(args: argparse.Namespace) -> int:
     from .tune_check import Shape
 
     device = torch.device(args.device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        print(f"tune: needs a GPU that torch can use, the device is {device}", file=sys.stderr)
+    reason = command_line.missing_gpu(args.device) if device.type == "cuda" else f"the device is {device}"
+    if reason is not None:
+        print(f"tune: needs a GPU that torch can use; {reason}", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     settings = {"dtype": args.dtype, "adapter": args.dtype if args.adapter_dtype == "same" else "fp32"}

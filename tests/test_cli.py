@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedlora import __main__ as cli
-from fusedlora import __version__, doctor, doctor_check
+from fusedlora import __version__, command_line, doctor, doctor_check
 from fusedlora.config import Problem, decode_config, forward_config
 
 
@@ -61,6 +61,50 @@ class TestCommandLine:
         assert stop.value.code == 0
         assert {"run": "-- COMMAND", "build": "Hopper"}.get(command, "--device") in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        "arguments, said",
+        [
+            ("doctor --limit 0", "argument --limit: '0' is not a number above 0"),
+            ("doctor --limit -1", "argument --limit: '-1' is not a number above 0"),
+            ("doctor --limit nan", "argument --limit: 'nan' is not a number above 0"),
+            ("doctor --device foo", "argument --device: 'foo' is not a device such as cpu, cuda or cuda:1"),
+            ("tune --device foo", "argument --device: 'foo' is not a device"),
+            ("tune --rows 1,x", "argument --rows: '1,x' is not one or more whole numbers of at least 1"),
+            ("tune --r 0", "argument --r: '0' is not one or more whole numbers of at least 1"),
+            ("tune --jobs 0", "argument --jobs: '0' is not a whole number of at least 1"),
+            ("demo --device cuda:x", "argument --device: 'cuda:x' is not a device"),
+            ("demo --batch-size 0", "argument --batch-size: '0' is not a whole number of at least 1"),
+            ("demo --packages 1", "argument --packages: '1' is not a whole number of at least 2"),
+            ("demo --per-package 1", "argument --per-package: '1' is not a whole number of at least 2"),
+            ("demo --max-length 513", "argument --max-length: '513' is not a whole number from 3 to 512"),
+            ("demo --lr inf", "argument --lr: 'inf' is not a number above 0"),
+            ("demo --epochs 0", "argument --epochs: '0' is not a number above 0"),
+            ("demo --steps 0", "argument --steps: '0' is not a whole number of at least 1"),
+            ("demo --seed -1", "argument --seed: '-1' is not a whole number from 0"),
+        ],
+    )
+    def test_a_misfit_is_one_line(self, arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments.split())
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        "count, built_for, reason",
+        [
+            (0, None, "there is no cuda:1: this torch is a CPU build"),
+            (0, "13.0", "there is no cuda:1: this torch can use no GPUs"),
+            (1, "13.0", "there is no cuda:1: this torch can use 1 GPU"),
+            (2, "13.0", None),
+        ],
+    )
+    def test_a_gpu_that_is_not_there(self, count: int, built_for, reason, monkeypatch) -> None:
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        assert command_line.missing_gpu("cuda:1") == reason and command_line.missing_gpu("cpu") is None
+
     def test_asking_for_help_imports_no_torch(self) -> None:
         code = (
             "import sys; from fusedlora.__main__ import main\n"
@@ -86,6 +130,23 @@ class TestDoctor:
         assert fields["not"].startswith("triton: ")
         assert fields["check"].endswith("right")
         assert "frozen linear" in fields["timing"] and "fusedlora" in fields["timing"]
+
+    @pytest.mark.parametrize("facts, said", [({}, "GPUs: none"), (ONE_GPU, "GPUs: cuda:0")], ids=["none", "one"])
+    def test_a_device_that_is_not_there(self, facts: dict, said: str, monkeypatch, capsys) -> None:
+        child(monkeypatch, facts=facts, check="raise AssertionError")
+        assert cli.main(["doctor", "--device", "cuda:1"]) == 1
+        assert capsys.readouterr().out.endswith(f"there is no cuda:1; {said}\n")
+
+    def test_cuda_is_its_first_device(self, monkeypatch, capsys) -> None:
+        child(monkeypatch, facts=ONE_GPU, check=GOOD)
+        assert cli.main(["doctor", "--device", "cuda"]) == 0
+        assert "cuda:0: Some GPU" in capsys.readouterr().out and doctor.doctor_passed((12, 1))
+
+    def test_threads_are_counted_in_words(self, monkeypatch, capsys) -> None:
+        for count, said in ((1, "1 thread"), (3, "3 threads")):
+            monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+            doctor_check.facts()
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["cpu"] == said
 
     def test_hang_is_reported_with_its_stage(self, monkeypatch, capsys) -> None:
         child(monkeypatch, check='print(json.dumps({"stage": "launching"}), flush=True); time.sleep(600)')

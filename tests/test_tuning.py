@@ -476,6 +476,14 @@ class TestCommand:
     def test_needs_a_gpu(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["tune", "--device", "cpu"]) == 1
         assert "needs a GPU" in capsys.readouterr().err
+        assert cli.main(["tune", "--device", "cuda:99"]) == 1
+        assert "needs a GPU that torch can use; there is no cuda:99" in capsys.readouterr().err
+
+    def test_lists_are_said_to_have_commas(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            cli.main(["tune", "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "several with commas between (8192)" in said and "several with commas between (16)" in said
 
     def test_shapes_of_a_models_config(self, tmp_path: Path) -> None:
         path = tmp_path / "config.json"
