@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedlora.linear import FusedLoRALinear
-from fusedlora.wrappers import named_modules, unwrapped
+from fusedlora.wrappers import clean, named_modules, unwrapped
 
 _RECORD = "_fusedlora"
 
@@ -36,8 +36,8 @@ def records(modules: Mapping[str, nn.Module]) -> dict[str, Applied]:
 
 
 def below(name: str, child: str) -> str:
-    """The full name of `child` of the module called `name`, which is empty for the model itself."""
-    return f"{name}.{child}" if name else child
+    """The full, clean name of `child` of the module called `name`, which is empty for the model itself."""
+    return clean(f"{name}.{child}" if name else child)
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def test_report_names_layers_skipped_and_backends() -> None:
     assert f"{found.trainable_params:,} of {found.total_params:,}" in text
 
 
-def test_report_sees_past_wrappers_and_into_parts() -> None:
+def test_wrappers_and_parts_are_seen_through(tmp_path: Path) -> None:
     whole = nn.Sequential(zoo.adapted(zoo.vit(), modules_to_save=["classifier"]), nn.Linear(3, 3))
     found = report(whole)
     assert found.saved == ("0.classifier",) and "0.classifier" in found.skipped
@@ -281,6 +281,11 @@ def test_report_sees_past_wrappers_and_into_parts() -> None:
     compiled = torch.compile(zoo.vit())
     assert zoo.adapted(compiled, modules_to_save=["classifier"]) is compiled
     assert report(compiled).saved == ("classifier",) and len(lora_parameters(compiled)) == 24
+    inside = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))))
+    zoo.adapted(inside, "all-linear", modules_to_save=["1"])
+    assert report(inside).saved == ("0.1",)
+    save_adapter(inside, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["0.1"]
 
 
 def test_report_tells_the_state_of_each_layer() -> None:
