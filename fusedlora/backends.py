@@ -146,7 +146,8 @@ _WAITING_HAS_RUN = ((9, 0),)
 
 
 @cache
-def _one_launch(device: torch.device) -> bool:
+def takes_one_launch(device: torch.device) -> bool:
+    """Whether a call's phases go into one launch there, whose programs wait for one another."""
     if device.type != "cuda":
         return True
     capability = _capability(device)
@@ -362,7 +363,7 @@ def _triton_forward(
         dropout_p=dropout_p,
         adapter_dtype=adapter_dtype,
         save_s=save_s,
-        one_launch=_one_launch(x.device),
+        one_launch=takes_one_launch(x.device),
     )
 
 
@@ -400,7 +401,7 @@ def _triton_backward(
         need_dx=need_dx,
         need_dA=need_dA,
         need_dB=need_dB,
-        one_launch=_one_launch(dy.device),
+        one_launch=takes_one_launch(dy.device),
     )
 
 
@@ -408,8 +409,8 @@ def _triton_launchers(device: torch.device) -> tuple[Callable[..., Any], Callabl
     from fusedlora.kernels.backward import backward_plan
     from fusedlora.kernels.forward import forward_plan
 
-    one_launch = _one_launch(device)
-    return partial(forward_plan, one_launch=one_launch), partial(backward_plan, one_launch=one_launch)
+    settings = {"one_launch": takes_one_launch(device)}
+    return partial(forward_plan, **settings), partial(backward_plan, **settings)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -136,7 +136,7 @@ def _backward(
             written = magnitude_dtype if magnitude_dtype is dy.dtype else torch.float32
             *grads, dm = dora.dora_backward(*given, cuda.lora_backward, magnitude_dtype=written, **shared)
             return *grads, dm.to(magnitude_dtype)
-        shared |= {"scale": scale, "one_launch": backends._one_launch(dy.device)}
+        shared |= {"scale": scale, "one_launch": backends.takes_one_launch(dy.device)}
         return dora.dora_backward(*given, backward.lora_backward, magnitude_dtype=magnitude_dtype, **shared)
     settings = (scale, scaling, adapter_dtype, magnitude_dtype, backend)
     *grads, _ = gradients(*given, *settings, need_dx=True, need_dA=True, need_dB=True, need_dm=True, need_dy=False)

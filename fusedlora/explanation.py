@@ -194,7 +194,7 @@ def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call)
 
 def _layout_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
     copies = []
-    if row_major(x) is not x:
+    if row_major(x).data_ptr() != x.data_ptr():
         copies.append("x, made contiguous: its rows must be contiguous and start at multiples of 16 bytes")
     copies += [f"{n}, made contiguous" for n, t in (("lora_A", lora_A), ("lora_B", lora_B)) if skinny_rows(t) is not t]
     if device_memory(x.device).words_run_out():
@@ -210,7 +210,7 @@ def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     from .schedule import backward_schedule, forward_schedule
 
     facts = device_facts(call.device)
-    launches = "one launch" if backends._one_launch(call.device) else "a launch for each phase"
+    launches = "one launch" if backends.takes_one_launch(call.device) else "a launch for each phase"
     up, down = (call.problem(x.shape[0], direction, *facts) for direction in ("forward", "backward"))
     forward, why_forward = tuning.choose("forward", up, call.device, tuning.in_use())
     backward, why_backward = tuning.choose("backward", down, call.device, tuning.in_use())

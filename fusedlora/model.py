@@ -22,7 +22,7 @@ from fusedlora import carry
 from fusedlora.adapter_config import BIASES
 from fusedlora.layer_options import check_finite, check_size
 from fusedlora.linear import FusedLoRALinear
-from fusedlora.summary import _RECORD, Applied, LayerReport, Report, applied, report
+from fusedlora.summary import RECORD, Applied, LayerReport, Report, applied, report
 from fusedlora.targets import names_in, per_module, select
 from fusedlora.ties import tied_by_config, tied_weights
 from fusedlora.weight_reads import fast_path_possible
@@ -143,7 +143,7 @@ def apply_lora(
         _watch_checkpointing(model)
         _guard_fast_paths(model)
         record = Applied(tuple(to_save), tuple(selection.saved), selection.skipped, bias)
-        model.__dict__[_RECORD] = record
+        model.__dict__[RECORD] = record
     except BaseException:
         for step in reversed(undo):
             step()
@@ -254,7 +254,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     _replace(model, new, [])
     carry.drop_hooks(model)
     for module in model.modules():  # apply_lora may have been given a part of it
-        module.__dict__.pop(_RECORD, None)
+        module.__dict__.pop(RECORD, None)
     return model
 
 

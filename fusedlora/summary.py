@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusedlora.linear import FusedLoRALinear
 from fusedlora.wrappers import clean, named_modules, unwrapped
 
-_RECORD = "_fusedlora"
+RECORD = "_fusedlora"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Applied:
 
 def applied(model: nn.Module) -> Applied | None:
     """The record of apply_lora on `model`; None where there is none."""
-    return model.__dict__.get(_RECORD)
+    return model.__dict__.get(RECORD)
 
 
 def records(modules: Mapping[str, nn.Module]) -> dict[str, Applied]:

@@ -231,13 +231,13 @@ def test_the_first_fallback_for_a_reason_warns_once(hopper) -> None:
 
 def test_one_launch_only_where_waiting_has_run(monkeypatch) -> None:
     monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))
-    backends._one_launch.cache_clear()
+    backends.takes_one_launch.cache_clear()
     monkeypatch.setattr(backends, "doctor_passed", lambda capability: False)
-    assert not backends._one_launch(CUDA)
-    backends._one_launch.cache_clear()
+    assert not backends.takes_one_launch(CUDA)
+    backends.takes_one_launch.cache_clear()
     monkeypatch.setattr(backends, "doctor_passed", lambda capability: capability == (8, 6))
-    assert backends._one_launch(CUDA)
-    backends._one_launch.cache_clear()
+    assert backends.takes_one_launch(CUDA)
+    backends.takes_one_launch.cache_clear()
 
 
 def test_auto_on_a_cpu_is_the_reference() -> None:

@@ -170,7 +170,7 @@ def test_what_is_told_of_a_backward_with_dm(hopper, monkeypatch) -> None:
     """The configurations that are launched: not those of a backward without, where dB may come with T."""
     launch = pytest.importorskip("fusedlora.kernels.launch", exc_type=ImportError)
     monkeypatch.setattr(launch, "device_facts", lambda device: (90, 132))
-    monkeypatch.setattr(backends, "_one_launch", lambda device: True)
+    monkeypatch.setattr(backends, "takes_one_launch", lambda device: True)
     shapes = (8192, 4096), (4096, 4096), (16, 4096), (4096, 16)
     x, weight, lora_A, lora_B = (torch.empty(*shape, dtype=BF16, device="meta") for shape in shapes)
     told, triton = {}, {}

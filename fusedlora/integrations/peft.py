@@ -36,7 +36,7 @@ from .peft_rule import parts_or_reason
 from .rule import FORMATS
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_stock_forward: Any = StockLinear.forward
+stock_forward: Any = StockLinear.forward
 _LAST = "_fusedlora_last"  # in a layer's __dict__: the backend of its last fused call, or (reason,) after a stock one
 
 # Calls so far in this process, by "fused" or by the reason against it. Compiled calls are not counted; calls in
@@ -75,7 +75,7 @@ def forward_over(stock_forward: Any) -> Any:
     return forward
 
 
-forward = forward_over(_stock_forward)
+forward = forward_over(stock_forward)
 
 
 class Linear(StockLinear):
@@ -87,7 +87,7 @@ class Linear(StockLinear):
         return "fusedlora"
 
 
-add_kind(Kind(StockLinear, Linear, _stock_forward))
+add_kind(Kind(StockLinear, Linear, stock_forward))
 
 
 def fuse(model: _Model) -> _Model:

@@ -13,7 +13,7 @@ from torchao import quantization
 
 from ..backends import autocast_dtype
 from ..quantised import QuantisedWeight
-from .peft import _stock_forward, forward
+from .peft import stock_forward, forward
 from .peft_kinds import Kind, add_kind
 from .rule import FORMATS
 
@@ -49,4 +49,4 @@ def _decode(packed: Any, out: Tensor | None) -> Tensor:
 for _name in ("Int8Tensor", "Float8Tensor"):  # of the torchao that is installed
     if hasattr(quantization, _name):
         FORMATS[getattr(quantization, _name)] = weight_only
-add_kind(Kind(StockLinear, TorchaoLoraLinear, _stock_forward), dispatch_torchao)
+add_kind(Kind(StockLinear, TorchaoLoraLinear, stock_forward), dispatch_torchao)
