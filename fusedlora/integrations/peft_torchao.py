@@ -13,7 +13,7 @@ from torchao import quantization
 
 from ..backends import autocast_dtype
 from ..quantised import QuantisedWeight
-from .peft import stock_forward, forward
+from .peft import forward, stock_forward
 from .peft_kinds import Kind, add_kind
 from .rule import FORMATS
 
