@@ -34,7 +34,7 @@ from fusedlora.kernels.launch import (
     num_terms,
     separate,
 )
-from fusedlora.kernels.tiles import lora_tiles
+from fusedlora.kernels.tiles import lora_tile, lora_tiles
 from fusedlora.memory import Workspace, device_memory, row_major, skinny_rows
 from fusedlora.schedule import SCHEDULED, backward_schedule, takes_turns
 
@@ -175,15 +175,27 @@ def backward_kernel(
             ready = False  # whether all of T is known to be there
             tile = place
             until_turn = place % job_period if job_period > 0 else tiles_left  # tiles
-            while tiles_left > 0 or jobs_left:
-                count = min(tiles_left, max(until_turn, 0) + 1) if jobs_left else tiles_left
-                ready = lora_tiles(
-                    tile, count, tile_programs, all_of_t, ready,
-                    dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr, None, None, None, None, None,
-                    M, K, N, r, stride_ar, 1, seed, threshold,
-                    dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
-                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, FLAT, DELAY,
-                )  # fmt: skip
+            # A `for`, in which Triton lets a store end while jobs run; a step more than tiles, for the jobs left then.
+            for _ in range(tiles_left + 1):
+                count = min(tiles_left, 1)
+                if FLAT:
+                    count = min(tiles_left, max(until_turn, 0) + 1) if jobs_left else tiles_left
+                if count > 0:
+                    if FLAT:
+                        ready = lora_tiles(
+                            tile, count, tile_programs, all_of_t, ready,
+                            dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr, None, None, None, None, None,
+                            M, K, N, r, stride_ar, 1, seed, threshold,
+                            dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
+                            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, True, DELAY,
+                        )  # fmt: skip
+                    else:
+                        lora_tile(
+                            tile, dy_desc, w_desc, dx_desc, planes_ptr, a_ptr, sync_ptr, None, None, None, None, None,
+                            M, K, N, r, stride_ar, 1, seed, threshold,
+                            dy_ptr.dtype.element_ty, False, SHRINK, DROPOUT, TERMS, PRECISION,
+                            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, DELAY,
+                        )  # fmt: skip
                 tile += count * tile_programs
                 tiles_left -= count
                 until_turn -= count

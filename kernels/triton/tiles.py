@@ -199,6 +199,49 @@ def tile_step(
 
 
 @triton.jit
+def lora_tile(
+    tile, left_desc, right_desc, out_desc, small_ptr, skinny_ptr, sync_ptr,
+    own_ptr, own_stride, scaling, gain_ptr, bias_ptr,
+    M, cols, depth, r, stride_r, stride_d, seed, threshold,
+    dtype: tl.constexpr, TRANS_RIGHT: tl.constexpr, WAIT: tl.constexpr,
+    DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_K: tl.constexpr, SHRINK_M: tl.constexpr, DELAY: tl.constexpr,
+):  # fmt: skip
+    """One of `lora_tiles`, in a loop of its own."""
+    OWN: tl.constexpr = own_ptr is not None
+    tile_m, tile_n = tile_coordinates(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(cols, BLOCK_N), GROUP_M)
+    row = tile_m * BLOCK_M
+    col = tile_n * BLOCK_N
+    ready = not WAIT
+    small = None
+    small_rest = None
+    skinny = None
+    skinny_rest = None
+    if BLOCK_R == RANK_K:
+        if WAIT:
+            word, needed = progress_of(row, M, BLOCK_M, SHRINK_M)
+            ready = published(sync_ptr + PROGRESS + word) >= needed
+        small, small_rest, skinny, skinny_rest = tile_operands(
+            small, small_rest, small_ptr, skinny_ptr, row, col, M, cols, r, stride_r, stride_d, ready,
+            OWN, TERMS, BLOCK_M, BLOCK_N, RANK_K,
+        )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_M, RANK_K), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        acc, sums = tile_step(
+            acc, sums, left_desc, right_desc, own_ptr, own_stride, row, col, k, depth, r,
+            TRANS_RIGHT, PRECISION, BLOCK_K, RANK_K,
+        )  # fmt: skip
+    end_tile(
+        acc, sums, small, small_rest, skinny, skinny_rest, ready,
+        out_desc, small_ptr, skinny_ptr, sync_ptr, scaling, gain_ptr, bias_ptr,
+        row, col, M, cols, r, stride_r, stride_d, seed, threshold, dtype, OWN, WAIT,
+        DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K, SHRINK_M, False, DELAY,
+    )  # fmt: skip
+
+
+@triton.jit
 def lora_tiles(
     first, count, stride, all_tasks, all_done,
     left_desc, right_desc, out_desc, small_ptr, skinny_ptr, sync_ptr,
@@ -229,22 +272,20 @@ def lora_tiles(
     a tile ends; without, a loop for each tile. For ranks, terms and a second product as with `own_ptr`.
     """
     OWN: tl.constexpr = own_ptr is not None
-    early: tl.constexpr = BLOCK_R == RANK_K
-    tl.static_assert(not (OWN or FLAT) or (early and TERMS <= 1 and DROPOUT == 0))
+    tl.static_assert(not (OWN or FLAT) or (BLOCK_R == RANK_K and TERMS <= 1 and DROPOUT == 0))
     tl.static_assert(not (OWN and WAIT))
-    small_dtype: tl.constexpr = dtype if small_ptr is None else small_ptr.dtype.element_ty
-    num_tiles_m = tl.cdiv(M, BLOCK_M)
-    num_tiles_n = tl.cdiv(cols, BLOCK_N)
     done = tl.full((), 0, tl.int1) | all_done  # a tensor, as it changes
-    ready = done | (not WAIT)
-    small = tl.zeros((BLOCK_M, RANK_K), small_dtype)
-    small_rest = small
     if FLAT and (WAIT or OWN):  # what is there from the start would be a wgmma's operand in registers: C7515
+        num_tiles_m = tl.cdiv(M, BLOCK_M)
+        num_tiles_n = tl.cdiv(cols, BLOCK_N)
         steps = tl.cdiv(depth, BLOCK_K)
         step = -1
         tile = first - stride
         row = 0
         col = 0
+        ready = done | (not WAIT)
+        small = tl.zeros((BLOCK_M, RANK_K), dtype if small_ptr is None else small_ptr.dtype.element_ty)
+        small_rest = small
         skinny = tl.zeros((RANK_K, BLOCK_N), skinny_ptr.dtype.element_ty)
         skinny_rest = skinny
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -282,30 +323,10 @@ def lora_tiles(
                 sums = tl.zeros((BLOCK_M, RANK_K), tl.float32)
     else:
         for tile in tl.range(first, first + count * stride, stride):
-            tile_m, tile_n = tile_coordinates(tile, num_tiles_m, num_tiles_n, GROUP_M)
-            row = tile_m * BLOCK_M
-            col = tile_n * BLOCK_N
-            skinny = None
-            skinny_rest = None
-            if early:
-                if WAIT:
-                    word, needed = progress_of(row, M, BLOCK_M, SHRINK_M)
-                    ready = published(sync_ptr + PROGRESS + word) >= needed
-                small, small_rest, skinny, skinny_rest = tile_operands(
-                    small, small_rest, small_ptr, skinny_ptr, row, col, M, cols, r, stride_r, stride_d, ready,
-                    OWN, TERMS, BLOCK_M, BLOCK_N, RANK_K,
-                )  # fmt: skip
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            sums = tl.zeros((BLOCK_M, RANK_K), tl.float32)
-            for k in range(0, depth, BLOCK_K):
-                acc, sums = tile_step(
-                    acc, sums, left_desc, right_desc, own_ptr, own_stride, row, col, k, depth, r,
-                    TRANS_RIGHT, PRECISION, BLOCK_K, RANK_K,
-                )  # fmt: skip
-            end_tile(
-                acc, sums, small, small_rest, skinny, skinny_rest, ready,
-                out_desc, small_ptr, skinny_ptr, sync_ptr, scaling, gain_ptr, bias_ptr,
-                row, col, M, cols, r, stride_r, stride_d, seed, threshold, dtype, OWN, WAIT,
-                DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, RANK_K, SHRINK_M, False, DELAY,
+            lora_tile(
+                tile, left_desc, right_desc, out_desc, small_ptr, skinny_ptr, sync_ptr,
+                own_ptr, own_stride, scaling, gain_ptr, bias_ptr,
+                M, cols, depth, r, stride_r, stride_d, seed, threshold, dtype, TRANS_RIGHT, WAIT,
+                DROPOUT, TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BLOCK_R, RANK_K, SHRINK_M, DELAY,
             )  # fmt: skip
     return done

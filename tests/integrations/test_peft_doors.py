@@ -178,9 +178,9 @@ class TestEnable:
         backend.enable(), backend.enable()
         assert fused_in(lambda: model(x)) == 2
         backend.disable()
-        assert Stock.forward is backend._stock_forward
+        assert Stock.forward is backend.stock_forward
         backend.disable()
-        assert Stock.forward is backend._stock_forward
+        assert Stock.forward is backend.stock_forward
 
     def test_context(self, model: Any, x: torch.Tensor) -> None:
         with backend.enable():
@@ -224,7 +224,7 @@ class TestEnable:
         for thread in threads:
             thread.join()
         assert not failed
-        assert Stock.forward is backend._stock_forward
+        assert Stock.forward is backend.stock_forward
 
     def test_subclasses_stay_stock(self, model: Any, x: torch.Tensor) -> None:
         up(model).__class__ = MyLoRA
