@@ -12,7 +12,7 @@ from bench_cases import Case
 from bench_layers import DROPOUT, Build
 
 from fusedlora import backends
-from fusedlora.backends import Call
+from fusedlora.calls import Call, backward_of, counted_rows, float32_precision
 
 T = TypeVar("T")
 
@@ -80,11 +80,11 @@ def call_of(row: Contender, case: Case, device: torch.device, direction: str, *,
         case.r,
         dropout="" if row.feature != "dropout" else "device seed" if device.type == "cuda" else "mask",
         weight_layout=(case.K, 1, 0),
-        precision=backends.float32_precision() if case.dtype == "fp32" else "",
-        rows=backends.counted_rows(case.M),
+        precision=float32_precision() if case.dtype == "fp32" else "",
+        rows=counted_rows(case.M),
         plain=row.feature != "dora",
     )
-    return call if direction == "forward" else backends.backward_of(call)
+    return call if direction == "forward" else backward_of(call)
 
 
 def auto_takers(row: Contender, case: Case, device: torch.device) -> list[str]:

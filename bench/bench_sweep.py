@@ -28,7 +28,10 @@ Record = dict[str, Any]
 
 
 # The package's modules that decide the speed, beside the kernels.
-DECISIVE = ("backends", "config", "costs", "cuda", "cuda_build", "cuda_config", "memory", "packed", "schedule")
+DECISIVE = (
+    "backends", "calls", "config", "costs", "cuda", "cuda_build", "cuda_config", "memory", "packed", "schedule",
+    "why_not",
+)  # fmt: skip
 
 
 def code_id() -> str:

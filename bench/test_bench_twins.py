@@ -15,7 +15,7 @@ from bench_rows import Row
 from bench_runner import Runner
 
 import fusedlora
-from fusedlora import backends, cuda, dropout
+from fusedlora import cuda, dropout, tuning, why_not
 from fusedlora.cuda_config import FASTER, Calls
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -26,10 +26,10 @@ WIDER = Case(8192, 4096, 4096, 32)  # with fp32 adapters outside autocast, too w
 @pytest.fixture
 def hopper(monkeypatch):
     """A machine with an H100 and with the CUDA library, as far as why_not looks."""
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
-    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
-    monkeypatch.setattr(backends.tuning, "gpu_of", lambda device: None)
+    monkeypatch.setattr(why_not, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(why_not, "_triton_missing", lambda: None)
+    monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(tuning, "gpu_of", lambda device: None)
     monkeypatch.setattr(cuda, "missing", lambda: None)
 
 

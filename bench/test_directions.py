@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedlora import backends
+from fusedlora.calls import describe_call
 from fusedlora.testing import relative_error
 from fusedlora.timing import GraphTimer, WallTimer, interleave, machine, set_count, spread
 
@@ -41,7 +42,7 @@ def calls(case: Case, one: Layer) -> dict[tuple[str, str], Call]:
     needs = {f"need_{name}": True for name in ("dx", "dA", "dB")}
     for backend in backends.BACKENDS:
         tensors = (one.x, one.weight, *one.adapters["same"], None, None)
-        if backend.why_not(backends.describe_call(backend.name, *tensors, case.torch_dtype)) is not None:
+        if backend.why_not(describe_call(backend.name, *tensors, case.torch_dtype)) is not None:
             continue
         found[backend.name, "forward"] = lambda t, s, up=backend.forward: up(
             t.x, t.weight, *t.adapters["same"], *[None] * 4, save_s=True, **settings

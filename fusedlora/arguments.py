@@ -1,11 +1,12 @@
-"""The door of lora_linear and dora_linear: what autocast casts, and which tensors and settings go together."""
+"""The door of lora_linear and dora_linear: which tensors and settings go together."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import NAMES, autocast_dtype
+from .autocast import cast
+from .backends import NAMES
 from .layer_options import SCALING, check_number, or_float32
 
 
@@ -62,31 +63,6 @@ def _check_layout(x: Tensor) -> None:
     if x.is_nested or x.layout is not torch.strided:
         kind = "nested" if x.is_nested else "sparse"
         raise TypeError(f"x is {kind} (layout {x.layout}), must be one dense tensor (torch.strided)")
-
-
-def cast(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype | None]:
-    """The tensors as autocast gives them, and the dtype that it casts to; None where it is off or x is float64.
-
-    What is float32 in the adapter or the bias stays: the backends round it themselves.
-    """
-    dtype = autocast_dtype(x)
-    if dtype is None or x.dtype is torch.float64:
-        return x, weight, lora_A, lora_B, bias, None
-    if bias is not None and bias.dtype is not torch.float32:
-        bias = _cast(bias, dtype)
-    if lora_A.dtype is not torch.float32:
-        lora_A, lora_B = _cast(lora_A, dtype), _cast(lora_B, dtype)
-    return _cast(x, dtype), _cast(weight, dtype), lora_A, lora_B, bias, dtype
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: floating tensors, but not float64 ones."""
-    own = tensor.dtype
-    if own is dtype or own is torch.float64 or not own.is_floating_point:
-        return tensor
-    return tensor.to(dtype)
 
 
 def check(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import __version__, backends, functional, ops
 from .arguments import admit, check_magnitude
-from .backends import without_autocast
+from .autocast import without_autocast
 from .dora_gradients import dora_backward, gradients
 from .dora_ops import dora_gain
 from .plans import refuse_tracing, unsafe_view

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from . import backends, cuda, ops
-from .backends import describe_call, select
+from .backends import select
+from .calls import Call, by_weight, describe_call
 from .dora_ops import dora_scale, scaled_by_kernels
 from .ops import LIB, TAGS
+from .why_not import takes_one_launch
 
 LIB.define(
     "dora_backward(Tensor dy, Tensor y, Tensor gain, Tensor norm, Tensor? bias, Tensor x, Tensor weight, Tensor s, "
@@ -83,16 +85,7 @@ def gradients(
     )
 
 
-def by_weight(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> bool:
-    """Whether the kernels put the gain on the rows of W, not on the columns of dy.
-
-    That reads and writes W once, and y beside dB's read of dy; scaling dy takes a pass over dy and y and writes as much
-    as dy. Not where fp32 adapters of a high rank leave too few registers for dm.
-    """
-    return dtype.itemsize == 2 and K < M and (adapter_dtype == dtype or r <= 128)
-
-
-def _takes_by_weight(backend: str, call: backends.Call) -> str | None:
+def _takes_by_weight(backend: str, call: Call) -> str | None:
     """Whose kernels take the backward by weight, None where none do.
 
     Not the CUDA ones beside fp32 adapters outside autocast: there "auto" takes Triton's wherever it can, since nobody
@@ -136,7 +129,7 @@ def _backward(
             written = magnitude_dtype if magnitude_dtype is dy.dtype else torch.float32
             *grads, dm = dora.dora_backward(*given, cuda.lora_backward, magnitude_dtype=written, **shared)
             return *grads, dm.to(magnitude_dtype)
-        shared |= {"scale": scale, "one_launch": backends.takes_one_launch(dy.device)}
+        shared |= {"scale": scale, "one_launch": takes_one_launch(dy.device)}
         return dora.dora_backward(*given, backward.lora_backward, magnitude_dtype=magnitude_dtype, **shared)
     settings = (scale, scaling, adapter_dtype, magnitude_dtype, backend)
     *grads, _ = gradients(*given, *settings, need_dx=True, need_dA=True, need_dB=True, need_dm=True, need_dy=False)

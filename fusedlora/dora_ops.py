@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backends import TRITON, Call, describe_call, select, without_autocast
+from .autocast import without_autocast
+from .backends import TRITON, select
+from .calls import Call, describe_call
 from .ops import LIB, TAGS
 
 LIB.define(

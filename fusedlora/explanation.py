@@ -7,8 +7,10 @@ from torch import Tensor
 
 from . import backends, dora, dropout, tuning
 from .arguments import admit, check_magnitude
+from .calls import Call, backward_of, describe_call
 from .linear import FusedLoRALinear
 from .memory import device_memory, row_major, skinny_rows
+from .why_not import takes_one_launch
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ def explain(
         kind = torch.int64 if dropout.seeded(x, dropout_p, backend) else torch.bool
         mask = torch.empty(0, dtype=kind, device=x.device if dropout.drawn_on_device(x) else None)
     tensors = (x, weight, lora_A, lora_B, mask, scale)
-    call = backends.describe_call(backend, *tensors, adapter_dtype, plain=not dora_gain)
+    call = describe_call(backend, *tensors, adapter_dtype, plain=not dora_gain)
     taker, reasons = _taker(backend, call)
-    backward, reasons_backward = _taker(backend, backends.backward_of(call))
+    backward, reasons_backward = _taker(backend, backward_of(call))
     config = None
     flat = x.reshape(-1, x.shape[-1])
     configs = {name: _CONFIGS[name](flat, call) for name in (taker, backward) if name in _CONFIGS}
@@ -134,7 +136,7 @@ def explain(
     return Explanation(taker, reasons, config, tuple(copies), None if backward == taker else backward)
 
 
-def _taker(backend: str, call: backends.Call) -> tuple[str, dict[str, str]]:
+def _taker(backend: str, call: Call) -> tuple[str, dict[str, str]]:
     """The backend that takes a call of one direction, or "none", and why the others do not."""
     reasons = {}
     taker = None
@@ -163,7 +165,7 @@ def _of_both(forward: dict[str, str], backward: dict[str, str]) -> dict[str, str
     return reasons
 
 
-def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
+def _cuda_config(x: Tensor, call: Call) -> tuple[str, str, str]:
     """What is launched, and how forward and backward are configured."""
     from .cuda import num_sms
     from .cuda_config import cuda_config
@@ -178,12 +180,12 @@ def _cuda_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     return "one launch", config("forward"), config("backward")
 
 
-def _with_dm(call: backends.Call) -> bool:
+def _with_dm(call: Call) -> bool:
     """Whether the call is DoRA's and its backward kernel forms dm, with the gain on the rows of W."""
-    return not backends.backward_of(call).plain
+    return not backward_of(call).plain
 
 
-def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
+def _cuda_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> list[str]:
     copies = _layout_copies(x, lora_A, lora_B)
     if call.adapter_dtype != call.dtype:
         copies.append(f"lora_A and lora_B as three {call.dtype} terms, and S in backward, written by the launch itself")
@@ -202,7 +204,7 @@ def _layout_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> list[str]:
     return copies
 
 
-def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
+def _triton_config(x: Tensor, call: Call) -> tuple[str, str, str]:
     from fusedlora.kernels.backward import beside_dora
     from fusedlora.kernels.launch import device_facts
 
@@ -210,7 +212,7 @@ def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
     from .schedule import backward_schedule, forward_schedule
 
     facts = device_facts(call.device)
-    launches = "one launch" if backends.takes_one_launch(call.device) else "a launch for each phase"
+    launches = "one launch" if takes_one_launch(call.device) else "a launch for each phase"
     up, down = (call.problem(x.shape[0], direction, *facts) for direction in ("forward", "backward"))
     forward, why_forward = tuning.choose("forward", up, call.device, tuning.in_use())
     backward, why_backward = tuning.choose("backward", down, call.device, tuning.in_use())
@@ -225,7 +227,7 @@ def _triton_config(x: Tensor, call: backends.Call) -> tuple[str, str, str]:
 _CONFIGS = {"cuda": _cuda_config, "triton": _triton_config}
 
 
-def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: backends.Call) -> list[str]:
+def _triton_copies(x: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> list[str]:
     from fusedlora.kernels.launch import num_terms
 
     copies = _layout_copies(x, lora_A, lora_B)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import __version__, dropout, node, ops
-from .arguments import cast, check, check_scaling, check_types
-from .backends import without_autocast
+from .arguments import check, check_scaling, check_types
+from .autocast import cast, without_autocast
 from .plans import Given, Plan, find
 from .recomputation import is_under_way
 

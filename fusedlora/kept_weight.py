@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from .calls import float32_precision
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:
@@ -17,7 +17,7 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    if backends.float32_precision() == "highest":
+    if float32_precision() == "highest":
         merged = torch.addmm(weight.to(wide), lora_B, lora_A, alpha=scaling)
     else:  # a matmul might round its operands to tf32
         merged = weight.to(wide, copy=True)

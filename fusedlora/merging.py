@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from .autocast import without_autocast
 from .kept_weight import KeptWeight, merged_weight
 from .layer_options import with_lora_bias
 
@@ -45,7 +45,7 @@ class Mergeable(nn.Linear):
                 computed by a parametrization.
         """
         weight = self._to_merge()
-        with torch.inference_mode(False), backends.without_autocast(weight):
+        with torch.inference_mode(False), without_autocast(weight):
             scaling = float(self.scaling)
             merged = merged_weight(weight, self.lora_A, self.lora_B, scaling, self.lora_magnitude_vector)
         if not torch.isfinite(merged).all():

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import describe_call, select
+from .backends import select
+from .calls import describe_call
 
 LIB = torch.library.Library("fusedlora", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)

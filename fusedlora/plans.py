@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import node, ops
 from .arguments import check
-from .backends import backward_of, describe_call, select
+from .backends import select
+from .calls import backward_of, describe_call
 from .dropout import MAX_P
 
 # what matmul itself uses: the result is no view, so that callers may write into it

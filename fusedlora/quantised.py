@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import dropout, functional
-from .arguments import cast, check_scaling
+from .arguments import check_scaling
+from .autocast import cast
 from .dense_buffers import borrowed
 from .plans import Given, Plan, Saved, aligned, find
 

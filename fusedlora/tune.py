@@ -25,7 +25,7 @@ from .cuda_config import AnyConfig
 from .tuning_candidates import STEPS, variants
 
 if TYPE_CHECKING:
-    from . import backends
+    from .calls import Call
     from .timing import Spread
     from .tune_check import Shape
 
@@ -211,17 +211,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def call_of(shape: Shape, device: Any, direction: str = "forward") -> backends.Call:
+def call_of(shape: Shape, device: Any, direction: str = "forward") -> Call:
     """The call that is tuned, as one that names its backend."""
     import torch
 
-    from . import backends
+    from .calls import Call
     from .dropout import MAX_P
     from .tune_check import DTYPES
 
     x, adapter = DTYPES[shape.dtype], DTYPES[shape.adapter]
     noise = "" if shape.dropout == 0.0 else "seed" if shape.dropout <= MAX_P else "mask"
-    return backends.Call(
+    return Call(
         True, device, x, adapter, adapter, shape.out_features, shape.in_features, shape.r,
         noise, (shape.in_features, 1, 0), "high" if x is torch.float32 else "", direction=direction,
     )  # fmt: skip

@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 import torch
 
-from fusedlora import backends, node
+from fusedlora import backends, cuda, node, tuning, why_not
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -57,11 +57,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with an H200 and with Triton's kernels, as far as why_not looks."""
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
-    monkeypatch.setattr(backends, "_triton_version", lambda: (3, 6))
-    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: 132)
-    monkeypatch.setattr(backends.tuning, "gpu_of", lambda device: None)
+    monkeypatch.setattr(why_not, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(why_not, "_triton_missing", lambda: None)
+    monkeypatch.setattr(why_not, "_triton_version", lambda: (3, 6))
+    monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(tuning, "gpu_of", lambda device: None)
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(backends, "last_used", None)
@@ -88,7 +88,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def cuda_kernels() -> None:
     """Backend cuda on a GPU that it is for: its library is built if it has to be, or the test is skipped."""
-    from fusedlora import cuda, cuda_build
+    from fusedlora import cuda_build
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("backend cuda needs compute capability 9.0")
@@ -111,8 +111,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _no_tuned_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine's user has tuned is no part of a test."""
-    from fusedlora import tuning
-
     monkeypatch.setattr(tuning, "tables", lambda gpu: ())
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 import fusedlora
-from fusedlora import backends
+from fusedlora import backends, costs, cuda, why_not
+from fusedlora.calls import Call, describe_call, float32_precision
 from fusedlora.testing import make_inputs
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CUDA = torch.device("cuda", 0)
-GOOD = backends.Call(False, CUDA, BF16, BF16, BF16, 64, 128, 16, False, (128, 1, 0), "")
+GOOD = Call(False, CUDA, BF16, BF16, BF16, 64, 128, 16, False, (128, 1, 0), "")
 
 
-def also(**changed) -> backends.Call:
+def also(**changed) -> Call:
     return GOOD._replace(**changed)
 
 
@@ -99,20 +100,20 @@ def test_auto_leaves_to_pytorch_what_that_does_faster(hopper, monkeypatch, recwa
     }
     for why, settings in kept.items():
         assert backends.TRITON.why_not(wide._replace(**settings)) is None, why
-    monkeypatch.setattr(backends, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(why_not, "_capability", lambda device: (8, 0))
     assert backends.TRITON.why_not(wide) is not None, "wide ranks are no different there"
     few = wide._replace(r=16, rows=1, N=4096, K=4096, weight_layout=(4096, 1, 0), direction="backward")
     assert backends.TRITON.why_not(few) is None, "where nobody has measured"
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(why_not, "_capability", lambda device: (9, 0))
     assert (backends.TRITON.why_not(few) or "").startswith(expected + "about ")
 
 
 def test_both_kinds_of_kernels_are_compared(hopper, monkeypatch) -> None:
-    monkeypatch.setattr(backends.cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "missing", lambda: None)
     call = also(plain=True, rows=512, N=4096, K=4096, weight_layout=(4096, 1, 0))
     asked = []
     answers = {"cuda": "slow", "triton": None}
-    monkeypatch.setattr(backends.costs, "why_slower", lambda *about: asked.append(about) or answers[about[0]])
+    monkeypatch.setattr(costs, "why_slower", lambda *about: asked.append(about) or answers[about[0]])
     assert backends.select("auto", call) is backends.TRITON
     expected = [(kind, way, 512, 4096, 4096, 16, False, 132) for way in (True, False) for kind in ("cuda", "triton")]
     assert asked == expected
@@ -123,7 +124,7 @@ def test_both_kinds_of_kernels_are_compared(hopper, monkeypatch) -> None:
 )
 def test_rows_are_counted_in_steps(M: int, rows: int) -> None:
     i = make_inputs(1, 16, 24, 4)
-    call = backends.describe_call("auto", i.x.new_empty(M, 16), i.weight, i.lora_A, i.lora_B, None, None, FP32)
+    call = describe_call("auto", i.x.new_empty(M, 16), i.weight, i.lora_A, i.lora_B, None, None, FP32)
     assert call.rows == rows and not call.plain
 
 
@@ -133,9 +134,9 @@ def test_rocm(hopper, monkeypatch) -> None:
 
 
 def test_old_gpus_and_broken_installs(hopper, monkeypatch) -> None:
-    monkeypatch.setattr(backends, "_triton_missing", lambda: "triton cannot be used (ImportError: libcuda)")
+    monkeypatch.setattr(why_not, "_triton_missing", lambda: "triton cannot be used (ImportError: libcuda)")
     assert backends.TRITON.why_not(GOOD) == "triton cannot be used (ImportError: libcuda)"
-    monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(why_not, "_capability", lambda device: (7, 5))
     assert backends.TRITON.why_not(GOOD) == "compute capability 7.5 is below 8.0"
     with pytest.warns(UserWarning, match="reference path, not triton: compute capability 7.5 is below 8.0"):
         assert backends.select("auto", GOOD) is backends.REFERENCE
@@ -144,18 +145,18 @@ def test_old_gpus_and_broken_installs(hopper, monkeypatch) -> None:
 def test_a_broken_triton_is_a_reason(monkeypatch) -> None:
     """Whatever its import raises; on a CPU a triton asked for by name says so before all else."""
     monkeypatch.setitem(sys.modules, "fusedlora.kernels", None)
-    missing = backends._triton_missing.__wrapped__
+    missing = why_not._triton_missing.__wrapped__
     assert (missing() or "").startswith("triton cannot be used (ModuleNotFoundError: ")
-    monkeypatch.setattr(backends, "_triton_missing", missing)
+    monkeypatch.setattr(why_not, "_triton_missing", missing)
     i = make_inputs(4, 16, 24, 4)
     with pytest.raises(RuntimeError, match="backend 'triton' does not take this call: triton cannot be used"):
         fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0, backend="triton")
 
 
 def test_an_empty_kernel_is_not_launched(hopper, monkeypatch) -> None:
-    monkeypatch.setattr(backends, "_capability", lambda device: (10, 0))
+    monkeypatch.setattr(why_not, "_capability", lambda device: (10, 0))
     assert "empty ones for compute capability 10.0" in (backends.TRITON.why_not(GOOD) or "")
-    monkeypatch.setattr(backends, "_triton_version", lambda: (3, 9))
+    monkeypatch.setattr(why_not, "_triton_version", lambda: (3, 9))
     assert backends.TRITON.why_not(GOOD) is None
     assert backends.TRITON.why_not(GOOD._replace(param_dtype=FP32, adapter_dtype=FP32)) is None
     told = backends.TRITON.why_not(GOOD._replace(dropout="seed")) or "taken"
@@ -189,11 +190,11 @@ def test_a_choice_is_made_once(monkeypatch) -> None:
 def test_a_call_is_described_by_its_tensors() -> None:
     i = make_inputs(4, 16, 24, 3, BF16, FP32)
     weight = torch.zeros(24 * 20 + 1, dtype=BF16)[1:].view(24, 20)[:, :16]
-    call = backends.describe_call("auto", i.x, weight, i.lora_A, i.lora_B, None, None, FP32)
+    call = describe_call("auto", i.x, weight, i.lora_A, i.lora_B, None, None, FP32)
     layout = (20, 1, weight.data_ptr() % 16)
-    expected = backends.Call(False, i.x.device, BF16, FP32, FP32, 24, 16, 3, "", layout, "", rows=4)
+    expected = Call(False, i.x.device, BF16, FP32, FP32, 24, 16, 3, "", layout, "", rows=4)
     assert call == expected and layout[2] % 8
-    named = backends.describe_call("triton", i.x, None, i.lora_A, i.lora_B, i.x > 0, None, FP32)
+    named = describe_call("triton", i.x, None, i.lora_A, i.lora_B, i.x > 0, None, FP32)
     assert named.named and named.dropout == "mask" and named.weight_layout == (16, 1, 0)
 
 
@@ -204,8 +205,8 @@ def test_precision_set_through_either_api(setting: str, precision: str) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
-        assert backends.float32_precision() == precision
-        call = backends.describe_call("auto", i.x, i.weight, i.lora_A, i.lora_B, None, None, FP32)
+        assert float32_precision() == precision
+        call = describe_call("auto", i.x, i.weight, i.lora_A, i.lora_B, None, None, FP32)
         assert call.precision == precision
         fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0)
     finally:
@@ -230,14 +231,14 @@ def test_the_first_fallback_for_a_reason_warns_once(hopper) -> None:
 
 
 def test_one_launch_only_where_waiting_has_run(monkeypatch) -> None:
-    monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))
-    backends.takes_one_launch.cache_clear()
-    monkeypatch.setattr(backends, "doctor_passed", lambda capability: False)
-    assert not backends.takes_one_launch(CUDA)
-    backends.takes_one_launch.cache_clear()
-    monkeypatch.setattr(backends, "doctor_passed", lambda capability: capability == (8, 6))
-    assert backends.takes_one_launch(CUDA)
-    backends.takes_one_launch.cache_clear()
+    monkeypatch.setattr(why_not, "_capability", lambda device: (8, 6))
+    why_not.takes_one_launch.cache_clear()
+    monkeypatch.setattr(why_not, "doctor_passed", lambda capability: False)
+    assert not why_not.takes_one_launch(CUDA)
+    why_not.takes_one_launch.cache_clear()
+    monkeypatch.setattr(why_not, "doctor_passed", lambda capability: capability == (8, 6))
+    assert why_not.takes_one_launch(CUDA)
+    why_not.takes_one_launch.cache_clear()
 
 
 def test_auto_on_a_cpu_is_the_reference() -> None:
@@ -255,7 +256,7 @@ def test_auto_on_a_cpu_is_the_reference() -> None:
 
 def test_triton_by_name_on_a_cpu_raises_with_its_reason() -> None:
     i = make_inputs(4, 16, 24, 4)
-    reason = backends._triton_missing() or "x is on cpu, the kernels run on cuda"
+    reason = why_not._triton_missing() or "x is on cpu, the kernels run on cuda"
     with pytest.raises(RuntimeError) as raised:
         fusedlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=1.0, backend="triton")
     assert str(raised.value) == f"backend 'triton' does not take this call: {reason}"

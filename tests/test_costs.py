@@ -9,7 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fusedlora import backends, costs
+from fusedlora import backends, costs, cuda
+from fusedlora.calls import Call, backward_of, counted_rows
 from fusedlora.config import Problem
 
 MEASURED = Path(__file__).parents[1] / "bench" / "results" / "directions-h200.json"
@@ -39,17 +40,17 @@ ALL = list(measured())
 
 def chosen(call: Measured) -> str:
     M, N, K, r = call.shape
-    rows, bf16 = backends.counted_rows(M), torch.bfloat16
-    asked = backends.Call(False, GPU, bf16, bf16, bf16, N, K, r, "", (K, 1, 0), "", rows, plain=True)
+    rows, bf16 = counted_rows(M), torch.bfloat16
+    asked = Call(False, GPU, bf16, bf16, bf16, N, K, r, "", (K, 1, 0), "", rows, plain=True)
     if not call.forward:
-        asked = backends.backward_of(asked)
+        asked = backward_of(asked)
     return backends.select("auto", asked).name
 
 
 @pytest.mark.parametrize("built", [True, False])
 def test_the_choice_is_near_the_best(hopper, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`built`: the CUDA kernels are there."""
-    monkeypatch.setattr(backends.cuda, "missing", lambda: None if built else "not built")
+    monkeypatch.setattr(cuda, "missing", lambda: None if built else "not built")
     assert len(ALL) >= 390
     losses, over = [], []
     for call in ALL:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fusedlora import backends, cuda, dropout, explanation
+from fusedlora import backends, cuda, dropout, explanation, why_not
+from fusedlora.calls import Call, describe_call
 from fusedlora.config import Problem, cdiv
 from fusedlora.cuda_config import (
     FASTER,
@@ -129,7 +130,7 @@ def test_above_the_highest_rate_of_dropout_the_kernels_refuse(hopper) -> None:
     kinds = {}
     for p in (dropout.MAX_P, 0.97):
         drawn = dropout.draw(i.x, p, "triton")
-        call = backends.describe_call("cuda", i.x, i.weight, i.lora_A, i.lora_B, drawn, None, BF16)
+        call = describe_call("cuda", i.x, i.weight, i.lora_A, i.lora_B, drawn, None, BF16)
         kinds[p] = backends.CUDA.why_not(call._replace(device=torch.device("cuda", 0), weight_layout=(64, 1, 0)))
     assert kinds[dropout.MAX_P] is None and "it does above a rate of 0.96" in (kinds[0.97] or "taken")
 
@@ -170,12 +171,12 @@ def test_what_is_told_of_a_backward_with_dm(hopper, monkeypatch) -> None:
     """The configurations that are launched: not those of a backward without, where dB may come with T."""
     launch = pytest.importorskip("fusedlora.kernels.launch", exc_type=ImportError)
     monkeypatch.setattr(launch, "device_facts", lambda device: (90, 132))
-    monkeypatch.setattr(backends, "takes_one_launch", lambda device: True)
+    monkeypatch.setattr(explanation, "takes_one_launch", lambda device: True)
     shapes = (8192, 4096), (4096, 4096), (16, 4096), (4096, 16)
     x, weight, lora_A, lora_B = (torch.empty(*shape, dtype=BF16, device="meta") for shape in shapes)
     told, triton = {}, {}
     for plain in (True, False):
-        call = backends.describe_call("cuda", x, weight, lora_A, lora_B, None, None, BF16, plain=plain)
+        call = describe_call("cuda", x, weight, lora_A, lora_B, None, None, BF16, plain=plain)
         told[plain], triton[plain] = (explanation._CONFIGS[name](x, call)[2] for name in ("cuda", "triton"))
     problem = Problem(8192, 4096, 4096, 16, 2, False, 90, 132)
     assert told[True] == f"(heuristic) {cuda_config(problem, False)}"
@@ -447,7 +448,7 @@ def test_tiles_that_sum_slices_of_the_same_rows_are_of_one_turn(drops: bool) -> 
     assert found > 50
 
 
-GOOD = backends.Call(True, torch.device("cuda", 0), BF16, BF16, BF16, 64, 128, 16, "seed", (128, 1, 0), "")
+GOOD = Call(True, torch.device("cuda", 0), BF16, BF16, BF16, 64, 128, 16, "seed", (128, 1, 0), "")
 TAKEN = {
     "bf16": {},
     "fp16": {"dtype": FP16, "adapter_dtype": FP16, "param_dtype": FP16},
@@ -495,7 +496,7 @@ def test_the_kernels_do_not_take(hopper, changed: dict[str, Any], reason: str) -
 
 def test_other_machines(hopper, monkeypatch) -> None:
     for capability in ((8, 0), (10, 0), (12, 0)):
-        monkeypatch.setattr(backends, "_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(why_not, "_capability", lambda device, found=capability: found)
         told = f"compute capability is {capability[0]}.{capability[1]}, the kernels are compiled for 9.0"
         assert backends.CUDA.why_not(GOOD) == told
     monkeypatch.setattr(torch.version, "hip", "6.2")
@@ -510,7 +511,7 @@ def test_no_library(monkeypatch, tmp_path) -> None:
     broken.write_text("no library")
     monkeypatch.setattr(cuda, "find_library", lambda: broken)
     assert (cuda.missing() or "").startswith(f"{broken} cannot be loaded (")
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(why_not, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "_chosen", {})
     with pytest.raises(RuntimeError, match="backend 'cuda' does not take this call: .*cannot be loaded"):
         backends.select("cuda", GOOD)
@@ -522,11 +523,11 @@ def test_auto_takes_them_only_where_measured(hopper, monkeypatch, recwarn) -> No
     about = (10**9, call.N, call.K, call.r, True, False, False)
     assert not prefers_cuda("forward", *about), "of no such rows is anything known"
     asked = []
-    monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about))
+    monkeypatch.setattr(why_not, "prefers_cuda", lambda *about: asked.append(about))
     assert backends.select("auto", call) is backends.TRITON
     assert backends.CUDA.why_not(call) == "these kernels have not been measured faster here"
     asked.clear()
-    monkeypatch.setattr(backends, "prefers_cuda", lambda *about: asked.append(about) or True)
+    monkeypatch.setattr(why_not, "prefers_cuda", lambda *about: asked.append(about) or True)
     monkeypatch.setattr(backends, "_chosen", {})
     assert backends.select("auto", call._replace(rows=512)) is backends.CUDA
     assert asked == [(direction, 512, 64, 128, 16, True, False, False) for direction in ("forward", "backward")]

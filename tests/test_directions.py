@@ -7,6 +7,7 @@ import torch
 
 import fusedlora
 from fusedlora import backends, explanation, plans, reference
+from fusedlora.calls import Call
 from fusedlora.testing import make_inputs
 
 BF16 = torch.bfloat16
@@ -15,7 +16,7 @@ BF16 = torch.bfloat16
 def stand_in(name: str, wanted: set[str], log: list[str]) -> backends.Backend:
     """The formulas under a kernels' name, with launches of their own; it takes the directions that are wanted."""
 
-    def why_not(call: backends.Call) -> str | None:
+    def why_not(call: Call) -> str | None:
         return None if call.named or call.direction in wanted else f"{name} is slow here"
 
     class Launch:

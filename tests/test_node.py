@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import fusedlora
 from fusedlora import backends, cuda, dropout, node, node_build, plans, reference
+from fusedlora.calls import Call
 from fusedlora.cuda_build import BuildError
 from fusedlora.packed import PackedPlan
 from fusedlora.quantised import QuantisedWeight, quantised_lora_linear
@@ -170,7 +171,7 @@ class StandIn:
         self.problem = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(self.said))
 
     def backend(self) -> backends.Backend:
-        def why_not(call: backends.Call) -> str | None:
+        def why_not(call: Call) -> str | None:
             return None if call.dtype is BF16 and call.dropout != "mask" else "not here"
 
         def op(direction: str, run: Any) -> Any:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fusedlora import __main__ as cli
-from fusedlora import backends, tune, tuning
+from fusedlora import backends, costs, cuda, tune, tuning, why_not
+from fusedlora.calls import Call
 from fusedlora.config import SHARED_MEMORY, DecodeConfig, Problem, backward_config, check_config, forward_config
 from fusedlora.cuda_config import CudaConfig, check_cuda_config, suits
 from fusedlora.timing import Spread
@@ -260,16 +261,16 @@ class TestSearch:
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> backends.Call:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Call:
     """A call on GPU, where both kinds of kernels are; choices that are made of it are forgotten."""
-    monkeypatch.setattr(backends.cuda, "num_sms", lambda device: GPU.num_sms)
-    monkeypatch.setattr(backends.cuda, "missing", lambda: None)
-    monkeypatch.setattr(backends, "_capability", lambda device: (GPU.capability // 10, 0))
-    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+    monkeypatch.setattr(cuda, "num_sms", lambda device: GPU.num_sms)
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(why_not, "_capability", lambda device: (GPU.capability // 10, 0))
+    monkeypatch.setattr(why_not, "_triton_missing", lambda: None)
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "last_used", None)
     bf16, layout = torch.bfloat16, (4096, 1, 0)
-    return backends.Call(False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", rows=8192)
+    return Call(False, torch.device("cuda", 0), bf16, bf16, bf16, 4096, 4096, 16, "", layout, "", rows=8192)
 
 
 class TestTable:
@@ -362,7 +363,7 @@ class TestTable:
         assert backends.TRITON.why_not(call) is None
         for other in ({"rows": 5000}, {"N": 4104}, {"dropout": "seed"}, {"named": True}):
             assert backends.TRITON.why_not(back._replace(**other)) is None, other
-        monkeypatch.setattr(backends.costs, "why_slower", lambda *about: "so it seems")
+        monkeypatch.setattr(costs, "why_slower", lambda *about: "so it seems")
         assert backends.TRITON.why_not(call) is None and backends.TRITON.why_not(call._replace(rows=5000)) is not None
         torch.use_deterministic_algorithms(True)
         try:
@@ -375,7 +376,7 @@ class TestTable:
         faster = tuning.Compared("forward", P, 90.0, 80.0, None), tuning.Compared("backward", P, 90.0, 100.0, 95.0)
         tuning.write(tuning.Table(GPU, compared=faster), cache)
         elsewhere = [False]
-        monkeypatch.setattr(backends, "prefers_cuda", lambda *about: elsewhere[0])
+        monkeypatch.setattr(why_not, "prefers_cuda", lambda *about: elsewhere[0])
         call, back = on_gpu, on_gpu._replace(direction="backward")
         assert backends.select("auto", call) is backends.CUDA
         assert backends.select("auto", call._replace(param_dtype=torch.float32)) is backends.CUDA, "under autocast"
@@ -396,7 +397,7 @@ class TestTable:
         tables = [tuning.Compared("forward", dataclasses.replace(P, M=M), 20.0, 14.0, None) for M in (64, 200)]
         tables += [tuning.Compared("backward", dataclasses.replace(P, M=64), 20.0, 14.0, None)]
         tuning.write(tuning.Table(GPU, compared=tables), cache)
-        monkeypatch.setattr(backends, "prefers_cuda", lambda *about: False)
+        monkeypatch.setattr(why_not, "prefers_cuda", lambda *about: False)
 
         def taken(rows: int, **changes) -> str:
             return backends.select("auto", on_gpu._replace(rows=rows, **changes)).name
@@ -523,10 +524,8 @@ class TestCommand:
         ],
     )
     def test_what_the_kernels_do_not_take(self, change: dict, reason: str, monkeypatch) -> None:
-        from fusedlora import backends
-
-        monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-        monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+        monkeypatch.setattr(why_not, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(why_not, "_triton_missing", lambda: None)
         tune.refuse([SHAPE], torch.device("cuda:0"))
         with pytest.raises(ValueError, match=reason):
             tune.refuse([dataclasses.replace(SHAPE, **change)], torch.device("cuda:0"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends import autocast_dtype
+from ..autocast import autocast_dtype
 from ..functional import lora_linear
 from ..wrappers import require_module
 from .rule import dropout_rate, hooked, is_one_of, name_of, tensors_reason, x_reason

@@ -20,7 +20,7 @@ from peft.tuners.lora.bnb import Linear8bitLt as StockLinear8bitLt
 from peft.tuners.lora.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
 from torch import Tensor, float32
 
-from ..backends import autocast_dtype
+from ..autocast import autocast_dtype
 from ..quantised import QuantisedWeight
 from .peft import forward_over
 from .peft_kinds import Kind, add_kind

@@ -11,7 +11,7 @@ from peft.tuners.lora.torchao import dispatch_torchao
 from torch import Tensor
 from torchao import quantization
 
-from ..backends import autocast_dtype
+from ..autocast import autocast_dtype
 from ..quantised import QuantisedWeight
 from .peft import forward, stock_forward
 from .peft_kinds import Kind, add_kind

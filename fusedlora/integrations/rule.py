@@ -8,7 +8,7 @@ from torch import Tensor, float32, nn, strided
 from torch.autograd import forward_ad
 from torch.nn import Dropout, Identity, Parameter
 
-from ..backends import autocast_dtype
+from ..autocast import autocast_dtype
 from ..quantised import QuantisedWeight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton")
 import triton
 
+from fusedlora.calls import by_weight
 from fusedlora.config import SHARED_MEMORY
-from fusedlora.dora_gradients import by_weight
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.dora import dora_backward, dora_scale
 from fusedlora.kernels.dora_gain import dora_gain

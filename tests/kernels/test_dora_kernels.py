@@ -13,8 +13,8 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from fusedlora import backends, cuda
+from fusedlora.calls import by_weight
 from fusedlora.dora import dora_linear
-from fusedlora.dora_gradients import by_weight
 from fusedlora.kernels import launch
 from fusedlora.kernels.backward import lora_backward
 from fusedlora.kernels.common import INTERPRET
