@@ -61,8 +61,8 @@ def _shown(value: Any) -> str:
 
 def _check_layout(x: Tensor) -> None:
     if x.is_nested or x.layout is not torch.strided:
-        kind = "nested" if x.is_nested else "sparse"
-        raise TypeError(f"x is {kind} (layout {x.layout}), must be one dense tensor (torch.strided)")
+        found = "is nested" if x.is_nested else f"has layout {x.layout}"
+        raise TypeError(f"x {found}, must be one dense tensor (torch.strided)")
 
 
 def check(

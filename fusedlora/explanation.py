@@ -85,14 +85,14 @@ def explain(
         backend = "auto" if backend is None else backend
     if lora_A is None or lora_B is None:
         raise TypeError("explain takes a FusedLoRALinear, or weight, lora_A and lora_B")
-    param_dtype = lora_A.dtype
+    stored_A = lora_A
     given = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
     with torch.no_grad():
         x, weight, lora_A, lora_B, bias, adapter_dtype = admit(
             x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, backend=backend
         )
     if dora_gain:
-        check_magnitude(magnitude, weight, param_dtype)
+        check_magnitude(magnitude, weight, stored_A.dtype)
     scale = scaling if isinstance(scaling, Tensor) else None
     now = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
     copies = [

@@ -1,7 +1,7 @@
 """FusedLoRALinear's options: which values are taken, and the dtype of its adapter. The rules for single numbers."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -11,9 +11,15 @@ SCALING = "a number or a floating point tensor of 0-d"
 
 
 def check_number(name: str, value: Any, rule: str = "a number") -> None:
-    """Raises TypeError unless `value` is a real number; `rule` says what it must be."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    """Raises TypeError unless `value` is a real number, as True and False are; `rule` says what it must be."""
+    if not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}, must be {rule}")
+
+
+def _check_option(name: str, value: Any) -> None:
+    check_number(name, value)
+    if isinstance(value, bool):  # a flag in the wrong place
+        raise TypeError(f"{name} is {value!r}, must be a number")
 
 
 def or_float32(owner: str, dtype: torch.dtype) -> str:
@@ -23,7 +29,7 @@ def or_float32(owner: str, dtype: torch.dtype) -> str:
 
 def check_size(name: str, value: Any) -> None:
     """Raises TypeError and ValueError unless `value` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, must be an integer")
     if value < 1:
         raise ValueError(f"{name} is {value}, must be at least 1")
@@ -31,14 +37,14 @@ def check_size(name: str, value: Any) -> None:
 
 def check_finite(name: str, value: Any) -> None:
     """Raises TypeError and ValueError unless `value` is a finite number."""
-    check_number(name, value)
+    _check_option(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}, must be finite")
 
 
 def check_rate(name: str, value: Any) -> None:
     """Raises TypeError and ValueError unless `value` is a number in [0, 1)."""
-    check_number(name, value)
+    _check_option(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} is {value}, must be in [0, 1)")
 

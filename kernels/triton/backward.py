@@ -175,7 +175,7 @@ def backward_kernel(
             ready = False  # whether all of T is known to be there
             tile = place
             until_turn = place % job_period if job_period > 0 else tiles_left  # tiles
-            # A `for`, in which Triton lets a store end while jobs run; a step more than tiles, for the jobs left then.
+            # A `for`, in which triton 3.6 lets a store end while jobs run. One step past the tiles takes the jobs left.
             for _ in range(tiles_left + 1):
                 count = min(tiles_left, 1)
                 if FLAT:
