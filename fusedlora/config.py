@@ -247,7 +247,8 @@ def backward_config(p: Problem) -> BackwardConfig:
         stages = 3 if columns == 256 or (p.split and wide > 32) else 4
         stripe = {"STRIPE_N": columns, "STRIPE_M": rows, "STRIPE_STAGES": stages}
     # Short jobs where few rows would leave most SMs without one, the more so where a mask makes them long.
-    stripe["stripe_rows"] = 2048 if p.M >= 4096 else 512 if p.dropout or p.split else 1024
+    long_jobs = p.dropout or p.split
+    stripe["stripe_rows"] = 512 if long_jobs and p.M <= 4096 else 2048 if p.M >= 4096 else 1024
     tile, shrink = _tile(p), _shrink(p, tall=not (fuse or p.split))
     # A masked product in the loop over all tiles makes ptxas serialise wgmma (C7515).
     flat = _flat(p, tile) and not p.dropout
