@@ -214,8 +214,8 @@ def lora_tile(
     row = tile_m * BLOCK_M
     col = tile_n * BLOCK_N
     ready = not WAIT
-    small = None
-    small_rest = None
+    small = tl.zeros((BLOCK_M, RANK_K), dtype)
+    small_rest = small
     skinny = None
     skinny_rest = None
     if BLOCK_R == RANK_K:
