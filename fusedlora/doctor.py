@@ -25,7 +25,7 @@ from typing import Any
 from . import __version__, command_line, cuda_build
 from .cache import cache_dir
 
-# Python's -m target and arguments are added by the caller; a test puts a hanging program here.
+# Its arguments are added by the caller; a test puts a hanging program here.
 CHILD = [sys.executable, "-m", "fusedlora.doctor_check"]
 KILL_GRACE_S = 10.0
 
